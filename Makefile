@@ -1,0 +1,74 @@
+# make demo | test | build | stock | sanitize | clean
+#
+# Everything lives in .venv and build. CMake options go in CMAKE_ARGS: make build CMAKE_ARGS=-DGGML_CUDA=ON
+
+PYTHON   ?= python3
+VENV     := .venv
+BIN      := $(VENV)/bin
+BUILD    := build/native
+UPSTREAM := build/upstream
+STOCK    := build/stock
+SDIST    := $(UPSTREAM)/llama_cpp_python-$(shell sed -n 's/^llama_cpp_python=//p' patches/UPSTREAM).tar.gz
+SOURCES  := $(shell find native python tests/native -type f -not -path '*/__pycache__/*' 2>/dev/null) \
+            $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
+            CMakeLists.txt pyproject.toml README.md
+
+.PHONY: demo test build stock venv sanitize clean
+.DELETE_ON_ERROR:
+
+demo: build
+	$(BIN)/python examples/long_document.py
+
+test: build stock
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	LLAMA_SEMANTICACHE_STOCK_LIB=$(abspath $(STOCK))/bin $(BIN)/python -m pytest
+
+build: $(VENV)/.installed
+
+venv: $(VENV)/.tools
+
+$(VENV)/.tools: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "expected Python 3.10 or newer, got $$($(PYTHON) --version); name another: make PYTHON=python3.11"; exit 1; }
+	@command -v git >/dev/null || { echo "git is needed to apply the patches and was not found; install git"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet cmake ninja "scikit-build-core>=0.11"
+	touch $@
+
+# The wheel of llama-cpp-python without its libraries, since ours replace them: llama.cpp is compiled once, not twice.
+# --no-cache-dir keeps this wheel out of pip's cache, from where other projects would get it.
+$(VENV)/.llama-cpp-python: patches/UPSTREAM $(VENV)/.tools
+	$(BIN)/python patches/patchctl.py fetch $(UPSTREAM)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --no-cache-dir \
+	    --config-settings=cmake.define.LLAMA_BUILD=OFF $(SDIST)
+	touch $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python
+	touch $@.started
+	$(BIN)/python -m pip install --no-build-isolation \
+	    --config-settings=build-dir=$(BUILD) \
+	    --config-settings=cmake.define.LLAMA_SEMANTICACHE_SOURCE=$(abspath $(SDIST)) \
+	    --config-settings=cmake.define.LLAMA_SEMANTICACHE_TESTS=ON \
+	    ".[test]"
+	mv $@.started $@
+
+# The same llama.cpp without our patches, to compare with.
+stock: $(STOCK)/.built
+
+$(STOCK)/.built: patches/UPSTREAM $(VENV)/.tools
+	GIT_CEILING_DIRECTORIES=$(CURDIR)/build $(BIN)/cmake -S "$$($(BIN)/python patches/patchctl.py fetch $(UPSTREAM))" -B $(STOCK) \
+	    -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+	    -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
+	    -DLLAMA_OPENSSL=OFF $(if $(shell command -v ccache),-DCMAKE_C_COMPILER_LAUNCHER=ccache -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) $(CMAKE_ARGS)
+	$(BIN)/cmake --build $(STOCK) --target llama
+	touch $@
+
+sanitize: $(VENV)/.tools
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DLLAMA_SEMANTICACHE_SANITIZE=ON -DLLAMA_SEMANTICACHE_TESTS=ON
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+clean:
+	rm -rf build $(VENV)

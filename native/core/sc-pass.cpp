@@ -1,0 +1,567 @@
+#include "sc-pass.h"
+
+#include "sc-vec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace semcache {
+
+namespace {
+
+constexpr float EPS_WEIGHT = 1e-9f;  // a row that no query looks at still takes part in its cluster's mean
+constexpr float EPS_MASS   = 1e-20f;
+constexpr float BIAS_MIN   = -6.0f;
+constexpr float BIAS_MAX   =  8.0f;
+constexpr float PAD_LOGIT  = -1e30f; // of the columns that only fill a panel
+
+// How the candidates' outcome is written in pass_workspace::winner.
+constexpr int32_t DROPPED = -1;
+
+struct counts {
+    int32_t n_core, n_new, n_cand, n_rows, n_cols, n_query;
+
+    counts(const head_rows & rows, const stage_rows & stage, const head_shape & shape) {
+        n_core  = rows.n_used - rows.n_sink;
+        n_new   = stage.n_new;
+        n_cand  = n_core + n_new;
+        n_rows  = n_cand + rows.n_sink + stage.n_sink + stage.n_window;
+        n_cols  = (int32_t) pad_to(n_rows, NR);
+        n_query = (n_new + stage.n_window)*shape.n_gqa;
+    }
+};
+
+// Rows of logits that a block of the score matrix holds: enough to reuse a key panel, few enough for the L2 cache.
+int32_t block_rows(int32_t n_cols) {
+    const int32_t fit = (int32_t) (128*1024/n_cols)/MR*MR;
+    return std::clamp(fit, MR, 8*MR);
+}
+
+template <typename F> void for_rows(int32_t n, F && f) {
+    for (int32_t i = 0; i < n; ++i) {
+        f(i);
+    }
+}
+
+// Logits before the bias of `n_q` queries: x[q, i] = scale q.k_i, capped.
+void logits(const float * q, int32_t n_q, const float * panels, int32_t n_cols, const head_shape & shape, float * x) {
+    const int32_t d = shape.n_embd_head_k;
+    gemm_panels(q, d, n_q, panels, d, n_cols, x, n_cols);
+    if (shape.softcap > 0.0f) {
+        const float a = 2.0f/shape.softcap;
+        for (int64_t i = 0; i < (int64_t) n_q*n_cols; i += VL) {
+            const vf e = vexp(vload(x + i)*a); // tanh(u) = 1 - 2/(e^2u + 1)
+            vstore(x + i, shape.softcap*(1.0f - 2.0f/(e + 1.0f)));
+        }
+    }
+}
+
+// Keys as f32 in candidate order: cores, new tokens, sinks of before, new sinks, window. Packed, with their biases.
+void load_keys(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, pass_workspace & ws) {
+    const int32_t d = shape.n_embd_head_k;
+    float * k = ws.k.data();
+    float * b = ws.bias.data();
+    auto core = [&](int32_t i) {
+        f16_to_f32_row(rows.k + (int64_t) i*d, k, d);
+        k += d;
+        *b++ = rows.bias[i];
+    };
+    auto token = [&](int32_t t) {
+        f16_to_f32_row(stage.k + stage.cell[t]*stage.k_cell, k, d);
+        k += d;
+        *b++ = 0.0f;
+    };
+    for_rows(c.n_core,       [&](int32_t i) { core(rows.n_sink + i); });
+    for_rows(c.n_new,        [&](int32_t i) { token(stage.n_sink + i); });
+    for_rows(rows.n_sink,    [&](int32_t i) { core(i); });
+    for_rows(stage.n_sink,   [&](int32_t i) { token(i); });
+    for_rows(stage.n_window, [&](int32_t i) { token(stage.n_sink + c.n_new + i); });
+    std::fill(b, ws.bias.data() + c.n_cols, PAD_LOGIT);
+    pack_panels(ws.k.data(), d, c.n_rows, d, ws.panels.data());
+}
+
+// Queries as f32, turned forward, with the scale of the logits in them.
+void load_queries(const stage_rows & stage, const head_shape & shape, const rope & r, const counts & c, pass_workspace & ws) {
+    const int32_t d   = shape.n_embd_head_k;
+    const int64_t n_a = (int64_t) r.inv_freq.size();
+    float * q = ws.q.data();
+    for_rows(c.n_new + stage.n_window, [&](int32_t t) {
+        const f16 * src = stage.q + stage.cell[stage.n_sink + t]*stage.q_cell;
+        for (int32_t g = 0; g < shape.n_gqa; ++g, q += d) {
+            f16_to_f32_row(src + (int64_t) g*d, q, d);
+            r.turn(q, stage.cs + t*n_a*2);
+            for (int32_t i = 0; i < d; ++i) {
+                q[i] *= shape.scale;
+            }
+        }
+    });
+}
+
+// N rows of logits y [N, n_cols], which become attention shares before normalization: their part in the candidates'
+// statistics, and their log-sum-exps z [N]. Several rows at a time, to touch the statistics less often.
+template <int N> void add_queries(float * y, const counts & c, float * z, pass_workspace & ws) {
+    const float * bias = ws.bias.data();
+    float mx[N], mean[N], inv[N];
+    for (int r = 0; r < N; ++r) {
+        float * x = y + (int64_t) r*c.n_cols;
+        vf vmx = vset(PAD_LOGIT), vsm = {};
+        const int32_t n_vec = c.n_cand/VL*VL;
+        int32_t i = 0;
+        for (; i < n_vec; i += VL) {
+            const vf v = vload(x + i) + vload(bias + i);
+            vstore(x + i, v);
+            vmx = vmax(vmx, v);
+            vsm += v;
+        }
+        for (; i < c.n_cols; i += VL) {
+            const vf v = vload(x + i) + vload(bias + i);
+            vstore(x + i, v);
+            vmx = vmax(vmx, v);
+        }
+        float sum = vsum(vsm);
+        for (i = n_vec; i < c.n_cand; ++i) {
+            sum += x[i];
+        }
+        mx[r]   = vmax(vmx);
+        mean[r] = sum/(float) c.n_cand;
+    }
+    vf vsm[N] = {};
+    float * var = ws.s_var.data();
+    for (int32_t i = 0; i < c.n_cols; i += VL) { // s_var is padded: what it gathers past the candidates is never read
+        vf acc = vload(var + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < N; ++r) {
+            float * x = y + (int64_t) r*c.n_cols + i;
+            const vf v   = vload(x);
+            const vf dev = v - mean[r];
+            acc += dev*dev;
+            const vf p = vexp(v - mx[r]);
+            vstore(x, p);
+            vsm[r] += p;
+        }
+        vstore(var + i, acc);
+    }
+    for (int r = 0; r < N; ++r) {
+        const float sum = vsum(vsm[r]);
+        inv[r] = 1.0f/sum;
+        z[r]   = mx[r] + std::log(sum);
+    }
+    float * s_max = ws.s_max.data();
+    float * w     = ws.w.data();
+    for (int32_t i = 0; i < c.n_cols; i += VL) {
+        vf m = vload(s_max + i), s = vload(w + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < N; ++r) {
+            const vf p = vload(y + (int64_t) r*c.n_cols + i)*inv[r];
+            m = vmax(m, p);
+            s += p;
+        }
+        vstore(s_max + i, m);
+        vstore(w + i, s);
+    }
+}
+
+// Marks the `budget` best candidates: rank[i] = 1.
+void choose_winners(const counts & c, int32_t budget, pass_workspace & ws) {
+    std::iota(ws.order.begin(), ws.order.begin() + c.n_cand, 0);
+    const float * s = ws.mk.data(); // scores, see compress_head
+    std::nth_element(ws.order.begin(), ws.order.begin() + budget, ws.order.begin() + c.n_cand, [s](int32_t a, int32_t b) {
+        return s[a] > s[b] || (s[a] == s[b] && a < b);
+    });
+    std::fill(ws.rank.begin(), ws.rank.begin() + c.n_cand, 0);
+    for_rows(budget, [&](int32_t i) { ws.rank[ws.order[i]] = 1; });
+}
+
+// Calls f(begin, end) for every run of candidates with one chunk id.
+template <typename F> void for_chunks(const counts & c, const pass_workspace & ws, F && f) {
+    for (int32_t i = 0, j; i < c.n_cand; i = j) {
+        for (j = i + 1; j < c.n_cand && ws.meta[j].chunk == ws.meta[i].chunk; ++j) {}
+        f(i, j);
+    }
+}
+
+// winner[i]: i for a winner, the winner that a loser joins, or DROPPED. Nearest by (k_i - k_j)' M (k_i - k_j), the mean
+// squared difference of the logits that the two would receive.
+void assign_losers(const head_shape & shape, const counts & c, bool merge, pass_workspace & ws) {
+    const int32_t d = shape.n_embd_head_k;
+    if (merge) {
+        std::fill(ws.m.begin(), ws.m.begin() + (int64_t) d*d, 0.0f);
+        for_rows(c.n_query, [&](int32_t q) {
+            const float * x = ws.q.data() + (int64_t) q*d;
+            for_rows(d, [&](int32_t i) { axpy(x[i], x, ws.m.data() + (int64_t) i*d, d); });
+        });
+    }
+    for_chunks(c, ws, [&](int32_t begin, int32_t end) {
+        int32_t n_win = 0;
+        for (int32_t i = begin; i < end; ++i) {
+            n_win += ws.rank[i];
+            ws.winner[i] = ws.rank[i] ? i : DROPPED;
+        }
+        if (!merge || n_win == 0 || n_win == end - begin) {
+            return;
+        }
+        for (int32_t i = begin; i < end; ++i) {
+            for_rows(d, [&](int32_t j) {
+                ws.mk[(int64_t) i*d + j] = dot(ws.m.data() + (int64_t) j*d, ws.k.data() + (int64_t) i*d, d);
+            });
+        }
+        for (int32_t i = begin; i < end; ++i) {
+            float best = std::numeric_limits<float>::infinity();
+            for (int32_t j = begin; j < end && !ws.rank[i]; ++j) {
+                if (!ws.rank[j]) {
+                    continue;
+                }
+                const float * ki = ws.k.data()  + (int64_t) i*d, * kj = ws.k.data()  + (int64_t) j*d;
+                const float * mi = ws.mk.data() + (int64_t) i*d, * mj = ws.mk.data() + (int64_t) j*d;
+                float dist = 0.0f;
+                for (int32_t e = 0; e < d; ++e) {
+                    dist += (ki[e] - kj[e])*(mi[e] - mj[e]);
+                }
+                if (dist < best || ws.winner[i] == DROPPED) { // a NaN never wins, but a loser is not lost for it
+                    best = dist;
+                    ws.winner[i] = j;
+                }
+            }
+        }
+    });
+}
+
+// Value of candidate i as f32, into ws.row.
+const float * load_value(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, int32_t i, pass_workspace & ws) {
+    const int32_t d = shape.n_embd_head_v;
+    if (i < c.n_core) {
+        f16_to_f32_row(rows.v + (int64_t) (rows.n_sink + i)*d, ws.row.data(), d);
+    } else {
+        const f16 * v = stage.v + stage.cell[stage.n_sink + i - c.n_core]*stage.v_cell;
+        for_rows(d, [&](int32_t e) { ws.row[e] = f16_to_f32(v[e*stage.v_elem]); });
+    }
+    return ws.row.data();
+}
+
+// Weighted means of the clusters with at least two members, in order of their winners: ws.merged holds the winners,
+// rank[winner] the index of its merged row; k_new, v_new and ws.meta[winner].n_tok are the result.
+int32_t merge_clusters(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c,
+                       const float * weight, pass_workspace & ws) {
+    std::fill(ws.count.begin(), ws.count.begin() + c.n_cand, 0);
+    for_rows(c.n_cand, [&](int32_t i) {
+        if (ws.winner[i] != DROPPED) {
+            ++ws.count[ws.winner[i]];
+        }
+    });
+    int32_t n_merged = 0;
+    for_rows(c.n_cand, [&](int32_t i) {
+        if (ws.winner[i] == i && ws.count[i] > 1) {
+            ws.merged[n_merged] = i;
+            ws.rank[i] = n_merged++;
+        }
+    });
+    const int32_t d_k = shape.n_embd_head_k, d_v = shape.n_embd_head_v;
+    std::fill(ws.k_new.begin(), ws.k_new.begin() + pad_to(n_merged, NR)*d_k, 0.0f);
+    std::fill(ws.v_new.begin(), ws.v_new.begin() + (int64_t) n_merged*d_v, 0.0f);
+    std::fill(ws.bias_new.begin(), ws.bias_new.begin() + n_merged, 0.0f); // sum of weights for now
+    for_rows(c.n_cand, [&](int32_t i) {
+        const int32_t j = ws.winner[i];
+        if (j == DROPPED || ws.count[j] < 2) {
+            return;
+        }
+        const int32_t t = ws.rank[j];
+        axpy(weight[i], ws.k.data() + (int64_t) i*d_k, ws.k_new.data() + (int64_t) t*d_k, d_k);
+        axpy(weight[i], load_value(rows, stage, shape, c, i, ws), ws.v_new.data() + (int64_t) t*d_v, d_v);
+        ws.bias_new[t] += weight[i];
+        if (i != j) {
+            ws.meta[j].n_tok = ws.meta[j].n_tok + ws.meta[i].n_tok;
+        }
+    });
+    for_rows(n_merged, [&](int32_t t) {
+        const float inv = 1.0f/ws.bias_new[t];
+        for_rows(d_k, [&](int32_t e) { ws.k_new[(int64_t) t*d_k + e] *= inv; });
+        for_rows(d_v, [&](int32_t e) { ws.v_new[(int64_t) t*d_v + e] *= inv; });
+    });
+    return n_merged;
+}
+
+// Fitted bias of the merged rows: on the average of the logs they receive the mass that their members received.
+void fit_bias(const stage_rows & stage, const head_shape & shape, const counts & c, int32_t n_merged, int32_t n_fit, pass_workspace & ws) {
+    const int32_t d      = shape.n_embd_head_k;
+    const int32_t n_tok  = c.n_new + stage.n_window;
+    const int32_t stride = std::max(1, n_tok/n_fit);
+    const int32_t n_cols = (int32_t) pad_to(n_merged, NR);
+
+    // members of merged clusters, sorted by cluster: their columns are gathered from the score matrix
+    std::fill(ws.bias_new.begin(), ws.bias_new.begin() + n_cols, 0.0f);
+
+    // the keys' panels are read once more, the merged keys' take the place of mk
+    float * panels_new = ws.mk.data();
+    pack_panels(ws.k_new.data(), d, n_merged, d, panels_new);
+
+    const int32_t n_block = std::max(1, std::min(block_rows(c.n_cols), block_rows(c.n_cols + 2*n_cols))/shape.n_gqa);
+    float * x     = ws.x.data();
+    float * y_new = x + (int64_t) n_block*shape.n_gqa*c.n_cols;
+    float * mass  = y_new + (int64_t) n_block*shape.n_gqa*n_cols;
+    float * q     = mass + n_cols;
+
+    int32_t n = 0;
+    for (int32_t t0 = 0; t0 < n_tok; t0 += n_block*stride) {
+        int32_t n_q = 0;
+        for (int32_t b = 0; b < n_block && t0 + b*stride < n_tok; ++b) {
+            const float * src = ws.q.data() + (int64_t) (t0 + b*stride)*shape.n_gqa*d;
+            std::copy(src, src + (int64_t) shape.n_gqa*d, q + (int64_t) n_q*d);
+            n_q += shape.n_gqa;
+        }
+        logits(q, n_q, ws.panels.data(), (int32_t) pad_to(c.n_cand, NR), shape, x);
+        logits(q, n_q, panels_new, n_cols, shape, y_new);
+        const int64_t ldx = pad_to(c.n_cand, NR);
+        for_rows(n_q, [&](int32_t i) {
+            const int32_t t  = t0 + i/shape.n_gqa*stride;
+            const float   z  = ws.z[t*shape.n_gqa + i%shape.n_gqa];
+            float       * xi = x + i*ldx;
+            for (int32_t j = 0; j < ldx; j += VL) {
+                vstore(xi + j, vexp(vload(xi + j) + vload(ws.bias.data() + j) - z));
+            }
+            std::fill(mass, mass + n_cols, 0.0f);
+            for (int32_t m = 0; m < ws.count[c.n_cand]; ++m) {
+                const int32_t j = ws.members[m];
+                mass[ws.rank[ws.winner[j]]] += xi[j];
+            }
+            const float * yi = y_new + (int64_t) i*n_cols;
+            for (int32_t j = 0; j < n_cols; j += VL) {
+                const vf lm = vlog(vmax(vload(mass + j), vset(EPS_MASS)));
+                vstore(ws.bias_new.data() + j, vload(ws.bias_new.data() + j) + (lm - (vload(yi + j) - z)));
+            }
+        });
+        n += n_q;
+    }
+    for_rows(n_merged, [&](int32_t t) { ws.bias_new[t] = std::clamp(ws.bias_new[t]/(float) n, BIAS_MIN, BIAS_MAX); });
+}
+
+// Greedy clusters of candidates [begin, end) in reading order: a row joins the first seed whose key is at least `tau`
+// close by cosine. Returns the number of clusters.
+int32_t greedy_clusters(int32_t begin, int32_t end, int32_t d, float tau, pass_workspace & ws) {
+    int32_t n = 0;
+    for (int32_t i = begin; i < end; ++i) {
+        ws.winner[i] = DROPPED;
+    }
+    for (int32_t i = begin; i < end; ++i) {
+        if (ws.winner[i] != DROPPED) {
+            continue;
+        }
+        ws.winner[i] = i;
+        ++n;
+        for (int32_t j = i + 1; j < end; ++j) {
+            // not >=, so that a NaN joins: every chunk must be able to become one cluster
+            if (ws.winner[j] == DROPPED && !(dot(ws.k.data() + (int64_t) i*d, ws.k.data() + (int64_t) j*d, d) < tau*ws.w[i]*ws.w[j])) {
+                ws.winner[j] = i;
+            }
+        }
+    }
+    return n;
+}
+
+// The paper's clustering: every chunk gets its share of an equal budget and the cosine threshold that meets it; whole
+// chunks go, oldest first, when there are more chunks than rows.
+void cluster_paper(const head_shape & shape, const counts & c, int32_t budget, pass_workspace & ws) {
+    const int32_t d = shape.n_embd_head_k;
+    int64_t n_tok = 0;
+    for_rows(c.n_cand, [&](int32_t i) {
+        n_tok += ws.meta[i].n_tok;
+        const float norm = std::sqrt(dot(ws.k.data() + (int64_t) i*d, ws.k.data() + (int64_t) i*d, d));
+        ws.w[i] = norm > 0.0f ? norm : 1.0f; // a key of zero has cosine 0 with every other
+    });
+    auto share = [&](int32_t begin, int32_t end) {
+        int64_t n = 0;
+        for (int32_t i = begin; i < end; ++i) {
+            n += ws.meta[i].n_tok;
+        }
+        return (int32_t) std::max<int64_t>(1, n*budget/n_tok);
+    };
+    int64_t total = 0;
+    for_chunks(c, ws, [&](int32_t begin, int32_t end) { total += share(begin, end); });
+    for_chunks(c, ws, [&](int32_t begin, int32_t end) {
+        const int32_t b = share(begin, end);
+        if (total > budget) {
+            total -= b;
+            std::fill(ws.winner.begin() + begin, ws.winner.begin() + end, DROPPED);
+            return;
+        }
+        float lo = -1.001f, hi = 1.001f;
+        if (end - begin <= b) {
+            lo = 2.0f;
+        } else {
+            for (int step = 0; step < 20; ++step) {
+                const float mid = 0.5f*(lo + hi);
+                (greedy_clusters(begin, end, d, mid, ws) > b ? hi : lo) = mid;
+            }
+        }
+        greedy_clusters(begin, end, d, lo, ws);
+    });
+}
+
+void put_core(head_rows & rows, int32_t dst, const head_shape & shape, const float * k, const float * v) {
+    f32_to_f16_row(k, rows.k + (int64_t) dst*shape.n_embd_head_k, shape.n_embd_head_k);
+    f32_to_f16_row(v, rows.v + (int64_t) dst*shape.n_embd_head_v, shape.n_embd_head_v);
+}
+
+// Writes sinks and winners to their places, in text order. A row's place is never behind the row itself, so going forward
+// overwrites only what was read.
+pass_result compact(head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, pass_workspace & ws) {
+    pass_result res;
+    const int32_t d_k = shape.n_embd_head_k, d_v = shape.n_embd_head_v;
+    if (stage.n_sink > 0) {
+        for_rows(stage.n_sink, [&](int32_t i) {
+            const int32_t key = c.n_cand + rows.n_sink + i;
+            const f16 * v = stage.v + stage.cell[i]*stage.v_cell;
+            for_rows(d_v, [&](int32_t e) { ws.row[e] = f16_to_f32(v[e*stage.v_elem]); });
+            put_core(rows, i, shape, ws.k.data() + (int64_t) key*d_k, ws.row.data());
+            rows.bias[i] = 0.0f;
+            rows.meta[i] = {};
+        });
+        rows.n_sink = stage.n_sink;
+    }
+    int32_t dst = rows.n_sink;
+    for_rows(c.n_cand, [&](int32_t i) {
+        if (ws.winner[i] != i) {
+            ++(ws.winner[i] == DROPPED ? res.n_dropped : res.n_merged);
+            return;
+        }
+        const bool merged = ws.count[i] > 1;
+        if (merged) {
+            const int32_t t = ws.rank[i];
+            put_core(rows, dst, shape, ws.k_new.data() + (int64_t) t*d_k, ws.v_new.data() + (int64_t) t*d_v);
+            rows.bias[dst] = ws.bias_new[t];
+        } else if (i >= c.n_core) {
+            put_core(rows, dst, shape, ws.k.data() + (int64_t) i*d_k, load_value(rows, stage, shape, c, i, ws));
+            rows.bias[dst] = 0.0f;
+        } else if (const int32_t src = rows.n_sink + i; src != dst) {
+            std::copy_n(rows.k + (int64_t) src*d_k, d_k, rows.k + (int64_t) dst*d_k);
+            std::copy_n(rows.v + (int64_t) src*d_v, d_v, rows.v + (int64_t) dst*d_v);
+            rows.bias[dst] = rows.bias[src];
+        }
+        rows.meta[dst++] = ws.meta[i];
+    });
+    rows.n_used = dst;
+    return res;
+}
+
+} // namespace
+
+void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n_query) {
+    auto grow = [](auto & v, int64_t n) {
+        if ((int64_t) v.size() < n) {
+            v.resize(n);
+        }
+    };
+    const int64_t n  = pad_to(n_rows, NR);
+    const int64_t dk = shape.n_embd_head_k, dv = shape.n_embd_head_v;
+    const int64_t nq = std::max<int64_t>(8*MR, shape.n_gqa);
+    grow(k,      n*dk);
+    grow(panels, n*dk);
+    grow(q,      (int64_t) n_query*dk);
+    grow(x,      nq*(3*n + dk) + n);
+    grow(mk,     n*dk);
+    grow(k_new,  n*dk);
+    grow(v_new,  n*dv);
+    grow(m,      dk*dk);
+    grow(row,    dv);
+    grow(z,      n_query);
+    for (auto * v : { &bias, &s_max, &s_var, &w, &bias_new }) {
+        grow(*v, n);
+    }
+    for (auto * v : { &order, &rank, &winner, &members, &merged, &count }) {
+        grow(*v, n + 1);
+    }
+    grow(meta, n);
+}
+
+int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r, pass_workspace & ws) {
+    const counts c(rows, stage, shape);
+    load_keys(rows, stage, shape, c, ws);
+    load_queries(stage, shape, r, c, ws);
+    for (auto * v : { &ws.s_max, &ws.s_var, &ws.w }) {
+        std::fill(v->begin(), v->begin() + c.n_cols, 0.0f);
+    }
+    const int32_t n_block = block_rows(c.n_cols);
+    for (int32_t q0 = 0; q0 < c.n_query; q0 += n_block) {
+        const int32_t n_q = std::min(n_block, c.n_query - q0);
+        logits(ws.q.data() + (int64_t) q0*shape.n_embd_head_k, n_q, ws.panels.data(), c.n_cols, shape, ws.x.data());
+        int32_t i = 0;
+        for (; i + 4 <= n_q; i += 4) {
+            add_queries<4>(ws.x.data() + (int64_t) i*c.n_cols, c, ws.z.data() + q0 + i, ws);
+        }
+        for (; i < n_q; ++i) {
+            add_queries<1>(ws.x.data() + (int64_t) i*c.n_cols, c, ws.z.data() + q0 + i, ws);
+        }
+    }
+    const float inv = 1.0f/(float) c.n_query;
+    for_rows(c.n_cand, [&](int32_t i) {
+        ws.s_var[i] *= inv;
+        ws.w[i]     *= inv;
+    });
+    return c.n_cand;
+}
+
+pass_result compress_head(head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r,
+                          const pass_params & params, pass_workspace & ws) {
+    const counts c(rows, stage, shape);
+    const int32_t budget = rows.n_alloc - rows.n_sink - stage.n_sink;
+    if (params.how == method::semantic) {
+        score_head(rows, stage, shape, r, ws);
+    } else {
+        load_keys(rows, stage, shape, c, ws);
+        std::fill(ws.s_max.begin(), ws.s_max.begin() + c.n_cand, 0.0f);
+        std::fill(ws.s_var.begin(), ws.s_var.begin() + c.n_cand, 0.0f);
+    }
+    for_rows(c.n_cand, [&](int32_t i) {
+        if (i < c.n_core) {
+            const core_meta & old = rows.meta[rows.n_sink + i];
+            ws.meta[i] = old;
+            ws.meta[i].s_max = std::max(old.s_max, ws.s_max[i]);
+            ws.meta[i].s_var = 0.5f*(old.s_var + ws.s_var[i]);
+        } else {
+            ws.meta[i] = { ws.s_max[i], ws.s_var[i], (uint32_t) stage.chunk[i - c.n_core], 1 };
+        }
+    });
+
+    if (c.n_cand <= budget) {
+        std::iota(ws.winner.begin(), ws.winner.begin() + c.n_cand, 0);
+        std::fill(ws.count.begin(), ws.count.begin() + c.n_cand, 1);
+        return compact(rows, stage, shape, c, ws);
+    }
+
+    switch (params.how) {
+        case method::semantic: {
+            for_rows(c.n_cand, [&](int32_t i) {
+                const float s = ws.meta[i].s_max*ws.meta[i].s_var;
+                ws.mk[i] = std::isnan(s) ? -1.0f : s; // NaN has no order to sort by
+            });
+            choose_winners(c, budget, ws);
+            assign_losers(shape, c, params.merge, ws);
+            for_rows(c.n_cand, [&](int32_t i) { ws.w[i] += EPS_WEIGHT; });
+        } break;
+        case method::paper: {
+            cluster_paper(shape, c, budget, ws);
+            for_rows(c.n_cand, [&](int32_t i) { ws.w[i] = (float) ws.meta[i].n_tok; });
+        } break;
+        case method::streaming: {
+            for_rows(c.n_cand, [&](int32_t i) { ws.winner[i] = i >= c.n_cand - budget ? i : DROPPED; });
+        } break;
+    }
+
+    const int32_t n_merged = merge_clusters(rows, stage, shape, c, ws.w.data(), ws);
+    if (n_merged > 0 && params.how == method::semantic) {
+        int32_t n_member = 0;
+        for_rows(c.n_cand, [&](int32_t i) {
+            if (ws.winner[i] != DROPPED && ws.count[ws.winner[i]] > 1) {
+                ws.members[n_member++] = i;
+            }
+        });
+        ws.count[c.n_cand] = n_member;
+        fit_bias(stage, shape, c, n_merged, params.n_fit, ws);
+    } else {
+        for_rows(n_merged, [&](int32_t t) { ws.bias_new[t] = std::log((float) ws.meta[ws.merged[t]].n_tok); });
+    }
+    return compact(rows, stage, shape, c, ws);
+}
+
+} // namespace semcache

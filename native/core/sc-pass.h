@@ -1,0 +1,93 @@
+// sc-pass.h - one pass over one kv head: the stage, without its window, moves into the cores
+//
+// The specification is python/llama_semanticache/reference; the tests hold this code to it. Nothing here allocates once
+// pass_workspace::reserve() has returned, so a pass that begins to write also ends.
+
+#pragma once
+
+#include "sc-lookahead.h"
+#include "sc-types.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace semcache {
+
+enum class method { semantic = 0, paper = 1, streaming = 2 };
+
+// What a pass remembers of a core besides its row.
+struct core_meta {
+    float    s_max;      // largest attention share that any query gave it
+    float    s_var;      // mean squared deviation of its logits from the mean over candidates
+    uint32_t chunk : 24; // id of its chunk
+    uint32_t n_tok : 8;  // tokens that it stands for; at most n_chunk <= 255, since clusters never cross a chunk
+};
+static_assert(sizeof(core_meta) == 12, "three words per row");
+
+// The rows of one kv head: n_sink sinks, then cores in text order, then free rows.
+struct head_rows {
+    f16       * k;    // [n_alloc, n_embd_head_k]
+    f16       * v;    // [n_alloc, n_embd_head_v]
+    float     * bias; // [n_alloc]
+    core_meta * meta; // [n_alloc]
+    int32_t n_alloc;
+    int32_t n_sink;   // of the rows in use; never merged or dropped
+    int32_t n_used;
+};
+
+// The stage as one kv head sees it. Tokens are in position order: n_sink new sinks (first pass only), n_new candidates,
+// n_window that stay. k, v and q point at cell 0; cell[i] is the cell of token i.
+struct stage_rows {
+    const f16 * k; int64_t k_cell;                 // elements from one cell to the next; a key is contiguous
+    const f16 * v; int64_t v_cell; int64_t v_elem; // a value need not be (transposed cache)
+    const f16 * q; int64_t q_cell;                 // [n_gqa, n_embd_head_k] per cell, contiguous
+    const int32_t * cell;    // [n_sink + n_new + n_window]
+    const int32_t * chunk;   // [n_new]
+    const float   * cs;      // [n_new + n_window, n_rot/2, 2] turn of each query, see rope::table
+    int32_t n_sink;
+    int32_t n_new;
+    int32_t n_window;
+};
+
+struct head_shape {
+    int32_t n_embd_head_k;
+    int32_t n_embd_head_v;
+    int32_t n_gqa;      // query heads of this kv head
+    float   scale;      // of the logits
+    float   softcap;    // 0: none
+};
+
+struct pass_params {
+    enum method how = method::semantic;
+    bool    merge = true;   // false: losers are dropped
+    int32_t n_fit = 96;     // about so many queries fit a bias
+};
+
+struct pass_result {
+    int64_t n_merged  = 0;
+    int64_t n_dropped = 0;
+};
+
+// Scratch of one thread.
+struct pass_workspace {
+    // For heads of up to n_rows candidates, sinks and window together. Throws std::bad_alloc.
+    void reserve(const head_shape & shape, int32_t n_rows, int32_t n_query);
+
+    std::vector<float>   k, panels, q, x;          // keys, packed keys, turned queries, a block of logits
+    std::vector<float>   bias, s_max, s_var, w, z; // per row; z per query
+    std::vector<float>   m, mk;                    // mean of q q', and its product with keys
+    std::vector<float>   k_new, v_new, bias_new;   // merged winners
+    std::vector<float>   row;                      // one value
+    std::vector<int32_t> order, rank, winner, members, merged, count;
+    std::vector<core_meta> meta;
+};
+
+// Scores of the candidates (cores, then new tokens): w.s_max, w.s_var and w.w [n_cand], as in the reference's score().
+// Leaves keys, turned queries and log-sum-exps in the workspace. Returns the number of candidates.
+int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r, pass_workspace & ws);
+
+// The whole pass of one head, in place.
+pass_result compress_head(head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r,
+                          const pass_params & params, pass_workspace & ws);
+
+} // namespace semcache

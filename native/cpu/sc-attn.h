@@ -1,0 +1,53 @@
+// sc-attn.h - proportional attention on the CPU: one softmax over the cores of a head and the stage
+//
+//     out = sum_i p_i v_i,  p = softmax_i( softcap(scale q.k_i) + bias_i ),  i over the head's cores and the stage's cells
+//
+// with the bias of a core as stored and that of a cell from the mask. Every K and V row is read and converted once for all
+// query heads of its group. The work is cut the same way whatever the number of threads, so the result does not depend on it.
+
+#pragma once
+
+#include "sc-types.h"
+
+#include <cstdint>
+
+namespace semcache {
+
+// All tensors of one attention call. Strides are in elements of the tensor's type.
+struct attn_args {
+    int32_t n_embd_head_k;
+    int32_t n_embd_head_v;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t n_tokens;
+    int32_t n_kv;                          // cells of the stage that the mask covers
+    float   scale;
+    float   softcap;                       // 0: none
+
+    const float * q; int64_t q_head, q_token;             // [n_embd_head_k, n_head, n_tokens]
+    const f16   * k; int64_t k_head, k_cell;              // [n_embd_head_k, n_head_kv, n_kv]
+    const f16   * v; int64_t v_head, v_cell, v_elem;      // [n_embd_head_v, n_head_kv, n_kv], any order in memory
+    const void  * mask; bool mask_f16; int64_t mask_token; // [n_kv, n_tokens] f16 or f32, 0 or -inf (or a bias)
+    const float * sinks;                                   // [n_head] logits of a sink without a value, or NULL
+
+    const f16     * k_core;                // [n_embd_head_k, n_row]
+    const f16     * v_core;                // [n_embd_head_v, n_row]
+    const float   * bias;                  // [n_row]
+    const int32_t * row_first;             // [n_head_kv] first row of each head
+    const int32_t * row_count;             // [n_head_kv] rows in use
+};
+
+// Parts that the rows of all heads are cut into: 1 for a batch, more for a few tokens, where they are reduced afterwards.
+int32_t attn_n_part(int32_t n_tokens);
+
+// Floats of the scratch that attn_part() fills and attn_reduce() reads.
+int64_t attn_part_size(const attn_args & a);
+
+// Thread ith of nth does its share. n_part == 1: writes the result to out [n_embd_head_v, n_head, n_tokens] and no reduction
+// is needed; otherwise writes partial sums to out [attn_part_size].
+void attn_part(const attn_args & a, float * out, int ith, int nth);
+
+// Combines the parts into dst [n_embd_head_v, n_head, n_tokens].
+void attn_reduce(const attn_args & a, const float * part, float * dst, int ith, int nth);
+
+} // namespace semcache

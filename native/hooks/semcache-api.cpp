@@ -1,0 +1,173 @@
+// semcache-api.cpp - the C API of semcache.h
+
+#include "semcache-store.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+
+#include <algorithm>
+#include <new>
+
+namespace {
+
+struct thread_state {
+    std::unique_ptr<semcache_config> pending;
+    semcache_status status = SEMCACHE_OK;
+    std::string     message;
+};
+
+thread_state & state() {
+    static thread_local thread_state s;
+    return s;
+}
+
+// Runs f; an exception becomes the thread's last error and its status.
+template <typename F> semcache_status guarded(F && f) {
+    try {
+        f();
+        return SEMCACHE_OK;
+    } catch (const semcache_error &) {
+        // has set itself
+    } catch (const std::bad_alloc &) {
+        semcache_set_error(SEMCACHE_ERR_MEMORY, "expected memory, got none; free some and try again");
+    } catch (const std::exception & e) {
+        semcache_set_error(SEMCACHE_ERR_STATE, e.what());
+    }
+    return state().status;
+}
+
+void expect(bool ok, const std::string & name, const std::string & range, const std::string & got) {
+    if (!ok) {
+        throw semcache_error(SEMCACHE_ERR_ARGUMENT, name + ": expected " + range + ", got " + got + "; pass a value in that range");
+    }
+}
+
+llama_semcache & store_of(const llama_context * ctx) {
+    llama_semcache * s = ctx ? semcache_find(ctx->get_memory()) : nullptr;
+    if (!s) {
+        throw semcache_error(SEMCACHE_ERR_CONTEXT, "expected a context with a compressed KV cache, got one without; call semcache_configure_next before llama_init_from_model");
+    }
+    return *s;
+}
+
+} // namespace
+
+void semcache_set_error(semcache_status status, const std::string & message) {
+    state().status  = status;
+    state().message = message;
+}
+
+std::unique_ptr<semcache_config> semcache_take_pending() {
+    return std::move(state().pending);
+}
+
+semcache_params semcache_default_params(void) {
+    semcache_params p = {};
+    p.struct_size = sizeof(p);
+    p.method      = SEMCACHE_METHOD_SEMANTIC;
+    p.ratio       = 0.25f;
+    p.n_stage     = 512;
+    p.n_window    = 64;
+    p.n_sink      = 4;
+    p.n_horizon   = 512;
+    p.n_chunk     = 32;
+    p.merge       = 1;
+    return p;
+}
+
+int32_t semcache_configure_next(const semcache_params * params) {
+    state().pending.reset();
+    semcache_set_error(SEMCACHE_OK, "");
+    if (!params) {
+        return SEMCACHE_OK;
+    }
+    return guarded([&] {
+        const auto & p = *params;
+        auto num = [](auto x) { return std::to_string(x); };
+        expect(p.struct_size == sizeof(p), "struct_size", num(sizeof(p)), num(p.struct_size));
+        expect(p.method >= SEMCACHE_METHOD_SEMANTIC && p.method <= SEMCACHE_METHOD_STREAMING, "method", "a semcache_method", num(p.method));
+        expect(p.ratio > 0.0f && p.ratio <= 1.0f, "ratio", "0 < ratio <= 1", num(p.ratio));
+        expect(p.n_window >= 1, "n_window", "at least 1", num(p.n_window));
+        expect(p.n_sink >= 0, "n_sink", "at least 0", num(p.n_sink));
+        expect(p.n_stage > p.n_window + p.n_sink, "n_stage", "more than n_window + n_sink = " + num(p.n_window + p.n_sink), num(p.n_stage));
+        expect(p.n_horizon >= 1, "n_horizon", "at least 1", num(p.n_horizon));
+        expect(p.n_chunk >= 1 && p.n_chunk <= 255, "n_chunk", "1 to 255", num(p.n_chunk));
+
+        auto c = std::make_unique<semcache_config>();
+        c->params = p;
+        c->model_id = p.model_id ? p.model_id : "";
+        if (p.profile_path) {
+            c->profile_path = p.profile_path;
+            std::string error;
+            if (!c->profile.read(c->profile_path, error)) {
+                throw semcache_error(SEMCACHE_ERR_PROFILE, error);
+            }
+            if (p.model_id && c->profile.model_id != c->model_id) {
+                throw semcache_error(SEMCACHE_ERR_PROFILE, "profile " + c->profile_path + ": expected model " + c->model_id + ", got " +
+                        c->profile.model_id + "; calibrate this model or pass its own profile");
+            }
+        }
+        c->params.profile_path = nullptr; // the caller's strings may go
+        c->params.model_id     = nullptr;
+        state().pending = std::move(c);
+    });
+}
+
+const char * semcache_last_error(void) { return state().message.c_str(); }
+
+int32_t semcache_last_status(void) { return state().status; }
+
+int32_t semcache_get_stats(const llama_context * ctx, semcache_stats * stats) {
+    return guarded([&] { store_of(ctx).stats(*stats); });
+}
+
+int64_t semcache_kv_bytes(const llama_context * ctx) {
+    if (!ctx || !ctx->get_memory()) {
+        semcache_set_error(SEMCACHE_ERR_CONTEXT, "expected a context with a KV cache, got none; pass one of a generating model");
+        return -SEMCACHE_ERR_CONTEXT;
+    }
+    int64_t res = 0;
+    for (const auto & [buft, size] : ctx->get_memory()->memory_breakdown()) {
+        res += size;
+    }
+    return res;
+}
+
+int32_t semcache_get_head_stats(const llama_context * ctx, semcache_head_stats * heads, int32_t n) {
+    int32_t res = 0;
+    const semcache_status status = guarded([&] { res = store_of(ctx).head_stats(heads, n); });
+    return status == SEMCACHE_OK ? res : -status;
+}
+
+int32_t semcache_floor(const llama_context * ctx, int32_t pos) {
+    int32_t res = 0;
+    const semcache_status status = guarded([&] {
+        const llama_semcache & store = store_of(ctx);
+        const auto * iswa = dynamic_cast<const llama_kv_cache_iswa *>(ctx->get_memory());
+        res = iswa ? llama_semcache::floor(*iswa, std::max(pos, 0)) : store.floor(std::max(pos, 0));
+    });
+    return status == SEMCACHE_OK ? res : -status;
+}
+
+int32_t semcache_calibrate_add(llama_context * ctx) {
+    return guarded([&] { store_of(ctx).calibrate_add(ctx); });
+}
+
+int32_t semcache_calibrate_write(llama_context * ctx, const char * path, const char * model_id) {
+    return guarded([&] {
+        semcache::profile p = store_of(ctx).calibration();
+        if (p.n_text == 0) {
+            throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected at least one text, got none; call semcache_calibrate_add first");
+        }
+        p.model_id = model_id;
+        std::string error;
+        if (!p.write(path, error)) {
+            throw semcache_error(SEMCACHE_ERR_IO, error);
+        }
+    });
+}
+
+const char * semcache_version(void) { return SEMCACHE_VERSION; }
+
+const char * semcache_upstream_commit(void) { return SEMCACHE_UPSTREAM_COMMIT; }

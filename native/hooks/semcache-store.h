@@ -1,0 +1,187 @@
+// semcache-store.h - the compressed rows of a llama_kv_cache, and everything that the patches call
+//
+// A llama_kv_cache that was built inside a llama_semcache_scope owns one llama_semcache. The cache itself is the stage:
+// it is allocated with n_stage cells and goes on doing masks, slots and positions for the newest tokens. The store holds
+// what older tokens were compressed to, and the queries of the tokens in the stage.
+//
+// Call sites (patches/*.patch): the constructor of llama_context opens the scope; that of llama_kv_cache asks for its
+// number of cells and attaches the store; init_update(optimize) hands out a pass; clear, seq_rm, seq_add, seq_pos_*,
+// memory_breakdown, state_write and state_read pass through; build_attn_mha asks semcache_build_attn first.
+
+#pragma once
+
+#include "sc-chunk.h"
+#include "sc-pass.h"
+#include "sc-profile.h"
+#include "semcache.h"
+
+#include "ggml-cpp.h"
+#include "llama-memory.h"
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+class llama_kv_cache;
+class llama_kv_cache_iswa;
+class llama_io_read_i;
+class llama_io_write_i;
+struct llama_context;
+struct llama_cparams;
+struct llama_model;
+
+// The thread's last error, for the C API.
+void semcache_set_error(semcache_status status, const std::string & message);
+
+// A user's mistake or a lack of memory. It also becomes the thread's last error, since llama.cpp catches exceptions of its
+// constructors and state functions itself and reports no more than that they failed.
+struct semcache_error : std::runtime_error {
+    semcache_error(semcache_status status, const std::string & what) : std::runtime_error(what) { semcache_set_error(status, what); }
+};
+
+// Parameters of the next context, with the profile already read.
+struct semcache_config {
+    semcache_params    params;
+    semcache::profile  profile; // no heads: equal budgets
+    std::string        profile_path;
+    std::string        model_id;
+};
+
+// While a llama_context is being built: the configuration that was set for it, if any. Opened on the stack of its
+// constructor; throws semcache_error if the model or the context cannot be compressed, before any cache is allocated.
+class llama_semcache_scope {
+public:
+    llama_semcache_scope(const llama_model & model, llama_cparams & cparams, const llama_context_params & params);
+    ~llama_semcache_scope();
+
+    llama_semcache_scope(const llama_semcache_scope &) = delete;
+    llama_semcache_scope & operator=(const llama_semcache_scope &) = delete;
+
+    // Throws if a configuration was set but no cache took it.
+    void finish() const;
+
+    const llama_model   & model;
+    const llama_cparams & cparams;
+
+    std::unique_ptr<semcache_config> config; // NULL: nothing to do
+    bool attached = false;
+};
+
+class llama_semcache {
+public:
+    // Rows of one layer. Tensors live in the layer's own backend.
+    struct layer {
+        uint32_t il;
+        int32_t  n_head;
+        ggml_tensor * k_stage; // of the llama_kv_cache
+        ggml_tensor * v_stage;
+        ggml_tensor * k;       // F16 [n_embd_head_k, n_row]
+        ggml_tensor * v;       // F16 [n_embd_head_v, n_row]
+        ggml_tensor * bias;    // F32 [n_row]
+        ggml_tensor * q;       // F16 [n_embd_head_k*n_head, n_stage], query of the token in each cell
+        semcache::head_shape shape;
+        int32_t rope;          // index into ropes
+        std::vector<int32_t> row_first; // [n_head_kv + 1]
+        std::vector<int32_t> row_count; // [n_head_kv] rows in use, sinks included
+        std::vector<semcache::core_meta> meta; // [n_row]
+
+        int32_t n_head_kv() const { return (int32_t) row_count.size(); }
+    };
+
+    llama_semcache(llama_kv_cache & kv, const llama_semcache_scope & scope, bool v_trans);
+
+    // NULL if the layer is not compressed.
+    layer * find(uint32_t il);
+
+    bool    has_cores() const { return n_past > 0; }
+    int32_t pos_end()   const { return n_past; }
+
+    // A memory context whose apply() runs a pass; status NO_UPDATE if the stage holds nothing to compress.
+    llama_memory_context_ptr init_pass(llama_context * lctx);
+    bool pass_possible() const;
+    void pass(llama_context * lctx);
+
+    void clear();
+
+    // Whether the positions [p0, p1) of a sequence can be removed, and the removal as far as it concerns the cores.
+    bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    void rm(llama_seq_id seq_id, llama_pos p0);
+    llama_pos floor(llama_pos pos) const;
+
+    // The same for a cache with sliding-window layers beside it: behind a cut they must still hold their whole window.
+    static bool      can_rm(const llama_kv_cache_iswa & kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    static llama_pos floor(const llama_kv_cache_iswa & kv, llama_pos pos);
+
+    // Positions of a compressed cache are fixed: says so as the last error and returns true.
+    bool refuse_shift(const char * what) const;
+
+    void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
+
+    void state_write_head(llama_io_write_i & io) const;
+    void state_write_data(llama_io_write_i & io) const;
+    void state_read_head(llama_io_read_i & io);
+    void state_read_data(llama_io_read_i & io);
+
+    void stats(semcache_stats & s) const;
+    int32_t head_stats(semcache_head_stats * heads, int32_t n) const;
+
+    void calibrate_add(llama_context * lctx);
+    const semcache::profile & calibration() const { return measured; }
+
+private:
+    // Tokens in the stage in position order.
+    struct stage_tokens {
+        std::vector<int32_t> cell, pos, tok;
+    };
+    struct job;
+    class host_layer;
+
+    stage_tokens collect() const;
+    void allocate(const llama_semcache_scope & scope);
+    void turn_tables(const stage_tokens & st, int32_t n_sink, int32_t n_past, std::vector<std::vector<float>> & tables) const;
+    semcache::stage_rows stage_of(const layer & l, int32_t ih, const host_layer & host, const stage_tokens & st, int32_t n_sink,
+                                  int32_t n_window, const std::vector<float> & table, const std::vector<int32_t> & chunk) const;
+    std::vector<std::vector<uint32_t>> groups() const;
+    size_t kv_heads() const;
+    std::vector<bool> delimiters_of(const stage_tokens & st, int32_t begin, int32_t end) const;
+
+    llama_kv_cache & kv;
+    const bool       v_trans;
+    semcache_params  params;
+    int32_t          n_ctx;
+    int32_t          n_batch;
+    size_t           full_bytes = 0;
+
+    std::vector<layer>          layers;
+    std::vector<int32_t>        layer_of; // [n_layer] index into layers, or -1
+    std::vector<semcache::rope> ropes;    // distinct ones
+    std::vector<bool>           delimiter; // [n_vocab]
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    int32_t              n_past = 0;   // tokens that went into the cores: the stage begins here
+    semcache::chunker    chunker;
+    std::vector<int32_t> chunk_start;  // [n_chunk] first position of each chunk
+
+    int64_t rows_merged = 0, rows_dropped = 0, n_pass = 0, pass_us = 0, pass_last_us = 0;
+    semcache::profile measured;
+};
+
+// Cells for a cache that is about to be built: those of the stage inside a scope, else kv_size.
+uint32_t semcache_n_cells(uint32_t kv_size, llama_swa_type swa_type, const void * other);
+
+// The store for a cache that was just built inside a scope, else NULL.
+std::shared_ptr<llama_semcache> semcache_attach(llama_kv_cache & kv, llama_swa_type swa_type, const void * other, bool v_trans);
+
+// The cache of a memory context or memory that carries a store; NULL if there is none.
+const class llama_kv_cache_context * semcache_find(const llama_memory_context_i * mctx);
+llama_semcache * semcache_find(llama_memory_i * memory);
+
+// Attention over cores and stage for one layer: what build_attn_mha would return, or NULL if the layer is not compressed or has no
+// cores yet, for upstream to go on as always.
+struct llm_graph_context;
+ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+                                  ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il);
+
+// What semcache_configure_next() left for the next context of this thread, if anything.
+std::unique_ptr<semcache_config> semcache_take_pending();

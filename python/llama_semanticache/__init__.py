@@ -1,0 +1,58 @@
+"""llama_cpp.Llama with a KV cache that is compressed while it runs.
+
+    from llama_semanticache import Llama
+    llm = Llama("model.gguf", n_ctx=32768, kv_compress="semanticache", kv_ratio=0.25)
+
+Import this package before `llama_cpp`: it decides which library that loads.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from ._native import point_llama_cpp_here, upstream_commit
+from .errors import (
+    ArgumentError,
+    ContextOverflowError,
+    DownloadError,
+    LibraryError,
+    ModelFileError,
+    ProfileError,
+    SemanticCacheError,
+    StateError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from .llama import KVStats, Llama
+
+try:
+    __version__ = version("llama-semanticache")
+except PackageNotFoundError:  # run from a source tree
+    __version__ = "0+source"
+__all__ = [
+    "ArgumentError",
+    "ContextOverflowError",
+    "DownloadError",
+    "KVStats",
+    "LibraryError",
+    "Llama",
+    "ModelFileError",
+    "ProfileError",
+    "SemanticCacheError",
+    "StateError",
+    "UnsupportedModelError",
+    "upstream_commit",
+]
+
+point_llama_cpp_here()
+
+
+def __getattr__(name: str):
+    # llama_cpp takes a second to import; commands that only look at files do without
+    if name in ("Llama", "KVStats"):
+        from . import llama
+
+        return getattr(llama, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

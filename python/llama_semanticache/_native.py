@@ -1,0 +1,122 @@
+"""The patched library: where it is, and its C API.
+
+The only module that knows about the binding. The declarations are read from semcache.h, the functions are looked up in
+the library that llama_cpp has loaded, so there is one source and one copy of each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    ArgumentError,
+    LibraryError,
+    ProfileError,
+    SemanticCacheError,
+    StateError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from cffi import FFI
+
+HERE = Path(__file__).parent
+LIB_VARIABLE = "LLAMA_CPP_LIB_PATH"  # read by llama_cpp when it is imported
+
+
+def point_llama_cpp_here() -> None:
+    """Let a later `import llama_cpp` load the patched library. A path that is already set wins."""
+    if (HERE / "lib").is_dir():
+        os.environ.setdefault(LIB_VARIABLE, str(HERE / "lib"))
+
+
+@lru_cache(maxsize=None)
+def load() -> tuple[FFI, Any]:
+    """(ffi, lib): cffi's view of semcache.h and of the library that llama_cpp loaded.
+
+    Raises
+    ------
+    LibraryError
+        llama_cpp was imported first with its own library, or the library is missing or of another version.
+    """
+    from cffi import FFI
+
+    stock_first = "llama_cpp" in sys.modules
+    try:
+        import llama_cpp.llama_cpp as bindings
+    except (ImportError, FileNotFoundError, OSError, RuntimeError) as error:
+        raise LibraryError(
+            f"expected the patched llama.cpp in {os.environ.get(LIB_VARIABLE, HERE / 'lib')}, got: {error}; "
+            "install llama-semanticache again"
+        ) from error
+    path = bindings._lib._name
+    if not hasattr(bindings._lib, "semcache_version"):
+        cause = "llama_cpp was imported first" if stock_first else f"{LIB_VARIABLE} points there"
+        raise LibraryError(
+            f"expected the patched llama.cpp, got the stock library {path} ({cause}); "
+            f"import llama_semanticache before llama_cpp and leave {LIB_VARIABLE} unset"
+        )
+    ffi = FFI()
+    ffi.cdef("struct llama_context;\n" + _declarations())
+    return ffi, ffi.dlopen(path)
+
+
+def _declarations() -> str:
+    for header in (HERE / "include" / "semcache.h", HERE.parents[1] / "native" / "include" / "semcache.h"):
+        if header.is_file():
+            text = header.read_text(encoding="utf-8")
+            return text.split("// cffi: begin")[1].split("// cffi: end")[0]
+    raise LibraryError(f"expected semcache.h in {HERE / 'include'}, got none; install llama-semanticache again")
+
+
+def context(llama: Any) -> Any:
+    """The llama_context of a llama_cpp.Llama as a cffi pointer."""
+    ffi, _ = load()
+    return ffi.cast("struct llama_context *", llama._ctx.ctx)
+
+
+def last_error() -> SemanticCacheError | None:
+    """The last error of this thread as the exception to raise, or None."""
+    ffi, lib = load()
+    kinds: dict[int, type[SemanticCacheError]] = {
+        lib.SEMCACHE_ERR_ARGUMENT: ArgumentError,
+        lib.SEMCACHE_ERR_MODEL: UnsupportedModelError,
+        lib.SEMCACHE_ERR_PROFILE: ProfileError,
+        lib.SEMCACHE_ERR_CONTEXT: StateError,
+        lib.SEMCACHE_ERR_STATE: StateError,
+        lib.SEMCACHE_ERR_MEMORY: StateError,
+        lib.SEMCACHE_ERR_IO: StateError,
+    }
+    status = lib.semcache_last_status()
+    if status == lib.SEMCACHE_OK:
+        return None
+    return kinds[status](ffi.string(lib.semcache_last_error()).decode("utf-8", "replace"))
+
+
+def check(status: int) -> None:
+    """Raise what a call that returned `status` reports."""
+    if status != 0:
+        raise last_error() or SemanticCacheError(f"the library reported status {status} without a message")
+
+
+def count(result: int) -> int:
+    """A result that is a number, or minus a status."""
+    if result < 0:
+        check(-result)
+    return result
+
+
+def version() -> str:
+    """Version of the native library."""
+    ffi, lib = load()
+    return ffi.string(lib.semcache_version()).decode()
+
+
+def upstream_commit() -> str:
+    """Commit of the llama.cpp that was patched, 40 hex digits."""
+    ffi, lib = load()
+    return ffi.string(lib.semcache_upstream_commit()).decode()

@@ -1,0 +1,27 @@
+"""The command line program llama-semanticache."""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from .chat import chat
+from .common import ErrorGroup
+from .memory import memory
+from .models import models
+from .profile import profile
+from .run import run
+
+
+@click.group(cls=ErrorGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="llama-semanticache")
+def main() -> None:
+    """Language models in less memory: llama.cpp with a compressed KV cache.
+
+    MODEL is the path of a GGUF file or a name that 'llama-semanticache models' lists; a named model is downloaded on
+    first use.
+    """
+
+
+for command in (chat, run, profile, memory, models):
+    main.add_command(command)

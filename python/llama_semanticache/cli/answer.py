@@ -1,0 +1,115 @@
+"""Streaming one answer, with Ctrl-C stopping it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+
+class TokenMeter:
+    """Context in which the tokens that `llm` generates are timed.
+
+    llama_cpp has no hook for this: a chunk of a stream can stand for several tokens, and llama.cpp's own timer loses
+    the batches that come after a pass. So generate() is wrapped for as long as the context lasts.
+
+    Attributes
+    ----------
+    prefill_s : float or None
+        Seconds from the start of the context to the first token; None if there was none.
+    decode_s : float
+        Seconds from the first token to the last.
+    n_decoded : int
+        Tokens after the first one.
+    """
+
+    def __init__(self, llm: Llama):
+        self.llm = llm
+        self.prefill_s: float | None = None
+        self.decode_s = 0.0
+        self.n_decoded = 0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decoding speed; None if there were too few tokens to tell."""
+        return self.n_decoded / self.decode_s if self.decode_s else None
+
+    def __enter__(self) -> TokenMeter:
+        self._begin = time.perf_counter()
+        self.llm.generate = self._generate
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        del self.llm.generate  # the method of the class is back
+
+    def _generate(self, tokens: list[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+        stream = type(self.llm).generate(self.llm, tokens, *args, **kwargs)
+        try:
+            for token in stream:
+                now = time.perf_counter()
+                if self.prefill_s is None:
+                    self.prefill_s = now - self._begin
+                    first = now
+                else:
+                    self.n_decoded += 1
+                    self.decode_s = now - first
+                yield token
+        finally:
+            stream.close()
+
+
+@dataclass
+class Answer:
+    """An answer as far as it got.
+
+    Attributes
+    ----------
+    text : str
+    finish_reason : str or None
+        "stop", "length", or None if it was interrupted.
+    interrupted : bool
+        By Ctrl-C.
+    """
+
+    text: str = ""
+    finish_reason: str | None = None
+    interrupted: bool = False
+
+
+def explain(error: Exception) -> str:
+    """Message of an error, with the next step where llama_cpp's own does not name one."""
+    if "exceed context window" in str(error):
+        return f"{error}; shorten the text or start with a larger --n-ctx"
+    return str(error)
+
+
+def stream_answer(chunks: Iterator[dict[str, Any]], answer: Answer) -> None:
+    """Write a stream of completion or chat completion chunks to stdout and into `answer`, valid even if this raises.
+
+    Parameters
+    ----------
+    chunks : iterator
+        What create_completion or create_chat_completion returned with stream=True.
+    answer : Answer
+        Filled as the text comes.
+    """
+    try:
+        for chunk in chunks:
+            choice = chunk["choices"][0]
+            text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            answer.finish_reason = choice["finish_reason"] or answer.finish_reason
+            if text:
+                answer.text += text
+                click.echo(text, nl=False)
+    except KeyboardInterrupt:
+        answer.interrupted = True
+        answer.finish_reason = None
+    finally:
+        if hasattr(chunks, "close"):
+            chunks.close()

@@ -1,0 +1,209 @@
+"""llama-semanticache chat: an interactive conversation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import SemanticCacheError
+from .answer import Answer, TokenMeter, explain, stream_answer
+from .common import LoadOptions, SamplingOptions, kv_line, llama_options, load_llama, note, sampling_options, stats_dict
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+HELP = """\
+/stats       everything about the KV cache
+/reset       forget the conversation
+/save FILE   write the conversation and the cache to a file
+/load FILE   go on with a conversation that was saved
+/help        this text
+/quit        leave; so does Ctrl-D. Ctrl-C stops an answer."""
+
+
+@click.command()
+@click.argument("model")
+@click.option("--system", help="System message that the conversation begins with.")
+@sampling_options
+@llama_options
+def chat(model: str, system: str | None, sampling: SamplingOptions, load: LoadOptions) -> None:
+    """Talk with MODEL. Type /help for the commands."""
+    llm, path = load_llama(model, load)
+    conversation = Conversation(llm, path, load, sampling, system)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        note(f"{path.name}, {llm.n_ctx():,} tokens of context. /help lists the commands.", style="dim")
+        try:
+            import readline  # noqa: F401  gives input() editing and history
+        except ImportError:
+            pass
+    at_prompt = True
+    while True:
+        try:
+            at_prompt = True
+            line = _read_line(interactive)
+            at_prompt = False
+            if line is None or not conversation.take(line.strip()):
+                return
+        except KeyboardInterrupt:
+            note("\n(Ctrl-D or /quit leaves)" if at_prompt else "(stopped)", style="dim")
+
+
+def _read_line(interactive: bool) -> str | None:
+    """One line of stdin; None at its end."""
+    if not interactive:
+        return sys.stdin.readline() or None
+    try:
+        return input("> ")
+    except EOFError:
+        click.echo()
+        return None
+
+
+class Conversation:
+    """The messages of a chat and the model that answers them.
+
+    Parameters
+    ----------
+    llm : Llama
+    path : Path
+        Of the model file.
+    load : LoadOptions
+        What `llm` was loaded with.
+    sampling : SamplingOptions
+    system : str or None
+        First message.
+    """
+
+    def __init__(self, llm: Llama, path: Path, load: LoadOptions, sampling: SamplingOptions, system: str | None):
+        self.llm = llm
+        self.path = path
+        self.load = load
+        self.sampling = sampling
+        self.first = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self.first)
+
+    def take(self, line: str) -> bool:
+        """Answer a message or obey a command; False if it was /quit."""
+        if not line:
+            return True
+        if not line.startswith("/"):
+            self.answer(line)
+            return True
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if name == "/quit":
+            return False
+        commands = {"/help": self.help, "/stats": self.stats, "/reset": self.reset}
+        file_commands = {"/save": self.save, "/load": self.restore}
+        try:
+            if name in commands:
+                commands[name]()
+            elif name in file_commands and argument:
+                file_commands[name](Path(argument).expanduser())
+            elif name in file_commands:
+                note(f"{name} needs a file name: {name} FILE", style="red")
+            else:
+                note(f"{name} is not a command; /help lists them", style="red")
+        except SemanticCacheError as error:
+            self.report(error)
+        return True
+
+    def report(self, error: Exception) -> None:
+        """Show an error; with --verbose, its traceback."""
+        if self.load.verbose:
+            import traceback
+
+            note("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        note(f"Error: {explain(error)}", style="red")
+
+    def answer(self, text: str) -> None:
+        """Stream the answer to a message. The history keeps both, as far as the answer got.
+
+        A message to which nothing was answered is not kept: after an error, the next one may fit; after Ctrl-C, an
+        empty answer in the history would teach the model to be silent.
+        """
+        message = {"role": "user", "content": text}
+        answer = Answer()
+        failed = None
+        meter = TokenMeter(self.llm)
+        try:
+            with meter:
+                messages = [*self.messages, message]
+                chunks = self.llm.create_chat_completion(messages, stream=True, **self.sampling.arguments())
+                stream_answer(chunks, answer)
+        except KeyboardInterrupt:
+            answer.interrupted = True
+        except (SemanticCacheError, ValueError, RuntimeError) as error:
+            failed = error
+        if answer.text:
+            click.echo()
+        kept = bool(answer.text) or (failed is None and not answer.interrupted)
+        if kept:
+            self.messages += [message, {"role": "assistant", "content": answer.text}]
+        if failed is not None:
+            self.report(failed)
+        if not kept:
+            note("(the conversation goes on without this message)", style="dim")
+        elif answer.interrupted:
+            note("(stopped)", style="dim")
+        elif answer.finish_reason == "length":
+            note("(cut off: --max-tokens or the end of the context)", style="dim")
+        note(kv_line(self.llm.kv_stats(), meter.tokens_per_s), style="dim")
+
+    def help(self) -> None:
+        """List the commands."""
+        note(HELP)
+
+    def stats(self) -> None:
+        """Show all statistics of the cache."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_header=False)
+        for name, value in stats_dict(self.llm.kv_stats()).items():
+            shown = (
+                f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+            )
+            if name.endswith("_bytes"):
+                shown += f"  ({value / 2**20:.1f} MiB)"
+            table.add_row(name, shown)
+        Console().print(table)
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        import llama_cpp
+
+        self.messages = list(self.first)
+        self.llm.reset()
+        # reset() alone leaves the text in memory until the next question
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.llm.ctx), True)
+        note("(forgotten)", style="dim")
+
+    def settings(self) -> dict[str, Any]:
+        """What a saved chat depends on."""
+        from ..models import sha256
+        from ..profile import model_id
+
+        settings = {"model_id": model_id(str(self.path)), "n_ctx": self.llm.n_ctx(), **self.load.kv_settings()}
+        if settings.get("kv_profile") not in (None, "auto"):
+            settings["kv_profile"] = sha256(Path(settings["kv_profile"]))
+        return settings
+
+    def save(self, file: Path) -> None:
+        """Write the conversation and the cache."""
+        from .session import save_session
+
+        n_bytes = save_session(file, self.llm, self.settings(), self.messages)
+        note(f"(saved {len(self.messages)} messages and the cache: {n_bytes / 2**20:.1f} MiB)", style="dim")
+
+    def restore(self, file: Path) -> None:
+        """Go on with a saved conversation."""
+        from .session import load_session
+
+        self.messages = load_session(file, self.llm, self.settings())
+        note(f"(loaded {len(self.messages)} messages)", style="dim")
+        note(kv_line(self.llm.kv_stats(), None), style="dim")

@@ -1,0 +1,255 @@
+"""What the commands share: options, loading, error reports, the line about the KV cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import SemanticCacheError
+from ..models import is_fetched, manifest, resolve
+
+if TYPE_CHECKING:
+    from ..llama import KVStats, Llama
+
+DEFAULT_N_CTX = 8192
+_VERBOSE = "llama_semanticache.verbose"
+
+
+class ErrorGroup(click.Group):
+    """Reports a SemanticCacheError as 'Error: ...' with exit status 1, with a traceback only under --verbose."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SemanticCacheError as error:
+            if ctx.meta.get(_VERBOSE):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options of every command that loads a model; see `llama_options`."""
+
+    n_ctx: int | None
+    kv_compress: str | None
+    kv_ratio: float
+    kv_stage: int
+    kv_window: int
+    kv_profile: str | None
+    threads: int | None
+    verbose: bool
+
+    def kv_settings(self) -> dict[str, Any]:
+        """Arguments of `Llama` that make its cache what it is."""
+        if self.kv_compress is None:
+            return {"kv_compress": None}
+        names = ("kv_compress", "kv_ratio", "kv_stage", "kv_window", "kv_profile")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Options of every command that generates text; see `sampling_options`."""
+
+    max_tokens: int | None
+    temp: float
+    seed: int | None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of create_completion and create_chat_completion."""
+        return {"max_tokens": self.max_tokens, "temperature": self.temp, "seed": self.seed}
+
+
+def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
+    ctx.meta[_VERBOSE] = value
+    return value
+
+
+def _none_if(word: str) -> Callable[[click.Context, click.Parameter, str], str | None]:
+    return lambda _ctx, _param, value: None if value == word else value
+
+
+def _check_profile(_ctx: click.Context, _param: click.Parameter, value: str) -> str | None:
+    if value == "none":
+        return None
+    if value != "auto" and not Path(value).expanduser().is_file():
+        raise click.BadParameter(f"expected 'auto', 'none' or the path of a profile, got {value!r}")
+    return value if value == "auto" else str(Path(value).expanduser())
+
+
+traceback_option = click.option(
+    "--verbose", is_flag=True, callback=_set_verbose, help="Show a traceback if something fails."
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+_LOAD = (
+    click.option(
+        "--n-ctx",
+        type=click.IntRange(min=1),
+        help=f"Context size, tokens.  [default: what the model was trained for, at most {DEFAULT_N_CTX}]",
+    ),
+    click.option(
+        "--kv-compress",
+        type=click.Choice(["semanticache", "paper", "streaming", "none"]),
+        default="semanticache",
+        show_default=True,
+        callback=_none_if("none"),
+        help="How the KV cache is compressed.",
+    ),
+    click.option(
+        "--kv-ratio",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.25,
+        show_default=True,
+        help="Rows kept, as a share of the context.",
+    ),
+    click.option(
+        "--kv-stage",
+        type=click.IntRange(min=1),
+        default=512,
+        show_default=True,
+        help="Newest tokens that are held exactly until the next pass.",
+    ),
+    click.option(
+        "--kv-window",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        help="Newest tokens that a pass leaves alone.",
+    ),
+    click.option(
+        "--kv-profile",
+        default="auto",
+        show_default=True,
+        metavar="auto|none|FILE",
+        callback=_check_profile,
+        help="Budget of each head: measured once per model, equal, or from a file.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama.cpp's choice]"),
+    click.option(
+        "--verbose",
+        is_flag=True,
+        callback=_set_verbose,
+        help="Show llama.cpp's log, and a traceback if something fails.",
+    ),
+)
+
+_SAMPLING = (
+    click.option(
+        "--max-tokens", type=click.IntRange(min=1), help="Longest answer, tokens.  [default: until the context is full]"
+    ),
+    click.option(
+        "--temp",
+        type=click.FloatRange(min=0),
+        default=0.2,
+        show_default=True,
+        help="Temperature; 0 takes the likeliest token.",
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Makes an answer repeatable.  [default: random]"),
+)
+
+
+def _group_options(options: tuple, kind: type, argument: str) -> Callable:
+    """Decorator that adds `options` to a command and hands their values over as one `argument` of type `kind`."""
+    names = kind.__dataclass_fields__
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def wrapper(**values: Any) -> Any:
+            values[argument] = kind(**{name: values.pop(name) for name in names})
+            return function(**values)
+
+        for option in reversed(options):
+            wrapper = option(wrapper)
+        return wrapper
+
+    return decorate
+
+
+llama_options = _group_options(_LOAD, LoadOptions, "load")
+sampling_options = _group_options(_SAMPLING, SamplingOptions, "sampling")
+
+
+def note(text: str, style: str = "") -> None:
+    """Write a line for the reader, not for a pipe: to stderr."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
+
+
+def find_model(model: str, progress: bool = True) -> Path:
+    """Checked path of MODEL; says so before it downloads."""
+    entry = manifest().get(model)
+    if progress and entry and not Path(model).is_file() and not is_fetched(entry):
+        note(f"Fetching {entry.name} ({entry.size_bytes / 2**20:.0f} MiB, {entry.licence}) to {entry.path.parent}")
+    return resolve(model, progress)
+
+
+def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
+    """Load MODEL with the options of the command line.
+
+    Raises
+    ------
+    click.ClickException
+        llama.cpp cannot load it.
+    SemanticCacheError
+        See `Llama`.
+    """
+    path = find_model(model)
+    n_ctx = load.n_ctx
+    if n_ctx is None:
+        from ..memory import read_shape
+
+        n_ctx = min(DEFAULT_N_CTX, read_shape(path).n_ctx_train or DEFAULT_N_CTX)
+
+    from .. import Llama, profile
+
+    try:
+        if load.kv_compress == "semanticache" and load.kv_profile == "auto" and load.kv_ratio < 1:
+            # Llama does this too, but silently unless llama.cpp's log is wanted
+            profile.ensure(path, verbose=True, n_threads=load.threads)
+        llm = Llama(
+            str(path),
+            n_ctx=n_ctx,
+            n_threads=load.threads,
+            n_threads_batch=load.threads,
+            verbose=load.verbose,
+            **load.kv_settings(),
+        )
+    except SemanticCacheError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        if load.verbose:
+            raise
+        raise click.ClickException(f"{error}; run again with --verbose to see llama.cpp's log") from error
+    return llm, path
+
+
+def kv_line(stats: KVStats, tokens_per_s: float | None) -> str:
+    """One line about the cache: tokens seen, rows, size, gain, speed."""
+    parts = [f"{stats.n_tokens:,} tokens seen"]
+    if stats.kv_compress is None:
+        parts += ["uncompressed", f"KV {stats.total_bytes / 2**20:.1f} MiB"]
+    else:
+        parts += [
+            f"{stats.rows_used:,} of {stats.rows_allocated:,} rows",
+            f"KV {stats.total_bytes / 2**20:.1f} MiB",
+            f"{stats.compression_factor:.1f}x smaller",
+        ]
+    if tokens_per_s is not None:
+        parts.append(f"{tokens_per_s:.1f} tokens/s")
+    return " | ".join(parts)
+
+
+def stats_dict(stats: KVStats) -> dict[str, Any]:
+    """All fields and properties of the statistics, for JSON and tables."""
+    from dataclasses import asdict
+
+    return {**asdict(stats), "total_bytes": stats.total_bytes, "compression_factor": stats.compression_factor}

@@ -1,0 +1,301 @@
+"""Llama: llama_cpp.Llama whose KV cache is compressed while it runs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from . import _native, models, profile
+from .errors import ArgumentError, ContextOverflowError, ProfileError, StateError, UnsupportedModelError
+
+_ffi, _lib = _native.load()
+
+import llama_cpp  # noqa: E402  (after _native.load(), which decides which library it gets)
+
+METHODS = {
+    "semanticache": _lib.SEMCACHE_METHOD_SEMANTIC,
+    "paper": _lib.SEMCACHE_METHOD_PAPER,
+    "streaming": _lib.SEMCACHE_METHOD_STREAMING,
+}
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """What the KV cache holds and takes now.
+
+    Rows and tokens are counts, ``*_bytes`` are allocated bytes. A row is one (K, V) of one kv head in one layer.
+    """
+
+    kv_compress: str | None
+    n_ctx: int  # logical size
+    n_tokens: int  # tokens that the cache represents
+    n_tokens_stage: int  # of these, tokens held exactly in the stage
+    rows_allocated: int  # for cores, over all compressed layers and heads
+    rows_used: int
+    rows_merged: int  # merged into another row since the cache was last empty
+    rows_dropped: int  # dropped since then
+    n_pass: int  # passes since the model was loaded
+    pass_s: float  # seconds spent in them
+    core_bytes: int  # K, V and bias of the cores
+    stage_bytes: int  # K and V of the stage
+    query_bytes: int  # queries of the tokens in the stage
+    meta_bytes: int  # scores and chunks of the cores
+    other_bytes: int  # caches of layers that are not compressed
+    full_bytes: int  # an uncompressed f16 cache of all layers
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes allocated for the KV cache of all layers."""
+        return self.core_bytes + self.stage_bytes + self.query_bytes + self.meta_bytes + self.other_bytes
+
+    @property
+    def compression_factor(self) -> float:
+        """How many times smaller than the uncompressed f16 cache."""
+        return self.full_bytes / self.total_bytes if self.total_bytes else 1.0
+
+
+class Llama(llama_cpp.Llama):
+    """llama_cpp.Llama with a compressed KV cache; all of its arguments and methods work as they do there.
+
+    Parameters
+    ----------
+    kv_compress : None, "semanticache", "paper" or "streaming"
+        None leaves the cache alone. "semanticache" is this package's method, "paper" the one of the SemantiCache paper's
+        abstract, "streaming" keeps only the first and the newest tokens; the last two are baselines.
+    kv_ratio : float
+        Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
+    kv_stage : int
+        Newest tokens that are held exactly until the next pass compresses them. Limits ``n_batch`` to
+        ``kv_stage - kv_window``.
+    kv_window : int
+        Newest tokens of the stage that a pass leaves alone.
+    kv_sink : int
+        First tokens of the context, exact for ever.
+    kv_profile : "auto", path or None
+        Which head gets how many rows. "auto": the model's profile, measured on first use; None: all heads the same, which
+        loses far more.
+    kv_params : mapping, optional
+        Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, seed.
+
+    Raises
+    ------
+    ArgumentError, UnsupportedModelError, ProfileError, ModelFileError
+        Before any cache is allocated; the message says what was expected, what was given and what to do.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        kv_compress: str | None = None,
+        kv_ratio: float = 0.25,
+        kv_stage: int = 512,
+        kv_window: int = 64,
+        kv_sink: int = 4,
+        kv_profile: str | os.PathLike[str] | None = "auto",
+        kv_params: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.kv_compress = kv_compress
+        self._kv_options = dict(
+            kv_compress=kv_compress, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, kv_sink=kv_sink,
+            kv_profile=kv_profile, kv_params=kv_params,
+        )  # fmt: skip
+        if kv_compress is None:
+            super().__init__(model_path, **kwargs)
+            return
+
+        _check_arguments(self._kv_options, kwargs)
+        models.read_gguf(model_path)
+        params = _ffi.new("struct semcache_params *", _lib.semcache_default_params())
+        params.method = METHODS[kv_compress]
+        params.ratio = kv_ratio
+        params.n_stage, params.n_window, params.n_sink = kv_stage, kv_window, kv_sink
+        for name, value in (kv_params or {}).items():
+            setattr(params, name, value)
+        keep = []  # the strings that params points to
+        profile_file = self._profile_file(model_path, kwargs)
+        if profile_file is not None:
+            keep = [_ffi.new("char[]", os.fsencode(profile_file)), _ffi.new("char[]", profile.model_id(model_path).encode())]
+            params.profile_path, params.model_id = keep
+        # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their window
+        kwargs.setdefault("swa_full", False)
+        _native.check(_lib.semcache_configure_next(params))
+        try:
+            super().__init__(model_path, **kwargs)
+        except ValueError as error:
+            raise _native.last_error() or error from error
+        finally:
+            _lib.semcache_configure_next(_ffi.NULL)
+        stats = self._native_stats()
+        self.n_batch = min(self.n_batch, stats.n_batch)
+        # upstream sizes these by the argument, while the library rounds n_ctx up to a multiple of 256
+        self.input_ids = self.input_ids.__class__((self._n_ctx,), dtype=self.input_ids.dtype)
+        if self._logits_all and self.scores.shape[0] < self._n_ctx:
+            self.scores = self.scores.__class__((self._n_ctx, self._n_vocab), dtype=self.scores.dtype)
+
+    def _profile_file(self, model_path: str, kwargs: dict[str, Any]) -> Path | None:
+        choice = self._kv_options["kv_profile"]
+        if choice is None or self.kv_compress != "semanticache":
+            return None
+        if choice == "auto":
+            # at ratio 1 every head keeps everything, whatever its share
+            if self._kv_options["kv_ratio"] == 1:
+                return None
+            return profile.ensure(model_path, kwargs.get("verbose", True), kwargs.get("n_threads_batch"))
+        path = Path(choice).expanduser()
+        if not path.is_file():
+            raise ProfileError(f'kv_profile: expected "auto", None or a file, got {path}, which is none; run `llama-semanticache profile`')
+        return path
+
+    def _native_stats(self) -> Any:
+        stats = _ffi.new("struct semcache_stats *")
+        _native.check(_lib.semcache_get_stats(_native.context(self), stats))
+        return stats
+
+    def kv_stats(self) -> KVStats:
+        """Contents and size of the KV cache now."""
+        kv_bytes = _lib.semcache_kv_bytes(_native.context(self))
+        if self.kv_compress is None:
+            return KVStats(None, self._n_ctx, self.n_tokens, self.n_tokens, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, kv_bytes, kv_bytes)
+        s = self._native_stats()
+        other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes
+        return KVStats(
+            kv_compress=self.kv_compress, n_ctx=s.n_ctx, n_tokens=s.n_tokens, n_tokens_stage=s.n_tokens_stage,
+            rows_allocated=s.rows_allocated, rows_used=s.rows_used, rows_merged=s.rows_merged, rows_dropped=s.rows_dropped,
+            n_pass=s.n_pass, pass_s=s.pass_us / 1e6, core_bytes=s.core_bytes, stage_bytes=s.stage_bytes,
+            query_bytes=s.query_bytes, meta_bytes=s.meta_bytes, other_bytes=other, full_bytes=s.full_bytes + other,
+        )  # fmt: skip
+
+    def kv_rows(self) -> list[tuple[int, int, int, int]]:
+        """(layer, kv head, rows allocated, rows used) of every compressed head."""
+        if self.kv_compress is None:
+            return []
+        n = self._native_stats().n_head_kv
+        heads = _ffi.new("struct semcache_head_stats[]", n)
+        _native.count(_lib.semcache_get_head_stats(_native.context(self), heads, n))
+        return [(h.il, h.head, h.rows_allocated, h.rows_used) for h in heads]
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens behind the `n_tokens` that are there.
+
+        Raises
+        ------
+        ContextOverflowError
+            They do not fit into n_ctx; nothing was evaluated.
+        """
+        if self.kv_compress is None:
+            return super().eval(tokens)
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ContextOverflowError(
+                f"expected at most {self._n_ctx} tokens (n_ctx), got {self.n_tokens} in the cache and {len(tokens)} more; "
+                "shorten the text, call reset() or raise n_ctx"
+            )
+        _lib.semcache_configure_next(_ffi.NULL)  # an error found below is of this call
+        try:
+            if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+                missing = self.input_ids[self._cut(self.n_tokens) : self.n_tokens].tolist()
+                self.n_tokens -= len(missing)
+                super().eval(missing)
+            super().eval(tokens)
+        except RuntimeError as error:
+            raise _native.last_error() or error from error
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        if self.kv_compress is not None:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), False)
+
+    def close(self) -> None:
+        """Free the model. Safe on an object whose __init__ has failed."""
+        if "_stack" in self.__dict__:
+            super().close()
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        """Generator of tokens, see llama_cpp.Llama.generate; a prefix that is in the cache already is not read again."""
+        if self.kv_compress is not None and kwargs.get("reset", True) and self.n_tokens > 0:
+            tokens = list(tokens)
+            self._keep_prefix(tokens)
+        return super().generate(tokens, *args, **kwargs)
+
+    def _keep_prefix(self, tokens: list[int]) -> None:
+        # upstream re-evaluates everything when it cannot cut exactly where the texts part; cut a little earlier instead
+        prefix = self.longest_token_prefix(self._input_ids.tolist(), tokens)
+        if prefix == len(tokens):
+            if self.n_tokens == prefix and not self._requires_eval:
+                return
+            prefix -= 1  # one token is evaluated anew for its logits
+        if 0 < self._floor(prefix) < prefix:
+            self.n_tokens = self._cut(prefix)
+            self._requires_eval = True
+
+    def _floor(self, n_tokens: int) -> int:
+        return _native.count(_lib.semcache_floor(_native.context(self), n_tokens))
+
+    def _cut(self, n_tokens: int) -> int:
+        """Cut the cache at the last place up to `n_tokens` where it can be, and return that place."""
+        n = self._floor(n_tokens)
+        self._ctx.kv_cache_seq_rm(-1, n, -1)
+        return n
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """Restore what save_state() returned.
+
+        Raises
+        ------
+        StateError
+            The state is of another model, of other kv_* settings, or damaged. If the message does not say otherwise, the
+            cache is as it was.
+        """
+        if self.kv_compress is None:
+            return super().load_state(state)
+        if state.n_tokens > self._n_ctx:
+            raise StateError(f"state: expected at most n_ctx = {self._n_ctx} tokens, got {state.n_tokens}; use the n_ctx it was saved with")
+        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+        _lib.semcache_configure_next(_ffi.NULL)
+        if llama_cpp.llama_state_set_data(self._ctx.ctx, data, state.llama_state_size) != state.llama_state_size:
+            if self._native_stats().n_tokens != self.n_tokens:
+                self._ctx.kv_cache_clear()
+                self.n_tokens = 0
+            raise _native.last_error() or StateError(
+                "state: expected one that save_state() of this model and these settings returned, got another; "
+                f"the cache holds {self.n_tokens} tokens now"
+            )
+        rows = min(state.scores.shape[0], self.scores.shape[0])
+        self.scores[:rows, :] = state.scores[:rows]
+        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        self.n_tokens = state.n_tokens
+        self._requires_eval = True
+        self._seed = state.seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **self._kv_options}
+
+
+def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """What can be said about the arguments before the model is read; the rest is checked by the library."""
+    if options["kv_compress"] not in METHODS:
+        raise ArgumentError(f"kv_compress: expected None or one of {', '.join(METHODS)}, got {options['kv_compress']!r}; pass one of these")
+    ratio = options["kv_ratio"]
+    if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+        raise ArgumentError(f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows")
+    for name, low in (("kv_sink", 0), ("kv_window", 1), ("kv_stage", options["kv_window"] + options["kv_sink"] + 1)):
+        if not isinstance(options[name], int) or options[name] < low:
+            raise ArgumentError(f"{name}: expected an integer of at least {low}, got {options[name]!r}; the default fits most uses")
+    unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "seed"}
+    if unknown:
+        raise ArgumentError(f"kv_params: expected n_horizon, n_chunk, merge or seed, got {', '.join(sorted(unknown))}; see semcache.h")
+    n_ctx = kwargs.get("n_ctx", 512)
+    if 0 < n_ctx < options["kv_stage"]:
+        raise ArgumentError(f"n_ctx: expected at least kv_stage = {options['kv_stage']}, got {n_ctx}; raise n_ctx or lower kv_stage")
+    if kwargs.get("embedding"):
+        raise UnsupportedModelError("expected text generation, got embedding=True; leave kv_compress out for embeddings")
+    if kwargs.get("vocab_only"):
+        raise ArgumentError("expected a model with weights, got vocab_only=True; leave kv_compress out")
+    for name in ("type_k", "type_v"):
+        if kwargs.get(name) not in (None, llama_cpp.GGML_TYPE_F16):
+            raise ArgumentError(f"{name}: expected None or f16 with kv_compress, got ggml type {kwargs[name]}; leave {name} out")

@@ -1,0 +1,512 @@
+"""What a model needs in memory, computed from the metadata of its GGUF file alone.
+
+The sizes of the weights and of the KV cache follow llama.cpp's own allocation. The rest (compute buffer, the driver's
+context on a GPU) is an estimate and says so. 1 GB is 1024^3 bytes here, 1 MiB is 1024^2.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ArgumentError, ModelFileError
+from .models import read_gguf
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+GB = 1024**3
+CARDS_GB = (6, 8, 12, 16, 24)  # memory of common consumer cards
+CACHE_TYPES = ("f16", "q8_0", "q4_0", "semanticache")
+
+_BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
+_N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
+_N_SINK, _N_CHUNK = 4, 32  # a kv head never gets fewer rows than these two together
+_BIAS_BYTES, _META_BYTES = 4, 12  # of a row, besides K and V
+_DRIVER_BYTES = 300 << 20  # context of a GPU driver, estimated
+
+_RECURRENT = ("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7")
+_ALIBI = ("bloom", "refact", "jais")
+# Every how many layers one has full attention, where the file does not say it; negative: the first of them, else the
+# last.
+_SWA_PERIOD = {
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3n": 5,
+    "cohere2": 4,
+    "exaone4": 4,
+    "gpt-oss": 2,
+    "olmo2": 4,
+    "plamo3": 8,
+    "smallthinker": -4,
+}
+_SWA_DEFAULT = {"gemma2": 4096, "exaone4": 4096}  # tokens, where the file does not say it
+_HYBRID_PERIOD = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}  # every how many layers one is not recurrent
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Attention of one layer.
+
+    Attributes
+    ----------
+    il : int
+        Layer.
+    kind : {"full", "swa", "none"}
+        Full attention, sliding window, or no KV cache of its own (recurrent, or shared with another layer).
+    n_head, n_head_kv : int
+        Query heads, kv heads.
+    n_embd_head_k, n_embd_head_v : int
+        Values per key and per value; n_embd_head_v is 0 where no value is cached (MLA).
+    """
+
+    il: int
+    kind: str
+    n_head: int
+    n_head_kv: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the metadata says about a model.
+
+    Attributes
+    ----------
+    path, name, arch : str
+        File, general.name, general.architecture.
+    n_ctx_train, n_embd, n_ff, n_vocab, n_swa : int
+        n_swa is the sliding window in tokens, 0 if there is none.
+    weights_bytes : int
+        All tensors.
+    layers : tuple of LayerShape
+    refused : str or None
+        Why the cache cannot be compressed, as far as the metadata tells.
+    """
+
+    path: str
+    name: str
+    arch: str
+    n_ctx_train: int
+    n_embd: int
+    n_ff: int
+    n_vocab: int
+    n_swa: int
+    weights_bytes: int
+    layers: tuple[LayerShape, ...]
+    refused: str | None
+
+    def of_kind(self, kind: str) -> list[LayerShape]:
+        """Layers of one kind."""
+        return [layer for layer in self.layers if layer.kind == kind]
+
+
+@dataclass(frozen=True)
+class CacheEstimate:
+    """Memory for one kind of cache at one context size, bytes.
+
+    Attributes
+    ----------
+    cache : str
+        One of `CACHE_TYPES`.
+    n_ctx : int
+        Tokens, as asked for.
+    core_bytes, stage_bytes, query_bytes, meta_bytes : int
+        Compressed layers: K, V and bias of the cores; K and V of the stage; its queries; scores and chunk ids.
+    other_bytes : int
+        Layers that are not compressed: all of them unless `cache` is "semanticache".
+    weights_bytes : int
+    overhead_bytes : int
+        Estimate: compute buffer for batches of 512 tokens with flash attention, and the driver's context.
+    compression_factor : float
+        f16 cache at this n_ctx divided by this one.
+    """
+
+    cache: str
+    n_ctx: int
+    core_bytes: int
+    stage_bytes: int
+    query_bytes: int
+    meta_bytes: int
+    other_bytes: int
+    weights_bytes: int
+    overhead_bytes: int
+    compression_factor: float
+
+    @property
+    def kv_bytes(self) -> int:
+        """The whole cache."""
+        return self.core_bytes + self.stage_bytes + self.query_bytes + self.meta_bytes + self.other_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Cache, weights and overhead."""
+        return self.kv_bytes + self.weights_bytes + self.overhead_bytes
+
+    def fits(self, card_gb: float) -> bool:
+        """Whether all of it fits into the memory of a card of `card_gb` GB (1024^3 bytes)."""
+        return self.total_bytes <= card_gb * GB
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Estimates for several context sizes and cards.
+
+    Attributes
+    ----------
+    model : ModelShape
+    kv_ratio : float
+    kv_stage : int
+    cards_gb : tuple of int
+    estimates : tuple of CacheEstimate
+        Ordered by n_ctx, then as in `CACHE_TYPES`; kinds that cannot be had are left out.
+    max_n_ctx : dict
+        max_n_ctx[cache][card_gb]: largest n_ctx that fits, at most n_ctx_train; 0 if none does.
+    notes : tuple of str
+        Kinds left out, and why.
+    """
+
+    model: ModelShape
+    kv_ratio: float
+    kv_stage: int
+    cards_gb: tuple[int, ...]
+    estimates: tuple[CacheEstimate, ...]
+    max_n_ctx: dict[str, dict[int, int]]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and totals, for JSON."""
+        report = asdict(self)
+        for entry, estimate in zip(report["estimates"], self.estimates, strict=True):
+            entry["kv_bytes"] = estimate.kv_bytes
+            entry["total_bytes"] = estimate.total_bytes
+            entry["fits_gb"] = [card for card in self.cards_gb if estimate.fits(card)]
+        return report
+
+
+def read_shape(path: str | os.PathLike[str]) -> ModelShape:
+    """Read the metadata of a GGUF file; the model is not loaded.
+
+    Raises
+    ------
+    ModelFileError
+        Not a readable, complete GGUF file, or one without the metadata of a language model.
+    """
+    reader = read_gguf(path)
+    meta = _Metadata(reader, path)
+    arch = meta.arch
+    n_block = meta.need("block_count")
+    n_layer = n_block - meta.get("nextn_predict_layers", 0)
+    n_embd = meta.need("embedding_length")
+    n_head = meta.per_layer("attention.head_count", n_block, 0)
+    n_head_kv = meta.per_layer("attention.head_count_kv", n_block, n_head)
+    head = n_embd // n_head[0] if n_head[0] else 0
+    d_k, d_v = meta.get("attention.key_length", head), meta.get("attention.value_length", head)
+    d_k_swa, d_v_swa = meta.get("attention.key_length_swa", d_k), meta.get("attention.value_length_swa", d_v)
+    mla = bool(meta.get("attention.key_length_mla", 0))
+    n_swa, swa = _sliding_window(meta, n_layer)
+    cached = _cached_layers(meta, n_layer, n_head_kv)
+
+    layers = []
+    for il in range(n_layer):
+        kind = "none" if not cached[il] else "swa" if swa[il] else "full"
+        k, v = (d_k_swa, d_v_swa) if swa[il] else (d_k, d_v)
+        layers.append(LayerShape(il, kind, n_head[il], n_head_kv[il] if cached[il] else 0, k, 0 if mla else v))
+
+    embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
+    return ModelShape(
+        path=str(path),
+        name=meta.general("name", ""),
+        arch=arch,
+        n_ctx_train=meta.get("context_length", 0),
+        n_embd=n_embd,
+        n_ff=max(meta.per_layer("feed_forward_length", n_block, 0)),
+        n_vocab=int(embedding.shape[-1]) if embedding is not None else meta.get("vocab_size", 0),
+        n_swa=n_swa,
+        weights_bytes=sum(int(tensor.n_bytes) for tensor in reader.tensors),
+        layers=tuple(layers),
+        refused=_refusal(meta, layers),
+    )
+
+
+class _Metadata:
+    """Typed look-ups under the prefix of the architecture."""
+
+    def __init__(self, reader: GGUFReader, path: str | os.PathLike[str]):
+        self.reader = reader
+        self.path = path
+        self.arch = self.general("architecture", None)
+        if self.arch is None:
+            raise ModelFileError(
+                f"expected the metadata general.architecture in {path}, got none; convert the model again"
+            )
+
+    def general(self, key: str, default: Any) -> Any:
+        field = self.reader.get_field(f"general.{key}")
+        return default if field is None else field.contents()
+
+    def get(self, key: str, default: Any) -> Any:
+        field = self.reader.get_field(f"{self.arch}.{key}")
+        return default if field is None else field.contents()
+
+    def need(self, key: str) -> int:
+        value = self.get(key, None)
+        if value is None:
+            raise ModelFileError(
+                f"expected the metadata {self.arch}.{key} of a language model in {self.path}, got none; "
+                "give the file of the model itself, not of an adapter, projector or vocabulary"
+            )
+        return value
+
+    def per_layer(self, key: str, n_layer: int, default: int | list[int]) -> list[int]:
+        """A value that may be one for all layers or one for each."""
+        value = self.get(key, default)
+        return [value] * n_layer if not isinstance(value, list) else value
+
+
+def _sliding_window(meta: _Metadata, n_layer: int) -> tuple[int, list[bool]]:
+    """Window in tokens and, per layer, whether it has one, as llama.cpp decides it."""
+    arch = meta.arch
+    n_swa = meta.get("attention.sliding_window", _SWA_DEFAULT.get(arch, 0))
+    pattern = meta.get("attention.sliding_window_pattern", None)
+    if arch == "llama4":  # attends in chunks, kept like a window
+        n_swa, period = 0 if meta.get("attention.sliding_window", None) == 0 else 8192, 4
+    elif arch in _SWA_PERIOD:
+        period = pattern if isinstance(pattern, int) else _SWA_PERIOD[arch]
+    elif isinstance(pattern, list):
+        period = 1
+    else:
+        return 0, [False] * n_layer  # llama.cpp ignores the window of other architectures
+    if n_swa == 0:
+        return 0, [False] * n_layer
+    if isinstance(pattern, list):
+        return n_swa, [bool(value) for value in pattern[:n_layer]]
+    full = 0 if period < 0 else period - 1
+    return n_swa, [il % abs(period) != full for il in range(n_layer)]
+
+
+def _cached_layers(meta: _Metadata, n_layer: int, n_head_kv: list[int]) -> list[bool]:
+    """Per layer, whether it has a KV cache of its own."""
+    if meta.arch in _RECURRENT:
+        return [False] * n_layer
+    n_own = n_layer - meta.get("attention.shared_kv_layers", 0)
+    recurrent = meta.get("attention.recurrent_layers", None)
+    if recurrent is None and meta.arch in _HYBRID_PERIOD:
+        period = meta.get("full_attention_interval", _HYBRID_PERIOD[meta.arch])
+        recurrent = [(il + 1) % period != 0 for il in range(n_layer)]
+    return [il < n_own and n_head_kv[il] > 0 and not (recurrent and recurrent[il]) for il in range(n_layer)]
+
+
+def _refusal(meta: _Metadata, layers: list[LayerShape]) -> str | None:
+    if not any(layer.kind == "full" for layer in layers):
+        return f"{meta.arch} has no layer with full attention"
+    if meta.get("attention.kv_lora_rank", 0):
+        return f"{meta.arch} uses multi-head latent attention (MLA)"
+    if meta.arch in _ALIBI or meta.get("attention.max_alibi_bias", 0):
+        return f"{meta.arch} uses ALiBi positions"
+    if meta.get("rope.dimension_sections", None):
+        return f"{meta.arch} uses M-RoPE positions"
+    return None
+
+
+def estimate(
+    shape: ModelShape,
+    n_ctx: int,
+    cache: str,
+    *,
+    kv_ratio: float = 0.25,
+    kv_stage: int = 512,
+    kv_window: int = 64,
+    n_ubatch: int = 512,
+    swa_full: bool = False,
+) -> CacheEstimate:
+    """Memory for one kind of cache.
+
+    Parameters
+    ----------
+    shape : ModelShape
+    n_ctx : int
+        Context size, tokens.
+    cache : str
+        One of `CACHE_TYPES`. The first three are llama.cpp's own caches for all layers.
+    kv_ratio, kv_stage, kv_window : float, int, int
+        As in `Llama`; used by "semanticache" only. Heads are taken to have equal budgets.
+    n_ubatch : int
+        Tokens computed at a time.
+    swa_full : bool
+        Keep all n_ctx tokens in sliding-window layers too, as llama_cpp.Llama does unless told otherwise.
+
+    Raises
+    ------
+    ArgumentError
+        This cache cannot be had for this model or with these numbers.
+    """
+    if n_ctx < 1:
+        raise ArgumentError(f"expected n_ctx >= 1, got {n_ctx}; give a number of tokens such as 8192")
+    cells = _pad(n_ctx)
+    cells_swa = cells if swa_full else _pad(min(cells, shape.n_swa + n_ubatch))
+    full, swa = shape.of_kind("full"), shape.of_kind("swa")
+    f16_bytes = _plain_bytes(full, cells, "f16") + _plain_bytes(swa, cells_swa, "f16")
+    core = stage = query = meta = 0
+    if cache == "semanticache":
+        if shape.refused:
+            raise ArgumentError(f"expected a model whose cache can be compressed, got one where {shape.refused}")
+        rows = _check_budget(full, cells, kv_ratio, kv_stage)
+        if not swa_full:  # a batch is no larger than what a pass makes room for
+            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window)))
+        d_of = [(layer.n_head_kv, layer.n_embd_head_k + layer.n_embd_head_v) for layer in full]
+        core = round(sum(rows * n_head_kv * (2 * d + _BIAS_BYTES) for n_head_kv, d in d_of))
+        meta = round(sum(rows * n_head_kv * _META_BYTES for n_head_kv, _ in d_of))
+        stage = _plain_bytes(full, kv_stage, "f16")
+        query = sum(2 * kv_stage * layer.n_head * layer.n_embd_head_k for layer in full)
+        other = _plain_bytes(swa, cells_swa, "f16")
+        kv_cells = kv_stage
+    else:
+        other = _plain_bytes(full, cells, cache) + _plain_bytes(swa, cells_swa, cache)
+        kv_cells = cells
+    kv_bytes = core + stage + query + meta + other
+    return CacheEstimate(
+        cache=cache,
+        n_ctx=n_ctx,
+        core_bytes=core,
+        stage_bytes=stage,
+        query_bytes=query,
+        meta_bytes=meta,
+        other_bytes=other,
+        weights_bytes=shape.weights_bytes,
+        overhead_bytes=_compute_bytes(shape, kv_cells, n_ubatch) + _DRIVER_BYTES,
+        compression_factor=f16_bytes / kv_bytes if kv_bytes else 1.0,
+    )
+
+
+def _pad(n: int) -> int:
+    return -(-n // _N_CTX_PAD) * _N_CTX_PAD
+
+
+def _plain_bytes(layers: Sequence[LayerShape], cells: int, cache: str) -> int:
+    if cache not in _BLOCK_BYTES:
+        raise ArgumentError(f"expected a cache of {', '.join(CACHE_TYPES)}, got {cache!r}")
+    total = 0
+    for layer in layers:
+        for d in (layer.n_embd_head_k, layer.n_embd_head_v):
+            if cache != "f16" and d % 32:
+                raise ArgumentError(
+                    f"expected heads of a multiple of 32 values for {cache}, got {d} in layer {layer.il}"
+                )
+            total += cells * layer.n_head_kv * d * _BLOCK_BYTES[cache] // 32
+    return total
+
+
+def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_stage: int) -> float:
+    """Rows per kv head, on average."""
+    if not 0 < kv_ratio <= 1:
+        raise ArgumentError(f"expected 0 < kv_ratio <= 1, got {kv_ratio}")
+    if not 0 < kv_stage <= cells:
+        raise ArgumentError(
+            f"expected 0 < kv_stage <= n_ctx, got kv_stage {kv_stage} and n_ctx {cells}; lower --kv-stage"
+        )
+    n_head_kv = sum(layer.n_head_kv for layer in full)
+    rows = round(kv_ratio * cells * n_head_kv)
+    least = min(cells, _N_SINK + _N_CHUNK) * n_head_kv
+    if rows < least:
+        raise ArgumentError(
+            f"expected at least {_N_SINK + _N_CHUNK} rows per kv head, got {rows / n_head_kv:.0f} from "
+            f"kv_ratio {kv_ratio} and n_ctx {cells}; raise one of them"
+        )
+    return rows / n_head_kv
+
+
+def _compute_bytes(shape: ModelShape, kv_cells: int, n_ubatch: int) -> int:
+    """Estimate of llama.cpp's compute buffer with flash attention: logits, activations, mask in f32 and f16."""
+    per_token = 4 * (shape.n_vocab + 4 * shape.n_embd + 2 * shape.n_ff) + 6 * kv_cells
+    return n_ubatch * per_token
+
+
+def largest_n_ctx(shape: ModelShape, card_gb: float, cache: str, **options: Any) -> int:
+    """Largest n_ctx, at most n_ctx_train, with which everything fits on a card; 0 if none does.
+
+    Parameters
+    ----------
+    shape : ModelShape
+    card_gb : float
+        Memory of the card, GB of 1024^3 bytes.
+    cache : str
+        One of `CACHE_TYPES`.
+    **options
+        As in `estimate`.
+
+    Raises
+    ------
+    ArgumentError
+        This cache cannot be had at any n_ctx.
+    """
+    limit = shape.n_ctx_train or 1 << 20
+    sizes = [*range(_N_CTX_PAD, limit, _N_CTX_PAD), limit]
+    estimate(shape, limit, cache, **options)
+    low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            fits = estimate(shape, sizes[middle], cache, **options).fits(card_gb)
+        except ArgumentError:
+            fits = True  # too short for the stage or for the budget: look among the longer ones
+        low, high = (middle + 1, high) if fits else (low, middle)
+    if low == 0:
+        return 0
+    try:
+        estimate(shape, sizes[low - 1], cache, **options)
+    except ArgumentError:
+        return 0
+    return sizes[low - 1]
+
+
+def memory_report(
+    path: str | os.PathLike[str],
+    n_ctx: Sequence[int],
+    *,
+    kv_ratio: float = 0.25,
+    kv_stage: int = 512,
+    cards_gb: Sequence[int] = CARDS_GB,
+    swa_full: bool = False,
+) -> MemoryReport:
+    """Estimates for a model file.
+
+    Parameters
+    ----------
+    path : path
+        GGUF file; only its metadata is read.
+    n_ctx : sequence of int
+        Context sizes, tokens.
+    kv_ratio, kv_stage, swa_full
+        See `estimate`.
+    cards_gb : sequence of int
+        Memory of the cards, GB of 1024^3 bytes.
+
+    Raises
+    ------
+    ModelFileError
+        See `read_shape`.
+    ArgumentError
+        A context size below 1.
+    """
+    shape = read_shape(path)
+    options = {"kv_ratio": kv_ratio, "kv_stage": kv_stage, "swa_full": swa_full}
+    estimates: list[CacheEstimate] = []
+    largest: dict[str, dict[int, int]] = {}
+    notes: dict[str, None] = {}  # ordered set
+    for size in n_ctx:
+        estimates.append(estimate(shape, size, "f16", **options))
+        for cache in CACHE_TYPES[1:]:
+            try:
+                estimates.append(estimate(shape, size, cache, **options))
+            except ArgumentError as error:
+                notes[f"{cache}: {error}"] = None
+    for cache in CACHE_TYPES:
+        try:
+            largest[cache] = {card: largest_n_ctx(shape, card, cache, **options) for card in cards_gb}
+        except ArgumentError as error:
+            notes[f"{cache}: {error}"] = None
+    return MemoryReport(shape, kv_ratio, kv_stage, tuple(cards_gb), tuple(estimates), largest, tuple(notes))

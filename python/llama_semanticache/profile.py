@@ -1,0 +1,136 @@
+"""Which share of the rows each kv head gets: found once per model, kept in the user's cache directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Sequence
+
+from . import _native, models
+from .errors import ArgumentError
+
+N_TEXT_TOKENS = 2048
+TEXTS = Path(__file__).parent / "texts"  # one file per text, public domain, see its README.md
+SHIPPED = Path(__file__).parent / "profiles"
+
+
+def model_id(model_path: str | os.PathLike[str]) -> str:
+    """Fingerprint of a model file: SHA-256 of its size, its first MiB and 64 blocks spread over the rest.
+
+    Reading all of a 40 GB file would take a minute; any other quantization, fine-tune or vocabulary differs here too.
+    """
+    path = Path(model_path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(1 << 20))
+        for i in range(64):
+            file.seek(i * max(0, size - (1 << 16)) // 63)
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def profile_path(id: str) -> Path:
+    """Where the profile of a model is kept."""
+    return models.cache_dir() / "profiles" / f"{id}.profile"
+
+
+def find(model_path: str | os.PathLike[str]) -> Path | None:
+    """The profile of a model that was calibrated here or came with the package, or None."""
+    id = model_id(model_path)
+    return next((p for p in (profile_path(id), SHIPPED / f"{id}.profile") if p.is_file()), None)
+
+
+def read_texts(paths: Sequence[str | os.PathLike[str]] | None = None) -> list[str]:
+    """Calibration texts: those of the package, or the given files."""
+    files = sorted(TEXTS.glob("*.txt")) if paths is None else [Path(p) for p in paths]
+    if not files:
+        raise ArgumentError("calibration texts: expected at least one file, got none; pass some or install again")
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def calibrate(
+    model_path: str | os.PathLike[str],
+    *,
+    texts: Sequence[str] | None = None,
+    n_ctx: int = N_TEXT_TOKENS,
+    progress: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    n_threads: int | None = None,
+) -> Path:
+    """Measure which kv heads of a model need how many rows, and write it to a file.
+
+    Every text is read uncompressed up to `n_ctx` tokens; see `reference.profile` for the definition.
+
+    Parameters
+    ----------
+    texts : sequence of str, optional
+        Texts to calibrate on; by default those of the package (prose, code, dialogue, another language).
+    n_ctx : int
+        Tokens of each text, a multiple of 256; a shorter text counts as it is.
+    out : path, optional
+        File to write; by default the model's place in the user's cache directory.
+    force : bool
+        Calibrate again although the profile is there.
+    n_threads : int, optional
+        As in Llama.
+
+    Returns
+    -------
+    Path of the profile.
+
+    Raises
+    ------
+    ArgumentError
+        No texts, or `out` is there already.
+    StateError
+        A text is shorter than sinks and window together, or the file could not be written.
+    """
+    from tqdm import tqdm
+
+    from .llama import Llama
+
+    id = model_id(model_path)
+    path = Path(out) if out is not None else profile_path(id)
+    if path.is_file() and not force:
+        if out is None:
+            return path
+        raise ArgumentError(f"out: expected a new file, got {path}, which is there; pass force=True to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = read_texts() if texts is None else list(texts)
+    ffi, lib = _native.load()
+    llm = Llama(
+        str(model_path), kv_compress="semanticache", kv_ratio=1.0, kv_stage=n_ctx, kv_profile=None, n_ctx=n_ctx,
+        n_threads=n_threads, n_threads_batch=n_threads, flash_attn=True, verbose=False,
+    )  # fmt: skip
+    try:
+        steps = [llm.tokenize(text.encode("utf-8"), special=False)[:n_ctx] for text in texts]
+        with tqdm(total=sum(map(len, steps)), unit="token", desc="calibrating", disable=not progress) as bar:
+            for tokens in steps:
+                llm.reset()
+                for i in range(0, len(tokens), 256):
+                    llm.eval(tokens[i : i + 256])
+                    bar.update(len(tokens[i : i + 256]))
+                _native.check(lib.semcache_calibrate_add(_native.context(llm)))
+        _native.check(lib.semcache_calibrate_write(_native.context(llm), os.fsencode(path), id.encode()))
+    finally:
+        llm.close()
+    return path
+
+
+def ensure(model_path: str | os.PathLike[str], verbose: bool = True, n_threads: int | None = None) -> Path:
+    """The model's profile; calibrates on first use and says so once."""
+    path = find(model_path)
+    if path is None:
+        if verbose:
+            import sys
+
+            print(
+                f"llama-semanticache: first use of {Path(model_path).name} with compression: measuring which heads need "
+                f"how many rows; kept in {profile_path(model_id(model_path))}",
+                file=sys.stderr,
+            )
+        path = calibrate(model_path, progress=verbose, n_threads=n_threads)
+    return path

@@ -1,0 +1,413 @@
+"""One pass over one kv head. All heads are independent.
+
+The rows of the head lie in the order
+
+    n_sink sinks | n_core cores | n_new new rows, by position | n_win window
+
+and T is their number. The candidates C are the cores and the new rows; a pass turns them into at most `budget` cores.
+Sinks and window are attended to and never change. Indices of candidates count from the first core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .attention import logits, logsumexp
+from .lookahead import horizon_positions, rotate
+
+WEIGHT_FLOOR = 1e-9
+"""Added to the weight of every merged row, so that rows that no query looked at still have a mean."""
+
+MASS_FLOOR = 1e-20
+"""Least mass of a cluster whose log is taken."""
+
+BIAS_MIN, BIAS_MAX = -6.0, 8.0
+"""Range of a fitted bias."""
+
+N_FIT = 96
+"""The bias is fitted on about this many of the tokens' queries."""
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows of one kv head, in index order.
+
+    Attributes
+    ----------
+    k : ndarray of float64, shape [n, d_k]
+    v : ndarray of float64, shape [n, d_v]
+    bias : ndarray of float64, shape [n]
+        Added to the logits of the row.
+    chunk : ndarray of int32, shape [n]
+    s_max : ndarray of float64, shape [n]
+        Greatest attention probability that any query gave the row so far.
+    s_var : ndarray of float64, shape [n]
+        Mean squared difference of the row's logit from the mean logit, running mean over passes.
+    n_tok : ndarray of int64, shape [n]
+        Tokens that the row stands for.
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+    bias: np.ndarray
+    chunk: np.ndarray
+    s_max: np.ndarray
+    s_var: np.ndarray
+    n_tok: np.ndarray
+
+    def __post_init__(self):
+        for name, dtype in (("k", np.float64), ("v", np.float64), ("bias", np.float64), ("chunk", np.int32),
+                            ("s_max", np.float64), ("s_var", np.float64), ("n_tok", np.int64)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+            _expect(f"entries of {name}", len(self.k), len(getattr(self, name)))
+
+    def __len__(self) -> int:
+        return len(self.k)
+
+    def take(self, index) -> HeadRows:
+        """Rows at `index`, in that order."""
+        return HeadRows(self.k[index], self.v[index], self.bias[index], self.chunk[index],
+                        self.s_max[index], self.s_var[index], self.n_tok[index])
+
+
+@dataclass(frozen=True)
+class PassInput:
+    """What a pass reads of one kv head. Float arrays are taken as float64.
+
+    Attributes
+    ----------
+    k : ndarray, shape [T, d_k]
+        RoPE'd keys of all rows.
+    v : ndarray, shape [T, d_v]
+    bias : ndarray, shape [T]
+        0 for sinks, new rows and window.
+    n_sink, n_win : int
+        Rows at the start and at the end that stay as they are.
+    chunk : ndarray of int32, shape [n_cand]
+        Non-decreasing.
+    s_max, s_var : ndarray, shape [n_core]
+        Parts of the score that the cores have from earlier passes. Their length tells n_core.
+    n_tok : ndarray of int64, shape [n_core]
+        Tokens that the cores stand for.
+    q : ndarray, shape [n_q, gqa, d_k]
+        RoPE'd queries of the stage's tokens, new rows first and then the window: n_q = n_new + n_win. In the first pass
+        the stage also holds the sinks, whose queries are not used.
+    pos_q : ndarray of int64, shape [n_q]
+        Positions of these tokens.
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+    bias: np.ndarray
+    n_sink: int
+    n_win: int
+    chunk: np.ndarray
+    s_max: np.ndarray
+    s_var: np.ndarray
+    n_tok: np.ndarray
+    q: np.ndarray
+    pos_q: np.ndarray
+
+    def __post_init__(self):
+        for name, dtype in (("k", np.float64), ("v", np.float64), ("bias", np.float64), ("chunk", np.int32), ("s_max", np.float64),
+                            ("s_var", np.float64), ("n_tok", np.int64), ("q", np.float64), ("pos_q", np.int64)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+        _expect("rows of v", len(self.k), len(self.v))
+        _expect("entries of bias", len(self.k), len(self.bias))
+        _expect("entries of chunk", self.n_cand, len(self.chunk))
+        _expect("entries of s_var", self.n_core, len(self.s_var))
+        _expect("entries of n_tok", self.n_core, len(self.n_tok))
+        _expect("queries", self.n_new + self.n_win, len(self.q))
+        _expect("query positions", len(self.q), len(self.pos_q))
+        _expect("query length", self.k.shape[1], self.q.shape[2])
+
+    @property
+    def n_core(self) -> int:
+        return len(self.s_max)
+
+    @property
+    def n_cand(self) -> int:
+        return len(self.k) - self.n_sink - self.n_win
+
+    @property
+    def n_new(self) -> int:
+        return self.n_cand - self.n_core
+
+    @property
+    def cand(self) -> slice:
+        """The candidates among the rows."""
+        return slice(self.n_sink, self.n_sink + self.n_cand)
+
+    def candidates(self) -> HeadRows:
+        """Cores and new rows. A new row stands for one token and has no score yet (0)."""
+        zeros = np.zeros(self.n_new)
+        return HeadRows(self.k[self.cand], self.v[self.cand], self.bias[self.cand], self.chunk,
+                        np.concatenate([self.s_max, zeros]), np.concatenate([self.s_var, zeros]),
+                        np.concatenate([self.n_tok, np.ones(self.n_new, dtype=np.int64)]))
+
+
+@dataclass(frozen=True)
+class PassParams:
+    """Parameters of a pass.
+
+    Attributes
+    ----------
+    scale, softcap : float
+        Of the logits; softcap 0 means none.
+    inv_freq : array_like, shape [n_rot / 2]
+        Angle per position, radians; empty without RoPE.
+    rope_neox : bool
+        Pairing of dimensions, see `lookahead.rotate`.
+    n_past : int
+        Tokens so far, which is the position of the next token.
+    n_horizon : int
+        Positions that the look-ahead spreads over.
+    seed : int
+        Of the look-ahead, 0 <= seed < 2**64.
+    budget : int
+        Rows for the candidates of this head, without the sinks.
+    merge : bool
+        Losers are merged into winners of their chunk; otherwise they are dropped.
+    """
+
+    scale: float
+    softcap: float
+    inv_freq: np.ndarray
+    rope_neox: bool
+    n_past: int
+    n_horizon: int
+    seed: int
+    budget: int
+    merge: bool = True
+
+    def __post_init__(self):
+        check_budget(self.budget)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the look-ahead queries say about each candidate, this pass alone; all float64, shape [n_cand].
+
+    Attributes
+    ----------
+    s_max : greatest probability over the queries
+    s_var : mean over the queries of the squared difference between its logit and the mean logit of the candidates
+    w : mean probability over the queries
+    """
+
+    s_max: np.ndarray
+    s_var: np.ndarray
+    w: np.ndarray
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The cores after a pass and where every candidate went.
+
+    Attributes
+    ----------
+    rows : HeadRows
+        The new cores, ordered by `winner`.
+    winner : ndarray of int64, shape [n_out]
+        Candidate whose place each core takes, increasing.
+    member_of : ndarray of int64, shape [n_cand]
+        Row of `rows` that each candidate is now part of, -1 if it was dropped.
+    """
+
+    rows: HeadRows
+    winner: np.ndarray
+    member_of: np.ndarray
+
+    @property
+    def n_dropped(self) -> int:
+        return int(np.sum(self.member_of < 0))
+
+    @property
+    def n_merged(self) -> int:
+        """Candidates merged into the row of another."""
+        return len(self.member_of) - self.n_dropped - len(self.winner)
+
+
+def compress_head(inp: PassInput, params: PassParams) -> PassResult:
+    """Run one pass.
+
+    Returns
+    -------
+    PassResult
+        At most `budget` rows. With no more candidates than the budget, every one of them stays as it is but for its score.
+    """
+    rows = inp.candidates()
+    if len(rows) == 0:
+        return unchanged(rows)
+    q = look_ahead(inp, params)
+    scores = score(inp, params, q)
+    rows = update_scores(rows, scores, inp.n_core)
+    if len(rows) <= params.budget:
+        return unchanged(rows)
+
+    winner = choose_winners(rows.s_max * rows.s_var, params.budget)
+    member_of = np.full(len(rows), -1, dtype=np.int64)
+    member_of[winner] = np.arange(len(winner))
+    if not params.merge:
+        return PassResult(rows.take(winner), winner, member_of)
+    member_of = cluster(rows.k, rows.chunk, winner, query_metric(q))
+    out = merge_rows(rows, winner, member_of, scores.w)
+    bias = fit_bias(inp, params, q, out, member_of)
+    return PassResult(replace(out, bias=bias), winner, member_of)
+
+
+def look_ahead(inp: PassInput, params: PassParams) -> np.ndarray:
+    """Step 1. Rotate every query from its own position to n_past + u(pos); float64, shape [n_q, gqa, d_k]."""
+    u = horizon_positions(inp.pos_q, params.n_horizon, params.seed)
+    return rotate(inp.q, params.n_past + u - inp.pos_q, params.inv_freq, params.rope_neox)
+
+
+def score(inp: PassInput, params: PassParams, q) -> Scores:
+    """Steps 2 and 3. Let all look-ahead queries attend to all rows and gather each candidate's score parts.
+
+    Parameters
+    ----------
+    q : ndarray, shape [n_q, gqa, d_k]
+        See `look_ahead`.
+    """
+    q = q.reshape(-1, q.shape[-1])  # one line per token and query head
+    x = logits(q, inp.k, params.scale, params.softcap) + inp.bias
+    p = np.exp(x - logsumexp(x)[:, None])[:, inp.cand]
+    x = x[:, inp.cand]
+    mu = np.mean(x, axis=1, keepdims=True)
+    return Scores(s_max=np.max(p, axis=0), s_var=np.mean((x - mu) ** 2, axis=0), w=np.mean(p, axis=0))
+
+
+def update_scores(rows: HeadRows, scores: Scores, n_core: int) -> HeadRows:
+    """Step 3, cores. Keep the greater s_max and the mean of the old and the new s_var; new rows take theirs as it is."""
+    s_max, s_var = scores.s_max.copy(), scores.s_var.copy()
+    s_max[:n_core] = np.maximum(s_max[:n_core], rows.s_max[:n_core])
+    s_var[:n_core] = (s_var[:n_core] + rows.s_var[:n_core]) / 2
+    return replace(rows, s_max=s_max, s_var=s_var)
+
+
+def unchanged(rows: HeadRows) -> PassResult:
+    """Step 4. Every candidate stays."""
+    index = np.arange(len(rows))
+    return PassResult(rows, index, index.copy())
+
+
+def choose_winners(value, budget: int) -> np.ndarray:
+    """Step 5, first half. Indices of the `budget` greatest values, increasing; of equal values the lower index wins."""
+    order = np.argsort(-np.asarray(value), kind="stable")
+    return np.sort(order[:budget])
+
+
+def query_metric(q) -> np.ndarray:
+    """M = mean over all queries of q q': (a - b)' M (a - b) is the mean squared difference of the raw logits of keys a and b.
+
+    Parameters
+    ----------
+    q : ndarray, shape [n_q, gqa, d_k]
+
+    Returns
+    -------
+    ndarray of float64, shape [d_k, d_k]
+    """
+    q = q.reshape(-1, q.shape[-1])
+    return q.T @ q / len(q)
+
+
+def cluster(k, chunk, winner, metric) -> np.ndarray:
+    """Step 5, second half. Every loser joins the nearest winner of its own chunk.
+
+    Parameters
+    ----------
+    k : ndarray, shape [n_cand, d_k]
+    chunk : ndarray of int, shape [n_cand]
+    winner : ndarray of int, shape [n_out]
+        Increasing.
+    metric : ndarray, shape [d_k, d_k]
+        See `query_metric`.
+
+    Returns
+    -------
+    ndarray of int64, shape [n_cand]
+        Number of the winner in `winner` that each candidate joins (ties: the lower), -1 if its chunk has none. A winner
+        joins itself.
+    """
+    member_of = np.full(len(k), -1, dtype=np.int64)
+    member_of[winner] = np.arange(len(winner))
+    for i in np.flatnonzero(member_of < 0):
+        near = np.flatnonzero(chunk[winner] == chunk[i])
+        if len(near):
+            d = k[i] - k[winner[near]]
+            member_of[i] = near[np.argmin(np.sum(d @ metric * d, axis=1))]
+    return member_of
+
+
+def merge_rows(rows: HeadRows, winner, member_of, w) -> HeadRows:
+    """Step 6, rows. Winners with losers become the mean of their members, weighted by w + 1e-9; n_tok adds up.
+
+    Winners without losers stay as they are. The biases are still those of the winners, see `fit_bias`.
+    """
+    out = rows.take(winner)
+    k, v, n_tok = out.k.copy(), out.v.copy(), out.n_tok.copy()
+    for j in range(len(winner)):
+        members = np.flatnonzero(member_of == j)
+        if len(members) > 1:
+            weight = w[members] + WEIGHT_FLOOR
+            k[j] = weight @ rows.k[members] / np.sum(weight)
+            v[j] = weight @ rows.v[members] / np.sum(weight)
+            n_tok[j] = np.sum(rows.n_tok[members])
+    return replace(out, k=k, v=v, n_tok=n_tok)
+
+
+def fit_bias(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) -> np.ndarray:
+    """Step 6, bias. The merged row receives, on the average of the logs, the mass that its members received.
+
+    bias = mean over queries of [ log(sum of the members' P) - (y - z) ], where y is the logit of the merged key and z the
+    logsumexp over all rows before the pass; clamped to [-6, 8].
+
+    Parameters
+    ----------
+    q : ndarray, shape [n_q, gqa, d_k]
+        Look-ahead queries. The tokens 0, s, 2 s, ... with s = max(1, n_q // 96) are used, with all their query heads.
+    out : HeadRows
+        Merged rows. The bias of those with one member stays.
+    member_of : ndarray of int, shape [n_cand]
+
+    Returns
+    -------
+    ndarray of float64, shape [n_out]
+    """
+    q = q[::max(1, len(q) // N_FIT)].reshape(-1, q.shape[-1])
+    x = logits(q, inp.k, params.scale, params.softcap) + inp.bias
+    z = logsumexp(x)
+    p = np.exp(x - z[:, None])[:, inp.cand]
+    y = logits(q, out.k, params.scale, params.softcap)
+    bias = out.bias.copy()
+    for j in range(len(out)):
+        members = np.flatnonzero(member_of == j)
+        if len(members) > 1:
+            mass = np.maximum(np.sum(p[:, members], axis=1), MASS_FLOOR)
+            bias[j] = np.clip(np.mean(np.log(mass) - (y[:, j] - z)), BIAS_MIN, BIAS_MAX)
+    return bias
+
+
+def rows_after(inp: PassInput, result: PassResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Step 7. What the head holds after the pass, sinks | cores | window: k [T', d_k], v [T', d_v], bias [T']."""
+    end = inp.n_sink + inp.n_cand
+
+    def join(before, cores):
+        return np.concatenate([before[:inp.n_sink], cores, before[end:]])
+
+    return join(inp.k, result.rows.k), join(inp.v, result.rows.v), join(inp.bias, result.rows.bias)
+
+
+def check_budget(budget: int) -> None:
+    """Raise ValueError unless budget >= 0."""
+    if budget < 0:
+        raise ValueError(f"expected a budget >= 0 rows, got {budget}; subtract the sinks only from a budget that includes them")
+
+
+def _expect(what: str, expected: int, got: int) -> None:
+    if expected != got:
+        raise ValueError(f"expected {expected} {what}, got {got}; all arrays must describe the same rows")

@@ -1,0 +1,329 @@
+"""Write the golden files from the numpy reference: `python tests/golden/make_golden.py`.
+
+Inputs are drawn with numpy's frozen legacy generator, so the files come out the same everywhere; a test checks that they do.
+A float32 implementation must reach the decisions in them (winners, clusters), so every case is drawn again until they have
+margins, see `has_margins`.
+
+Files
+-----
+index.txt     names of the cases, one a line
+<name>.bin    one case, layout below
+profile.txt   a profile file
+tables.txt    the small functions; one call a line, see `tables`
+
+Layout of a case
+----------------
+Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C order (last axis fastest). First 32 int32:
+
+     0 magic 0x43474353 (bytes "SCGC")    12 n_past
+     1 version, 1                         13 n_horizon
+     2 method, enum semcache_method       14 seed, low 32 bits
+     3 d_k                                15 seed, high 32 bits
+     4 d_v                                16 budget
+     5 gqa                                17 merge, 0 or 1
+     6 n_rot, 0 without RoPE              18 n_out
+     7 rope_neox, 0 or 1                  19 n_merged
+     8 n_sink                             20 n_dropped
+     9 n_core                             21 attempt that had margins
+    10 n_new                              22 .. 31 zero
+    11 n_win
+
+With n_cand = n_core + n_new, T = n_sink + n_cand + n_win and n_q = n_new + n_win, then the inputs
+
+    scale, softcap   float32 [2]
+    inv_freq         float32 [n_rot / 2]
+    pos_q            int32   [n_q]
+    chunk            int32   [n_cand]
+    n_tok            int32   [n_core]
+    s_max            float32 [n_core]
+    s_var            float32 [n_core]
+    bias             float32 [T]
+    k                float32 [T, d_k]            values that float16 holds exactly
+    v                float32 [T, d_v]            likewise
+    q                float32 [n_q, gqa, d_k]     likewise
+
+and the reference's outputs, computed in float64 from these and rounded to float32 at the end:
+
+    u                int32   [n_q]               look-ahead positions of step 1
+    score_s_max      float32 [n_cand]            step 3 of this pass alone, before old scores of cores are mixed in;
+    score_s_var      float32 [n_cand]            these four are zero for methods other than the semantic one
+    score_w          float32 [n_cand]
+    winner           int32   [n_out]             candidate whose place each core takes
+    member_of        int32   [n_cand]            row that each candidate is part of afterwards, -1: dropped
+    out_chunk        int32   [n_out]
+    out_n_tok        int32   [n_out]
+    out_s_max        float32 [n_out]
+    out_s_var        float32 [n_out]
+    out_bias         float32 [n_out]
+    out_k            float32 [n_out, d_k]
+    out_v            float32 [n_out, d_v]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+GOLDEN = Path(__file__).resolve().parent
+sys.path.append(str(GOLDEN.parents[1] / "python" / "llama_semanticache"))  # appended: its profile.py must not hide the standard one
+
+import reference  # noqa: E402
+
+MAGIC = 0x43474353
+SEMANTIC, PAPER, STREAMING = range(3)
+MARGIN = 1e-3
+"""Least relative distance of every decision's best from its runner-up; float32 sums of these lengths err below 1e-4."""
+
+COSINE_NOISE = 1e-5
+"""The paper's clusters must come out the same with cosines that are off by this much; in float32 they err below 1e-6."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one case; see the layout for the names."""
+
+    name: str
+    method: int = SEMANTIC
+    d_k: int = 64
+    d_v: int = 64
+    gqa: int = 3
+    n_rot: int = 64
+    rope_neox: bool = False
+    n_sink: int = 4
+    n_core: int = 0
+    n_new: int = 40
+    n_win: int = 8
+    n_past: int = 0            # 0: the first pass
+    n_horizon: int = 512
+    seed: int = 0
+    budget: int = 16
+    merge: bool = True
+    softcap: float = 0.0
+    outliers: bool = False     # large channels and large single keys and queries
+    heavy_cores: bool = False  # two cores of one chunk with biases near the upper bound, so that their merged bias is clamped
+
+
+CASES = (
+    Case("first-pass", d_k=64, d_v=64, gqa=3, n_rot=64, rope_neox=False),
+    Case("cores-norm-gqa3", n_core=20, n_past=1500, budget=22, seed=7),
+    Case("cores-neox-gqa7-outliers", gqa=7, rope_neox=True, n_core=18, n_new=30, n_past=900, budget=18, seed=2**64 - 500, outliers=True),
+    Case("no-rope-gqa1-stride", d_k=32, d_v=32, gqa=1, n_rot=0, n_new=190, n_win=11, budget=50),
+    Case("partial-rope-d80", d_k=80, d_v=80, gqa=1, n_rot=32, rope_neox=True, n_core=15, n_new=37, n_win=9, n_past=3001, n_horizon=4096, budget=19),
+    Case("partial-rope-norm-dv48", d_k=32, d_v=48, gqa=3, n_rot=20, n_sink=0, n_core=9, n_new=33, n_win=5, n_past=261, budget=13),
+    Case("softcap-outliers", d_k=80, d_v=80, gqa=3, n_rot=80, rope_neox=True, n_core=12, n_new=28, n_past=700, softcap=20.0, outliers=True),
+    Case("no-merge", d_k=32, d_v=32, n_rot=32, rope_neox=True, n_core=20, n_past=640, budget=20, merge=False),
+    Case("below-budget", d_k=32, d_v=32, n_rot=32, n_core=12, n_new=20, n_past=320, budget=32),
+    Case("clamped-bias", d_k=32, d_v=32, n_rot=32, n_core=2, n_new=10, n_win=4, n_past=100, budget=1, heavy_cores=True),
+    Case("paper-first-pass", method=PAPER, gqa=1, n_new=60, budget=25),
+    Case("paper-cores", method=PAPER, d_k=80, d_v=80, gqa=1, n_rot=32, n_core=30, n_new=45, n_past=900, budget=30, outliers=True),
+    Case("paper-drops-chunks", method=PAPER, d_k=32, d_v=32, gqa=1, n_rot=32, n_core=30, n_new=45, n_past=900, budget=8),
+    Case("streaming", method=STREAMING, d_k=32, d_v=32, gqa=1, n_rot=32, n_core=15, n_new=25, n_past=400, budget=21),
+)
+
+
+def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassParams]:
+    """Inputs of a case whose values float32 (k, v, q: float16) holds exactly."""
+    rng = np.random.RandomState(attempt)
+    n_cand = case.n_core + case.n_new
+    n_rows = case.n_sink + n_cand + case.n_win
+    n_q = case.n_new + case.n_win
+    n_past = case.n_past or case.n_sink + n_q
+
+    core_chunk = np.sort(rng.randint(0, 1 + case.n_core // 5, case.n_core)).astype(np.int32)
+    new_chunk = reference.chunk_ids(rng.rand(case.n_new) < 0.08, 16, 1 + case.n_core // 5)
+    chunk = np.concatenate([core_chunk, new_chunk])
+
+    k = rng.standard_normal((n_rows, case.d_k))
+    k[case.n_sink:case.n_sink + n_cand] += 0.7 * rng.standard_normal((chunk.max() + 1, case.d_k))[chunk]
+    v = rng.standard_normal((n_rows, case.d_v))
+    q = 1.5 * rng.standard_normal((n_q, case.gqa, case.d_k))
+    if case.outliers:
+        k[:, 5] += 12
+        k[:, -2] -= 7
+        q[..., 5] += 2
+        q[..., -2] *= 4
+        k[rng.randint(case.n_sink, n_rows, 3)] *= 3
+        q[rng.randint(0, n_q, 2)] *= 3
+
+    n_tok = rng.randint(1, 9, case.n_core)
+    n_tok[n_tok > 5] = 1
+    bias = np.zeros(n_rows)
+    bias[case.n_sink:case.n_sink + case.n_core] = np.log(n_tok)
+    s_max, s_var = np.zeros(case.n_core), np.zeros(case.n_core)
+    if case.method == SEMANTIC:
+        bias[case.n_sink:case.n_sink + case.n_core] += 0.2 * rng.standard_normal(case.n_core) * (n_tok > 1)
+        s_max, s_var = rng.rand(case.n_core), 10 * rng.rand(case.n_core)
+    if case.heavy_cores:
+        chunk[:case.n_core] = 0
+        bias[case.n_sink:case.n_sink + case.n_core] = 7.9375
+
+    def exact(x, dtype=np.float32):
+        return np.asarray(x, dtype=dtype).astype(np.float64)
+
+    inv_freq = exact(10000.0 ** (-2 * np.arange(case.n_rot // 2) / max(1, case.n_rot)))
+    inp = reference.PassInput(exact(k, np.float16), exact(v, np.float16), exact(bias), case.n_sink, case.n_win, chunk, exact(s_max),
+                              exact(s_var), n_tok, exact(q, np.float16), np.arange(n_past - n_q, n_past))
+    params = reference.PassParams(float(exact(case.d_k ** -0.5)), case.softcap, inv_freq, case.rope_neox, n_past, case.n_horizon,
+                                  case.seed, case.budget, case.merge)
+    return inp, params
+
+
+def run(method: int, inp: reference.PassInput, params: reference.PassParams) -> reference.PassResult:
+    """The method's result."""
+    if method == PAPER:
+        return reference.compress_head_paper(inp, params.budget)
+    if method == STREAMING:
+        return reference.compress_head_streaming(inp, params.budget)
+    return reference.compress_head(inp, params)
+
+
+def has_margins(case: Case, inp: reference.PassInput, params: reference.PassParams) -> bool:
+    """Whether small errors of the arithmetic leave every decision as it is."""
+    if case.method == PAPER:
+        return _clusters_hold(inp, params.budget)
+    if case.method == STREAMING or inp.n_cand <= params.budget:
+        return True
+    q = reference.look_ahead(inp, params)
+    rows = reference.update_scores(inp.candidates(), reference.score(inp, params, q), inp.n_core)
+    value = np.sort(rows.s_max * rows.s_var)[::-1]
+    if not _apart(value[params.budget], value[params.budget - 1]):
+        return False
+    if not params.merge:
+        return True
+    result = reference.compress_head(inp, params)
+    metric = reference.query_metric(q)
+    for i in np.setdiff1d(np.arange(inp.n_cand), result.winner):
+        d = rows.k[i] - rows.k[result.winner[rows.chunk[result.winner] == rows.chunk[i]]]
+        distance = np.sort(np.sum(d @ metric * d, axis=1))
+        if len(distance) > 1 and not _apart(distance[0], distance[1]):
+            return False
+    merged = result.rows.bias[np.bincount(result.member_of[result.member_of >= 0], minlength=len(result.rows)) > 1]
+    clamped = (merged <= reference.BIAS_MIN) | (merged >= reference.BIAS_MAX)
+    return len(merged) > 0 and np.all(clamped == case.heavy_cores)
+
+
+def _apart(small: float, large: float) -> bool:
+    return large - small > MARGIN * large
+
+
+def _clusters_hold(inp: reference.PassInput, budget: int) -> bool:
+    rows = inp.candidates()
+    rng = np.random.RandomState(0)
+    for chunk, chunk_budget in reference.chunk_budgets(rows.chunk, rows.n_tok, budget):
+        cosine = reference.cosines(rows.k[rows.chunk == chunk])
+        seeds = reference.threshold_clusters(cosine, chunk_budget)
+        for _ in range(8):
+            noisy = cosine + COSINE_NOISE * rng.uniform(-1, 1, cosine.shape)
+            if not np.array_equal(reference.threshold_clusters(noisy, chunk_budget), seeds):
+                return False
+    return True
+
+
+def case_bytes(case: Case) -> bytes:
+    """The file of a case."""
+    for attempt in range(1000):
+        inp, params = draw(case, attempt)
+        if has_margins(case, inp, params):
+            break
+    else:
+        raise RuntimeError(f"expected a draw of {case.name} with margins above {MARGIN}, got none in 1000; change its sizes")
+    result = run(case.method, inp, params)
+    u = np.zeros(len(inp.q))
+    scores = reference.Scores(*np.zeros((3, inp.n_cand)))
+    if case.method == SEMANTIC:
+        u = reference.horizon_positions(inp.pos_q, params.n_horizon, params.seed)
+        scores = reference.score(inp, params, reference.look_ahead(inp, params))
+
+    header = np.zeros(32, dtype="<u4")
+    header[:22] = (MAGIC, 1, case.method, case.d_k, case.d_v, case.gqa, case.n_rot, case.rope_neox, case.n_sink, case.n_core, case.n_new,
+                   case.n_win, params.n_past, case.n_horizon, case.seed & 0xFFFFFFFF, case.seed >> 32, case.budget, case.merge,
+                   len(result.rows), result.n_merged, result.n_dropped, attempt)
+    i32, f32 = "<i4", "<f4"
+    out = result.rows
+    arrays = [([params.scale, params.softcap], f32), (params.inv_freq, f32), (inp.pos_q, i32), (inp.chunk, i32), (inp.n_tok, i32),
+              (inp.s_max, f32), (inp.s_var, f32), (inp.bias, f32), (inp.k, f32), (inp.v, f32), (inp.q, f32),
+              (u, i32), (scores.s_max, f32), (scores.s_var, f32), (scores.w, f32), (result.winner, i32), (result.member_of, i32),
+              (out.chunk, i32), (out.n_tok, i32), (out.s_max, f32), (out.s_var, f32), (out.bias, f32), (out.k, f32), (out.v, f32)]
+    return header.tobytes() + b"".join(np.ascontiguousarray(a, dtype=dtype).tobytes() for a, dtype in arrays)
+
+
+def golden_profile() -> reference.Profile:
+    """Profile of two layers with three kv heads."""
+    rng = np.random.RandomState(3)
+    heads = tuple((il, head) for il in (0, 2) for head in range(3))
+    spread = np.round(rng.rand(len(heads), len(reference.RATIOS)) - 0.5, 3)
+    shares = np.round(np.array(reference.RATIOS) * (1 + 0.8 * spread), 6)
+    return reference.Profile("golden model 135M", 4, reference.RATIOS, heads, shares)
+
+
+def tables() -> str:
+    """The small functions, one call a line, fields separated by spaces; floats have all their digits (float64).
+
+    splitmix64 <x> <result>
+    horizon <seed> <n_horizon> <pos> <u>
+    delimiter <is_control> <number of bytes> <bytes...> <is_delimiter>
+    chunks <n_chunk> <first_id> <number of tokens> <is_delimiter...> <ids...>
+    interpolate <ratio> <n_head> <shares...>             of profile.txt, to 12 digits
+    budgets <ratio> <n_ctx> <n_sink> <n_chunk> <n_head> <shares...> <rows...>
+    shares <n_head> <n_cand> <n_ratio> <ratios...> <scores by head...> <shares by head...>
+    """
+    lines = []
+
+    def line(*fields):
+        lines.append(" ".join(f.hex() if isinstance(f, bytes) else repr(f) if isinstance(f, float) else str(f) for f in fields))
+
+    for x in (0, 1, 1234567, 2**63, 2**64 - 1):
+        line("splitmix64", x, reference.splitmix64(x))
+    for seed, n_horizon, pos in ((0, 512, 0), (0, 512, 511), (42, 4096, 32768), (2**64 - 3, 1000, 3), (9, 1, 77)):
+        line("horizon", seed, n_horizon, pos, *reference.horizon_positions([pos], n_horizon, seed).tolist())
+    texts = (".", "!", "?", ";", ":", ",", "\n", "{", "}", "\u3002", "\uff01", "\uff1f", "\uff1b", "\uff1a", "\uff0c", "\u3001", "\u2026",
+             "\uff0e", " end.", ",  ", "\n ", "", "   ", "word", ".word", ")", "\t", "\r", "\r\n", "\u3000", "\u3002\u5b57")
+    for piece, control in [*((t.encode(), 0) for t in texts), (b"\x80\x82", 0), (b"\x82", 0), (b"<|im_end|>", 1), (b"", 1)]:
+        line("delimiter", control, len(piece), *piece, int(reference.delimiter_table([piece], [control])[0]))
+    rng = np.random.RandomState(5)
+    for n_chunk, first_id, n, p in ((32, 0, 100, 0.0), (32, 17, 120, 0.1), (4, 3, 12, 0.5), (1, 0, 3, 0.0), (32, 5, 0, 0.0)):
+        flags = (rng.rand(n) < p).astype(int)
+        line("chunks", n_chunk, first_id, n, *flags.tolist(), *reference.chunk_ids(flags, n_chunk, first_id).tolist())
+    profile = golden_profile()
+    for ratio in (1.0, 0.75, 0.5, 0.3, 0.25, 0.1, 0.03125, 0.01):
+        line("interpolate", ratio, len(profile.heads), *np.round(reference.interpolate(profile, ratio), 12).tolist())
+    for ratio, n_ctx, n_sink, n_chunk, shares in (
+            (0.25, 8192, 4, 32, reference.interpolate(profile, 0.25)),
+            (0.1, 4096, 4, 32, np.round(rng.rand(30) ** 3, 6)),
+            (0.9, 1024, 4, 32, np.round(0.6 + 0.4 * rng.rand(9), 6)),
+            (0.25, 1023, 4, 32, reference.equal_shares(0.25, 7)),
+            (0.5, 512, 0, 32, np.zeros(3)),
+            (1.0, 100, 4, 32, np.array([1.0, 0.2, 0.5])),
+            (1.0, 20, 4, 32, np.array([1.0, 0.2]))):
+        line("budgets", ratio, n_ctx, n_sink, n_chunk, len(shares), *shares.tolist(),
+             *reference.budgets(shares, ratio, n_ctx, n_sink, n_chunk).tolist())
+    scores = np.round(rng.rand(4, 21) ** 2 * np.array([[1], [2], [3], [4]]), 3)
+    line("shares", *scores.shape, len(reference.RATIOS), *reference.RATIOS, *scores.ravel().tolist(),
+         *reference.shares_of_scores(scores).ravel().tolist())
+    return "\n".join(lines) + "\n"
+
+
+def golden_files() -> dict[str, bytes]:
+    """Every file of this folder by name."""
+    files = {f"{case.name}.bin": case_bytes(case) for case in CASES}
+    files["index.txt"] = "".join(f"{case.name}\n" for case in CASES).encode()
+    files["tables.txt"] = tables().encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.txt"
+        reference.write_profile(path, golden_profile())
+        files["profile.txt"] = path.read_bytes()
+    return files
+
+
+def main() -> None:
+    for name, data in golden_files().items():
+        (GOLDEN / name).write_bytes(data)
+        print(f"{len(data):8d} {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,463 @@
+// The core against the files of tests/golden, which the numpy reference wrote; their layouts are in make_golden.py.
+
+#include "sc-chunk.h"
+#include "sc-profile.h"
+#include "sc-rows.h"
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <unistd.h>
+
+using namespace sc_test;
+
+namespace {
+
+// The reference computes in float64, the core in float32 (u = 6e-8). The error of a logit, of the order of sqrt(d_k) u times
+// its largest terms (9 * 6e-8 * 40 = 2e-5 with the outliers), is the relative error of a probability; 2e-6 was seen. Below
+// PROB_FLOOR the core may take a probability as 0.
+constexpr double SCORE_RTOL = 2e-5;
+constexpr double PROB_FLOOR = 1e-12;
+constexpr double BIAS_ATOL  = 1e-5; // a mean of many logits' errors; 3e-7 was seen
+// A merged row is stored as f16, half a unit in the last place is 2^-11 = 4.88e-4 of it. Before that it is a mean of values up
+// to 40 in float32 with weights that err as above; 1e-5 of them is what a value near 0 may show.
+constexpr double ROW_RTOL   = 4.95e-4;
+constexpr double ROW_ATOL   = 2e-5;
+
+std::string golden_dir;
+
+std::string read_file(const std::string & path) {
+    std::ifstream in(path, std::ios::binary);
+    CHECK(in.good());
+    return std::string(std::istreambuf_iterator<char>(in), {});
+}
+
+struct golden {
+    int32_t how, d_k, d_v, gqa, n_rot, neox, n_sink, n_core, n_new, n_win, n_past, n_horizon, budget, merge, n_out, n_merged, n_dropped;
+    uint64_t seed;
+    float scale, softcap;
+    std::vector<int32_t> pos_q, chunk, n_tok, u, winner, member_of, out_chunk, out_n_tok;
+    std::vector<float>   inv_freq, s_max, s_var, bias, k, v, q, score_s_max, score_s_var, score_w;
+    std::vector<float>   out_s_max, out_s_var, out_bias, out_k, out_v;
+
+    int32_t n_cand() const { return n_core + n_new; }
+    int32_t n_q()    const { return n_new + n_win; }
+
+    bool read(const std::string & path) {
+        const std::string bytes = read_file(path);
+        size_t at = 0;
+        auto words = [&](auto & out, size_t n) {
+            out.resize(n);
+            if (n > 0 && at + 4*n <= bytes.size()) {
+                memcpy(out.data(), bytes.data() + at, 4*n);
+            }
+            at += 4*n;
+        };
+        std::vector<uint32_t> h;
+        words(h, 32);
+        CHECK_EQ(h[0], 0x43474353u);
+        CHECK_EQ(h[1], 1u);
+        if (h[0] != 0x43474353u || h[1] != 1) {
+            return false;
+        }
+        int32_t * const fields[] = { &how, &d_k, &d_v, &gqa, &n_rot, &neox, &n_sink, &n_core, &n_new, &n_win, &n_past, &n_horizon };
+        for (size_t i = 0; i < 12; ++i) {
+            *fields[i] = (int32_t) h[2 + i];
+        }
+        seed      = h[14] | (uint64_t) h[15] << 32;
+        budget    = (int32_t) h[16];
+        merge     = (int32_t) h[17];
+        n_out     = (int32_t) h[18];
+        n_merged  = (int32_t) h[19];
+        n_dropped = (int32_t) h[20];
+
+        std::vector<float> two;
+        const size_t n_rows = n_sink + n_cand() + n_win;
+        words(two, 2);
+        scale   = two[0];
+        softcap = two[1];
+        words(inv_freq, n_rot/2);
+        words(pos_q, n_q());
+        words(chunk, n_cand());
+        words(n_tok, n_core);
+        words(s_max, n_core);
+        words(s_var, n_core);
+        words(bias, n_rows);
+        words(k, n_rows*d_k);
+        words(v, n_rows*d_v);
+        words(q, (size_t) n_q()*gqa*d_k);
+        words(u, n_q());
+        words(score_s_max, n_cand());
+        words(score_s_var, n_cand());
+        words(score_w, n_cand());
+        words(winner, n_out);
+        words(member_of, n_cand());
+        words(out_chunk, n_out);
+        words(out_n_tok, n_out);
+        words(out_s_max, n_out);
+        words(out_s_var, n_out);
+        words(out_bias, n_out);
+        words(out_k, (size_t) n_out*d_k);
+        words(out_v, (size_t) n_out*d_v);
+        CHECK_EQ(bytes.size(), at);
+        return bytes.size() == at;
+    }
+};
+
+// Rows of the case that are in the head before the pass; in a first pass none, the sinks are then in the stage.
+head_store head_of(const golden & g, const head_shape & shape, bool first) {
+    const int32_t n = first ? 0 : g.n_sink + g.n_core;
+    head_store h(shape, g.n_sink + g.budget, n); // some cases hold more cores than their budget
+    h.n_sink = first ? 0 : g.n_sink;
+    h.n_used = n;
+    const std::vector<f16> k = to_f16(g.k), v = to_f16(g.v);
+    std::copy_n(k.begin(), (size_t) n*g.d_k, h.k.begin());
+    std::copy_n(v.begin(), (size_t) n*g.d_v, h.v.begin());
+    std::copy_n(g.bias.begin(), n, h.bias.begin());
+    for (int32_t i = 0; i < n; ++i) {
+        const int32_t c = i - g.n_sink;
+        h.meta[i] = c < 0 ? core_meta {} : core_meta { g.s_max[c], g.s_var[c], (uint32_t) g.chunk[c], (uint32_t) g.n_tok[c] };
+    }
+    return h;
+}
+
+tokens stage_of(const golden & g, const rope & r, bool first) {
+    tokens t;
+    t.n_sink   = first ? g.n_sink : 0;
+    t.n_new    = g.n_new;
+    t.n_window = g.n_win;
+    const size_t skip = first ? 0 : g.n_sink + g.n_core; // rows of the file that are in the head
+    t.k = to_f16({ g.k.begin() + skip*g.d_k, g.k.end() });
+    t.v = to_f16({ g.v.begin() + skip*g.d_v, g.v.end() });
+    t.q.assign((size_t) t.n_sink*g.gqa*g.d_k, F16_NAN);
+    const std::vector<f16> q = to_f16(g.q);
+    t.q.insert(t.q.end(), q.begin(), q.end());
+    t.chunk.assign(g.chunk.begin() + g.n_core, g.chunk.end());
+    std::vector<int64_t> delta(g.n_q());
+    for (int32_t i = 0; i < g.n_q(); ++i) {
+        delta[i] = (int64_t) g.n_past + look_ahead(g.seed, g.pos_q[i], g.n_horizon) - g.pos_q[i];
+    }
+    r.table(delta, t.cs);
+    return t;
+}
+
+void check_case(const golden & g, const std::string & name, bool first, const layout & l) {
+    CASE(name + (first ? ", first" : "") + (l.v_trans ? ", transposed" : "") + (l.shuffle ? ", shuffled" : ""));
+    const head_shape  shape  = { g.d_k, g.d_v, g.gqa, g.scale, g.softcap };
+    const rope        r      = { g.inv_freq, g.neox != 0 };
+    const pass_params params = { (method) g.how, g.merge != 0, 96 };
+    head_store h = head_of(g, shape, first);
+    const tokens t = stage_of(g, r, first);
+    pass_workspace ws;
+    reserve(ws, h, t);
+
+    if (params.how == method::semantic) {
+        const stage_store stage(t, shape, l);
+        CHECK_EQ(score_head(h.rows(), stage.rows(), shape, r, ws), g.n_cand());
+        CHECK_CLOSE(ws.s_max.data(), g.score_s_max.data(), g.n_cand(), SCORE_RTOL, PROB_FLOOR);
+        CHECK_CLOSE(ws.s_var.data(), g.score_s_var.data(), g.n_cand(), SCORE_RTOL, 0.0);
+        CHECK_CLOSE(ws.w.data(),     g.score_w.data(),     g.n_cand(), SCORE_RTOL, PROB_FLOOR);
+    }
+
+    const pass_result res = run_pass(h, t, r, params, ws, l);
+    CHECK_EQ(res.n_merged,  g.n_merged);
+    CHECK_EQ(res.n_dropped, g.n_dropped);
+    CHECK_EQ(h.n_sink, g.n_sink);
+    CHECK_EQ(h.n_used, g.n_sink + g.n_out);
+    CHECK(h.guards_hold());
+    if (h.n_used != g.n_sink + g.n_out) {
+        return;
+    }
+
+    const std::vector<f16> k = to_f16(g.k), v = to_f16(g.v); // before the pass
+    CHECK_BITS(h.k.data(),    k.data(),      (int64_t) g.n_sink*g.d_k);
+    CHECK_BITS(h.v.data(),    v.data(),      (int64_t) g.n_sink*g.d_v);
+    CHECK_BITS(h.bias.data(), g.bias.data(), g.n_sink);
+
+    const int32_t s = g.n_sink;
+    std::vector<int32_t> chunk, n_tok;
+    std::vector<float>   s_max, s_var;
+    for (int32_t i = s; i < h.n_used; ++i) {
+        chunk.push_back((int32_t) h.meta[i].chunk);
+        n_tok.push_back((int32_t) h.meta[i].n_tok);
+        s_max.push_back(h.meta[i].s_max);
+        s_var.push_back(h.meta[i].s_var);
+    }
+    CHECK_BITS(chunk.data(), g.out_chunk.data(), g.n_out);
+    CHECK_BITS(n_tok.data(), g.out_n_tok.data(), g.n_out);
+    CHECK_CLOSE(h.bias.data() + s, g.out_bias.data(), g.n_out, 0.0, BIAS_ATOL);
+    if (params.how == method::semantic) { // the others do not read scores
+        CHECK_CLOSE(s_max.data(), g.out_s_max.data(), g.n_out, SCORE_RTOL, PROB_FLOOR);
+        CHECK_CLOSE(s_var.data(), g.out_s_var.data(), g.n_out, SCORE_RTOL, 0.0);
+    }
+    const auto out_k = to_f32(h.key(s), (size_t) g.n_out*g.d_k), out_v = to_f32(h.val(s), (size_t) g.n_out*g.d_v);
+    CHECK_CLOSE(out_k.data(), g.out_k.data(), (int64_t) g.n_out*g.d_k, ROW_RTOL, ROW_ATOL);
+    CHECK_CLOSE(out_v.data(), g.out_v.data(), (int64_t) g.n_out*g.d_v, ROW_RTOL, ROW_ATOL);
+    for (int32_t j = 0; j < g.n_out; ++j) { // a row on its own is not touched
+        if (std::count(g.member_of.begin(), g.member_of.end(), j) == 1) {
+            CHECK_BITS(h.key(s + j), k.data() + (int64_t) (s + g.winner[j])*g.d_k, g.d_k);
+            CHECK_BITS(h.val(s + j), v.data() + (int64_t) (s + g.winner[j])*g.d_v, g.d_v);
+        }
+    }
+}
+
+void test_cases() {
+    std::istringstream index(read_file(golden_dir + "/index.txt"));
+    int n = 0;
+    for (std::string name; std::getline(index, name); ++n) {
+        CASE(name);
+        golden g;
+        if (!g.read(golden_dir + "/" + name + ".bin")) {
+            continue;
+        }
+        if ((method) g.how == method::semantic) {
+            for (int32_t i = 0; i < g.n_q(); ++i) {
+                CHECK_EQ(look_ahead(g.seed, g.pos_q[i], g.n_horizon), g.u[i]);
+            }
+        }
+        for (const layout & l : { layout {}, layout { 3, 1, false, 17, 5 }, layout { 2, 1, true, 9, 6 }, layout { 1, 0, true, 0, 0 } }) {
+            check_case(g, name, false, l);
+            if (g.n_core == 0) {
+                check_case(g, name, true, l);
+            }
+        }
+    }
+    CASE("");
+    CHECK(n >= 14);
+}
+
+// ---- tables.txt
+
+void check_table(const std::string & line, const profile & p, std::istream & in, const std::string & what) {
+    CASE(line.substr(0, 60));
+    auto many = [&](size_t n) {
+        std::vector<double> x(n);
+        for (double & y : x) {
+            in >> y;
+        }
+        return x;
+    };
+    if (what == "splitmix64") {
+        // known modulo three coprime numbers whose product exceeds 2^64, the result is known
+        uint64_t x, want;
+        in >> x >> want;
+        for (int32_t m : { 2147483647, 1000000007, 1 << 30 }) {
+            CHECK_EQ(look_ahead(x, 0, m), (int32_t) (want % (uint64_t) m));
+        }
+    } else if (what == "horizon") {
+        uint64_t seed;
+        int32_t  n_horizon, want;
+        int64_t  pos;
+        in >> seed >> n_horizon >> pos >> want;
+        CHECK_EQ(look_ahead(seed, pos, n_horizon), want);
+    } else if (what == "delimiter") {
+        int control, n, want;
+        in >> control >> n;
+        std::string piece;
+        for (double byte : many(n)) {
+            piece += (char) (int) byte;
+        }
+        in >> want;
+        CHECK_EQ(control || is_delimiter(piece), want != 0); // control tokens are the vocabulary's affair
+    } else if (what == "chunks") {
+        int32_t n_chunk, first_id, n;
+        in >> n_chunk >> first_id >> n;
+        std::vector<bool> flags;
+        for (double flag : many(n)) {
+            flags.push_back(flag != 0.0);
+        }
+        chunker c = { n_chunk, first_id };
+        std::vector<int32_t> ids;
+        c.run(flags, ids);
+        const std::vector<double> want = many(n);
+        CHECK_CLOSE(ids.data(), want.data(), n, 0.0, 0.0);
+        CHECK_EQ(c.next_id, n ? ids.back() + 1 : first_id);
+    } else if (what == "interpolate") {
+        double ratio;
+        size_t n;
+        in >> ratio >> n;
+        const std::vector<double> got = p.at(ratio), want = many(n);
+        CHECK_EQ(got.size(), n);
+        CHECK_CLOSE(got.data(), want.data(), (int64_t) std::min(n, got.size()), 0.0, 1e-11);
+    } else if (what == "budgets") {
+        double  ratio;
+        int32_t n_ctx, n_sink, n_chunk;
+        size_t  n;
+        in >> ratio >> n_ctx >> n_sink >> n_chunk >> n;
+        const std::vector<double>  share = many(n), want = many(n);
+        const std::vector<int32_t> got   = budgets(share, ratio, n_ctx, n_sink + n_chunk);
+        CHECK_EQ(got.size(), n);
+        CHECK_CLOSE(got.data(), want.data(), (int64_t) std::min(n, got.size()), 0.0, 0.0);
+    } else if (what == "shares") {
+        size_t n_head, n_cand, n_ratio;
+        in >> n_head >> n_cand >> n_ratio;
+        const std::vector<double> ratios = many(n_ratio);
+        CHECK(ratios == profile_ratios());
+        std::vector<std::pair<int32_t, int32_t>> heads;
+        std::vector<std::vector<float>> scores;
+        for (size_t h = 0; h < n_head; ++h) {
+            const std::vector<double> s = many(n_cand);
+            heads.push_back({ 0, (int32_t) h });
+            scores.emplace_back(s.begin(), s.end());
+        }
+        profile one;
+        profile_add(one, heads, scores);
+        for (size_t h = 0; h < n_head; ++h) {
+            const std::vector<double> want = many(n_ratio);
+            CHECK_CLOSE(one.heads[h].share.data(), want.data(), (int64_t) n_ratio, 0.0, 1e-12);
+        }
+    } else {
+        CHECK(what == "one of the tables that make_golden.py writes");
+    }
+    CHECK(!in.fail());
+    std::string rest;
+    CHECK(!(in >> rest));
+}
+
+void test_tables() {
+    profile p;
+    std::string error;
+    CHECK(p.read(golden_dir + "/profile.txt", error));
+    CHECK_EQ(error, "");
+    std::istringstream file(read_file(golden_dir + "/tables.txt"));
+    int n = 0;
+    for (std::string line; std::getline(file, line); ++n) {
+        std::istringstream in(line);
+        std::string what;
+        in >> what;
+        check_table(line, p, in, what);
+    }
+    CASE("");
+    CHECK(n >= 60);
+}
+
+// What the tables cannot hold: impossible budgets, sums, means over texts.
+void test_budgets_and_shares() {
+    CASE("budgets");
+    CHECK(budgets({ 0.5, 0.5 }, 0.1, 100, 36).empty());
+    CHECK(budgets(std::vector<double>(9, 0.3), 0.036, 1000, 36).size() == 9);
+    rng r(11);
+    for (int i = 0; i < 200; ++i) {
+        std::vector<double> share(1 + r.below(40));
+        for (double & s : share) {
+            s = r.below(4) ? std::pow(r.uniform(), 3.0) : r.below(2);
+        }
+        const int32_t n_ctx = 64 + r.below(5000);
+        const double  ratio = 0.05 + 0.95*r.uniform();
+        const int32_t lo    = std::min(36, n_ctx);
+        const int64_t total = (int64_t) std::floor(ratio*n_ctx*(double) share.size() + 0.5);
+        const std::vector<int32_t> rows = budgets(share, ratio, n_ctx, lo);
+        CHECK_EQ(rows.empty(), (int64_t) (lo*share.size()) > total);
+        if (!rows.empty()) {
+            CHECK_EQ(std::accumulate(rows.begin(), rows.end(), (int64_t) 0), total);
+            CHECK(*std::min_element(rows.begin(), rows.end()) >= lo && *std::max_element(rows.begin(), rows.end()) <= n_ctx);
+            for (size_t a = 0; a < rows.size(); ++a) {
+                for (size_t b = 0; b < a; ++b) {
+                    if (share[a] > share[b] ? rows[a] < rows[b] - 1 : share[a] < share[b] && rows[a] > rows[b] + 1) {
+                        CHECK(!"a greater share got fewer rows");
+                    }
+                }
+            }
+        }
+    }
+
+    CASE("shares of two texts");
+    const std::vector<std::pair<int32_t, int32_t>> heads = { { 1, 0 }, { 1, 1 } };
+    profile p;
+    profile_add(p, heads, { { 8, 7, 6, 5 }, { 4, 3, 2, 1 } });
+    CHECK_EQ(p.n_text, 1);
+    CHECK_EQ(p.heads[0].share[0], 1.0);
+    CHECK_EQ(p.heads[1].share[0], 0.0);
+    profile_add(p, heads, { { 1, 2 }, { 3, 4 } }); // texts may differ in length
+    CHECK_EQ(p.n_text, 2);
+    CHECK_EQ(p.heads[0].share[0], 0.5);
+    CHECK_EQ(p.heads[1].share[0], 0.5);
+    CHECK_EQ(p.heads[0].share[1], 0.25); // 2 of 4, then 0 of 2
+    CHECK_EQ(p.heads[1].share[1], 0.25); // 0 of 4, then 1 of 2
+    CHECK_EQ(p.heads[1].il, 1);
+    CHECK_EQ(p.heads[1].ih, 1);
+}
+
+// ---- profile.txt
+
+void write_file(const std::string & path, const std::string & content) {
+    std::ofstream out(path, std::ios::binary);
+    out << content;
+    CHECK(out.good());
+}
+
+void test_profile() {
+    CASE("profile");
+    std::string folder = (std::filesystem::temp_directory_path()/"semcache-XXXXXX").string();
+    if (!mkdtemp(folder.data())) {
+        CHECK(!"no temporary folder");
+        return;
+    }
+    const std::string path = folder + "/profile.txt", golden = read_file(golden_dir + "/profile.txt");
+
+    profile p;
+    std::string error;
+    CHECK(p.read(golden_dir + "/profile.txt", error));
+    CHECK_EQ(p.model_id, "golden model 135M");
+    CHECK_EQ(p.n_text, 4);
+    CHECK_EQ(p.ratios.size(), 5u);
+    CHECK_EQ(p.heads.size(), 6u);
+    CHECK_EQ(p.heads[3].il, 2);
+    CHECK_EQ(p.heads[3].ih, 0);
+    CHECK_EQ(p.heads[3].share[4], 0.029125);
+    CHECK(p.write(path, error));
+    CHECK_EQ(error, "");
+    CHECK(read_file(path) == golden);
+    CHECK(p.write(path, error)); // over an old file
+    CHECK(read_file(path) == golden);
+    CHECK_EQ(std::distance(std::filesystem::directory_iterator(folder), {}), 1);
+
+    CHECK(!p.write(folder + "/none/profile.txt", error));
+    CHECK(error.find(folder + "/none/profile.txt") != std::string::npos);
+    error.clear();
+    CHECK(!p.read(folder + "/none.txt", error));
+    CHECK(error.find(folder + "/none.txt") != std::string::npos);
+
+    // one line of the golden file replaced, or the file cut off before it
+    struct { int line; const char * text; } const bad[] = {
+        { 1, "" }, { 1, "semcache-profile 2" }, { 1, "semcache-profile 1\r" }, { 1, nullptr },
+        { 2, "model_id" }, { 2, "model_id " }, { 2, "name x" }, { 2, nullptr },
+        { 3, "n_text 0" }, { 3, "n_text -1" }, { 3, "n_text" }, { 3, "n_text four" }, { 3, "n_text 4 texts" }, { 3, nullptr },
+        { 4, "ratios" }, { 4, "ratios 0.5 0.5 0.25 0.125 0.0625" }, { 4, "ratios 0.25 0.5 0.125 0.0625 0.03125" },
+        { 4, "ratios 1 0.5 0.25 0.125 0.0625" }, { 4, "ratios 0.5 0.25 0.125 0.0625 0" }, { 4, "ratios 0.5 nan 0.125 0.0625 0.03125" },
+        { 4, "ratios 0.5 0.25 0.125 0.0625 x" }, { 4, nullptr },
+        { 5, nullptr }, { 6, "" }, { 6, "head 0" }, { 6, "head 0 x 0.1 0.1 0.1 0.1 0.1" }, { 6, "row 0 1 0.1 0.1 0.1 0.1 0.1" },
+        { 6, "head 0 1 0.1 0.1 0.1 0.1" }, { 6, "head 0 1 0.1 0.1 0.1 0.1 0.1 0.1" }, { 6, "head 0 1 0.1 0.1 0.1 0.1 1.1" },
+        { 6, "head 0 1 0.1 0.1 -0.1 0.1 0.1" }, { 6, "head 0 1 0.1 nan 0.1 0.1 0.1" }, { 6, "head 0 1 0.1 0.1 0.1 0.1 0.1 x" },
+        { 6, "head 0 0 0.1 0.1 0.1 0.1 0.1" }, { 8, "head 0 1 0.1 0.1 0.1 0.1 0.1" }, { 10, "head -1 2 0.1 0.1 0.1 0.1 0.1" },
+    };
+    for (const auto & b : bad) {
+        std::istringstream in(golden);
+        std::string content, line;
+        for (int i = 1; std::getline(in, line) && (i < b.line || b.text); ++i) {
+            content += (i == b.line ? b.text : line) + "\n";
+        }
+        CASE("line " + text(b.line) + " \"" + (b.text ? b.text : "(end)") + "\"");
+        write_file(path, content);
+        profile q = p;
+        error.clear();
+        CHECK(!q.read(path, error));
+        CHECK(error.find(path) != std::string::npos);
+        CHECK(error.find("line " + text(b.line) + ":") != std::string::npos);
+        CHECK(error.find("expected ") != std::string::npos && error.find("got ") != std::string::npos);
+        CHECK(q.model_id == p.model_id && q.heads.size() == p.heads.size()); // left as it was
+    }
+    std::filesystem::remove_all(folder);
+}
+
+} // namespace
+
+int main(int argc, char ** argv) {
+    golden_dir = argc > 1 ? argv[1] : SEMCACHE_GOLDEN_DIR;
+    test_cases();
+    test_tables();
+    test_budgets_and_shares();
+    test_profile();
+    return finish();
+}

@@ -1,0 +1,699 @@
+// What must hold of a pass on any head, and a slow pass in float64 that writes to other memory than it reads.
+
+#include "sc-attn.h"
+#include "sc-rows.h"
+
+#include <map>
+
+using namespace sc_test;
+
+namespace {
+
+constexpr int32_t N_SINK = 4;
+
+// A text that goes through one head: passes, and what the next stage is drawn from.
+struct spec {
+    method  how     = method::semantic;
+    bool    merge   = true;
+    int32_t d_k     = 64, d_v = 48, n_gqa = 3, n_rot = 64;
+    bool    neox    = true;
+    float   softcap = 0.0f;
+    int32_t n_alloc = 44, n_new = 60, n_window = 9, n_chunk = 16;
+    int32_t n_sink  = N_SINK;
+};
+
+struct text_source {
+    spec       s;
+    rng        r;
+    head_shape shape;
+    rope       rp;
+    int32_t    n_past = 0, next_chunk = 0;
+    std::map<int32_t, int32_t> chunk_len; // tokens of every chunk that was given out
+
+    text_source(const spec & s, uint64_t seed) : s(s), r(seed) {
+        shape = { s.d_k, s.d_v, s.n_gqa, 1.0f/std::sqrt((float) s.d_k), s.softcap };
+        for (int32_t i = 0; i < s.n_rot/2; ++i) {
+            rp.inv_freq.push_back(std::pow(10000.0f, -2.0f*(float) i/(float) s.n_rot));
+        }
+        rp.neox = s.neox;
+    }
+
+    f16 normal(double scale, double mean = 0.0) { return f32_to_f16((float) (mean + scale*r.normal())); }
+
+    // Tokens of a chunk have like keys. Their value begins with the number of the chunk, the same in all of them, so a row
+    // that mixes two chunks shows it.
+    tokens draw(bool first, int32_t n_new) {
+        tokens t;
+        t.n_sink   = first ? s.n_sink : 0;
+        t.n_new    = n_new;
+        t.n_window = s.n_window;
+        std::vector<double> mean(s.d_k);
+        int32_t left = 0, chunk = -1;
+        for (int32_t i = 0; i < t.n(); ++i) {
+            const bool cand = i >= t.n_sink && i < t.n_sink + n_new;
+            if (cand && left == 0) {
+                left  = 1 + r.below(s.n_chunk);
+                chunk = next_chunk++;
+                for (double & m : mean) {
+                    m = 0.7*r.normal();
+                }
+            }
+            if (cand) {
+                t.chunk.push_back(chunk);
+                --left;
+            }
+            for (int32_t e = 0; e < s.d_k; ++e) {
+                t.k.push_back(normal(1.0, cand ? mean[e] : 0.0));
+            }
+            for (int32_t e = 0; e < s.d_v; ++e) {
+                t.v.push_back(cand && e == 0 ? f32_to_f16((float) (chunk + 1)) : normal(1.0));
+            }
+            for (int32_t e = 0; e < s.n_gqa*s.d_k; ++e) {
+                t.q.push_back(normal(1.5));
+            }
+        }
+        std::vector<int64_t> delta;
+        const int32_t n_q = n_new + s.n_window, now = n_past + t.n();
+        for (int32_t i = 0; i < n_q; ++i) {
+            const int32_t pos = now - n_q + i;
+            delta.push_back((int64_t) now + look_ahead(0, pos, 512) - pos);
+        }
+        rp.table(delta, t.cs);
+        return t;
+    }
+
+    // The stage takes up these tokens.
+    void accept(const tokens & t) {
+        n_past += t.n_sink + t.n_new;
+        for (int32_t c : t.chunk) {
+            ++chunk_len[c];
+        }
+    }
+
+    pass_params params() const { return { s.how, s.merge, 96 }; }
+};
+
+// ---- the slow pass
+
+struct slow_row {
+    std::vector<double> k, v;
+    double   bias, s_max, s_var;
+    uint32_t chunk, n_tok;
+    bool     stored; // as it was before, so to the last bit
+    int64_t  source; // candidate
+};
+
+struct slow_result {
+    std::vector<slow_row> rows;
+    int64_t n_merged = 0, n_dropped = 0;
+    double  margin = 1.0; // least relative distance of a decision's best from its runner-up
+};
+
+slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, const pass_params & params) {
+    const head_shape & sh = h.shape;
+    const int32_t d_k = sh.n_embd_head_k, d_v = sh.n_embd_head_v;
+    struct row { std::vector<float> k, v; double bias; core_meta meta; };
+    std::vector<row> cand, rest;
+    for (int32_t i = 0; i < h.n_used; ++i) {
+        (i < h.n_sink ? rest : cand).push_back({ to_f32(h.key(i), d_k), to_f32(h.val(i), d_v), h.bias[i], h.meta[i] });
+    }
+    const size_t n_core = cand.size();
+    for (int32_t i = 0; i < t.n(); ++i) {
+        const int32_t c = i - t.n_sink;
+        const bool is_cand = c >= 0 && c < t.n_new;
+        (is_cand ? cand : rest).push_back({ to_f32(t.k.data() + (int64_t) i*d_k, d_k), to_f32(t.v.data() + (int64_t) i*d_v, d_v), 0.0,
+            { 0.0f, 0.0f, is_cand ? (uint32_t) t.chunk[c] : 0, 1 } });
+    }
+    const size_t n = cand.size(), budget = h.n_alloc - (h.n_sink + t.n_sink);
+
+    std::vector<std::vector<double>> q; // turned and scaled
+    for (int32_t i = 0; i < t.n_new + t.n_window; ++i) {
+        for (int32_t g = 0; g < sh.n_gqa; ++g) {
+            const auto src = to_f32(t.q.data() + ((int64_t) (t.n_sink + i)*sh.n_gqa + g)*d_k, d_k);
+            std::vector<double> x(src.begin(), src.end());
+            const size_t n_rot = rp.inv_freq.size();
+            for (size_t a = 0; a < n_rot; ++a) {
+                const double cos = t.cs[(i*n_rot + a)*2], sin = t.cs[(i*n_rot + a)*2 + 1];
+                const size_t e0 = rp.neox ? a : 2*a, e1 = rp.neox ? a + n_rot : 2*a + 1;
+                const double x0 = x[e0], x1 = x[e1];
+                x[e0] = x0*cos - x1*sin;
+                x[e1] = x0*sin + x1*cos;
+            }
+            for (double & e : x) {
+                e *= sh.scale;
+            }
+            q.push_back(x);
+        }
+    }
+    auto dot64 = [&](const std::vector<double> & x, const auto & k) {
+        double s = 0.0;
+        for (int32_t e = 0; e < d_k; ++e) {
+            s += x[e]*k[e];
+        }
+        return s;
+    };
+    auto capped = [&](double y) { return sh.softcap > 0.0f ? sh.softcap*std::tanh(y/sh.softcap) : y; };
+
+    std::vector<std::vector<double>> raw(q.size()), p(q.size());
+    std::vector<double> z(q.size()), s_max(n), s_var(n), w(n);
+    for (size_t i = 0; i < q.size(); ++i) {
+        std::vector<double> x;
+        for (const row & c : cand) {
+            raw[i].push_back(dot64(q[i], c.k));
+            x.push_back(capped(raw[i].back()) + c.bias);
+        }
+        double mean = 0.0;
+        for (double y : x) {
+            mean += y/(double) n;
+        }
+        double sum = 0.0;
+        for (const row & c : rest) {
+            sum += std::exp(capped(dot64(q[i], c.k)) + c.bias);
+        }
+        for (double y : x) {
+            sum += std::exp(y);
+        }
+        z[i] = std::log(sum);
+        for (size_t j = 0; j < n; ++j) {
+            p[i].push_back(std::exp(x[j])/sum);
+            s_max[j]  = std::max(s_max[j], p[i][j]);
+            s_var[j] += (x[j] - mean)*(x[j] - mean)/(double) q.size();
+            w[j]     += p[i][j]/(double) q.size();
+        }
+    }
+    std::vector<double> score(n);
+    for (size_t j = 0; j < n; ++j) {
+        if (j < n_core) {
+            s_max[j] = std::max(s_max[j], (double) cand[j].meta.s_max);
+            s_var[j] = 0.5*(s_var[j] + cand[j].meta.s_var);
+        }
+        score[j] = s_max[j]*s_var[j];
+    }
+
+    slow_result res;
+    std::vector<int64_t> goes(n, -1); // winner that a candidate becomes a part of
+    if (n <= budget) {
+        std::iota(goes.begin(), goes.end(), 0);
+    } else {
+        std::vector<double> sorted = score;
+        std::sort(sorted.rbegin(), sorted.rend());
+        res.margin = 1.0 - sorted[budget]/sorted[budget - 1];
+        for (size_t j = 0; j < n; ++j) {
+            goes[j] = score[j] >= sorted[budget - 1] ? (int64_t) j : -1;
+        }
+        for (size_t j = 0; params.merge && j < n; ++j) {
+            double best = INFINITY, next = INFINITY;
+            for (size_t o = 0; score[j] < sorted[budget - 1] && o < n; ++o) {
+                if (score[o] < sorted[budget - 1] || cand[o].meta.chunk != cand[j].meta.chunk) {
+                    continue;
+                }
+                double dist = 0.0;
+                for (size_t i = 0; i < q.size(); ++i) {
+                    dist += (raw[i][j] - raw[i][o])*(raw[i][j] - raw[i][o]);
+                }
+                next = std::min(next, std::max(best, dist));
+                if (dist < best) {
+                    best    = dist;
+                    goes[j] = (int64_t) o;
+                }
+            }
+            if (next < INFINITY) {
+                res.margin = std::min(res.margin, 1.0 - best/next);
+            }
+        }
+    }
+
+    const size_t stride = std::max<size_t>(1, (t.n_new + t.n_window)/params.n_fit);
+    for (size_t j = 0; j < n; ++j) {
+        if (goes[j] != (int64_t) j) {
+            ++(goes[j] < 0 ? res.n_dropped : res.n_merged);
+            continue;
+        }
+        slow_row out = { std::vector<double>(d_k), std::vector<double>(d_v), cand[j].bias, s_max[j], s_var[j], cand[j].meta.chunk, 0, true, (int64_t) j };
+        std::vector<size_t> members;
+        double weight = 0.0;
+        for (size_t i = 0; i < n; ++i) {
+            if (goes[i] == (int64_t) j) {
+                members.push_back(i);
+                out.n_tok += cand[i].meta.n_tok;
+                weight    += w[i] + 1e-9;
+            }
+        }
+        for (size_t i : members) {
+            for (int32_t e = 0; e < d_k; ++e) {
+                out.k[e] += (w[i] + 1e-9)/weight*cand[i].k[e];
+            }
+            for (int32_t e = 0; e < d_v; ++e) {
+                out.v[e] += (w[i] + 1e-9)/weight*cand[i].v[e];
+            }
+        }
+        if (members.size() > 1) {
+            double sum = 0.0;
+            size_t n_fit = 0;
+            for (size_t i = 0; i < q.size(); ++i) {
+                if (i/sh.n_gqa % stride == 0) {
+                    double mass = 0.0;
+                    for (size_t m : members) {
+                        mass += p[i][m];
+                    }
+                    sum += std::log(std::max(mass, 1e-20)) - (capped(dot64(q[i], out.k)) - z[i]);
+                    ++n_fit;
+                }
+            }
+            out.bias   = std::min(8.0, std::max(-6.0, sum/(double) n_fit));
+            out.stored = false;
+        }
+        res.rows.push_back(out);
+    }
+    return res;
+}
+
+// The errors are those of test-golden.cpp.
+void check_against(const slow_result & want, const head_store & h, const pass_result & res) {
+    CHECK_EQ(res.n_merged,  want.n_merged);
+    CHECK_EQ(res.n_dropped, want.n_dropped);
+    CHECK_EQ(h.n_used - h.n_sink, (int32_t) want.rows.size());
+    if (h.n_used - h.n_sink != (int32_t) want.rows.size()) {
+        return;
+    }
+    for (size_t j = 0; j < want.rows.size(); ++j) {
+        const slow_row & x = want.rows[j];
+        const int32_t    i = h.n_sink + (int32_t) j;
+        const double  tiny = x.stored ? 0.0 : 1.0; // float64 holds a row that was only moved exactly
+        const auto k = to_f32(h.key(i), x.k.size()), v = to_f32(h.val(i), x.v.size());
+        CHECK_CLOSE(k.data(), x.k.data(), (int64_t) k.size(), tiny*4.95e-4, tiny*2e-5 + 1e-12);
+        CHECK_CLOSE(v.data(), x.v.data(), (int64_t) v.size(), tiny*4.95e-4, tiny*2e-5 + 1e-12);
+        CHECK_CLOSE(&h.bias[i], &x.bias, 1, 0.0, tiny*2e-5 + 1e-12);
+        CHECK_CLOSE(&h.meta[i].s_max, &x.s_max, 1, 2e-5, 1e-12);
+        CHECK_CLOSE(&h.meta[i].s_var, &x.s_var, 1, 2e-5, 0.0);
+        CHECK_EQ((uint32_t) h.meta[i].chunk, x.chunk);
+        CHECK_EQ((uint32_t) h.meta[i].n_tok, x.n_tok);
+    }
+}
+
+// ---- what holds after every pass
+
+struct sinks {
+    std::vector<f16> k, v;
+
+    sinks(const tokens & t, const head_shape & s)
+        : k(t.k.begin(), t.k.begin() + (int64_t) t.n_sink*s.n_embd_head_k), v(t.v.begin(), t.v.begin() + (int64_t) t.n_sink*s.n_embd_head_v) {}
+};
+
+void check_invariants(const text_source & text, const head_store & h, const sinks & first, int64_t n_dropped_tok) {
+    CHECK(h.guards_hold());
+    CHECK_EQ(h.n_sink, text.s.n_sink);
+    CHECK(h.n_used >= h.n_sink && h.n_used <= h.n_alloc);
+    const std::vector<float> zero(h.n_sink, 0.0f);
+    CHECK_BITS(h.k.data(), first.k.data(), (int64_t) first.k.size());
+    CHECK_BITS(h.v.data(), first.v.data(), (int64_t) first.v.size());
+    CHECK_BITS(h.bias.data(), zero.data(), h.n_sink);
+
+    std::map<int32_t, int32_t> tok;
+    int64_t n_tok = 0;
+    for (int32_t i = h.n_sink; i < h.n_used; ++i) {
+        const core_meta & m = h.meta[i];
+        CHECK(i == h.n_sink || m.chunk >= h.meta[i - 1].chunk); // text order
+        CHECK(m.n_tok >= 1);
+        CHECK(std::isfinite(h.bias[i]) && h.bias[i] >= -6.0f && h.bias[i] <= 8.0f);
+        CHECK_EQ(f16_to_f32(h.val(i)[0]), (float) (m.chunk + 1)); // all members are of this chunk
+        tok[(int32_t) m.chunk] += m.n_tok;
+        n_tok += m.n_tok;
+    }
+    CHECK_EQ(n_tok + n_dropped_tok, (int64_t) text.n_past - text.s.n_sink);
+    for (const auto & [chunk, n] : tok) {
+        // merging loses a chunk as a whole or not at all
+        CHECK(n == text.chunk_len.at(chunk) || !text.s.merge || text.s.how == method::streaming);
+        CHECK(n <= text.chunk_len.at(chunk));
+    }
+}
+
+int64_t tokens_in(const head_store & h) {
+    int64_t n = 0;
+    for (int32_t i = h.n_sink; i < h.n_used; ++i) {
+        n += h.meta[i].n_tok;
+    }
+    return n;
+}
+
+// ---- tests
+
+// A long text: ten passes in place, each against the slow one, which starts from the same rows.
+void test_long_text() {
+    std::vector<spec> specs(9);
+    specs[1].merge = false;
+    specs[2].how = method::paper;
+    specs[3].how = method::streaming;
+    specs[4].d_k = 80; specs[4].d_v = 80; specs[4].n_gqa = 1; specs[4].n_rot = 32; specs[4].softcap = 20.0f;
+    specs[5].d_k = 32; specs[5].d_v = 32; specs[5].n_gqa = 7; specs[5].n_rot = 32; specs[5].neox = false; specs[5].n_alloc = 20;
+    specs[6].n_rot = 0; specs[6].n_alloc = 200; specs[6].n_new = 250; specs[6].n_window = 40; // a bias is fitted to every third query
+    specs[7].n_sink = 0; specs[7].n_alloc = 5; specs[7].n_window = 1; specs[7].n_chunk = 40;
+    specs[8].how = method::paper; specs[8].n_alloc = 9; // fewer rows than chunks
+    for (size_t c = 0; c < specs.size(); ++c) {
+        const spec & s = specs[c];
+        text_source text(s, 40 + c);
+        head_store h(text.shape, s.n_alloc);
+        pass_workspace ws;
+        const tokens none;
+        std::vector<sinks> first;
+        int64_t n_dropped_tok = 0;
+        for (int pass = 0; pass < 10; ++pass) {
+            CASE("text " + std::to_string(c) + ", pass " + std::to_string(pass));
+            const int32_t n_new = pass == 0 || pass % 3 ? s.n_new : s.n_new/2;
+            slow_result want;
+            tokens t;
+            for (int attempt = 0; attempt < 50; ++attempt) { // until float32 must come to the same decisions
+                const int32_t chunk = text.next_chunk;
+                t = text.draw(pass == 0, n_new);
+                if (s.how != method::semantic) {
+                    break;
+                }
+                want = slow_pass(h, t, text.rp, text.params());
+                if (want.margin > 1e-4) {
+                    break;
+                }
+                text.next_chunk = chunk;
+            }
+            text.accept(t);
+            if (pass == 0) {
+                first.emplace_back(t, text.shape);
+            }
+            const int64_t before = tokens_in(h) + n_new;
+            const int32_t n_cand = h.n_used - h.n_sink + n_new;
+            reserve(ws, h, t);
+            const pass_result res = run_pass(h, t, text.rp, text.params(), ws, { 2, pass % 2, pass % 3 == 1, 10, (uint64_t) pass });
+            CHECK_EQ(res.n_merged + res.n_dropped + h.n_used - h.n_sink, (int64_t) n_cand);
+            if (s.how == method::semantic) {
+                CHECK(want.margin > 1e-4);
+                check_against(want, h, res);
+                CHECK_EQ(h.n_used, s.n_alloc);
+            }
+            if (!s.merge || s.how == method::streaming) {
+                CHECK_EQ(res.n_merged, 0);
+                CHECK_EQ(tokens_in(h), (int64_t) h.n_used - h.n_sink);
+            }
+            for (int32_t i = h.n_sink; s.how == method::paper && i < h.n_used; ++i) {
+                CHECK(std::fabs(h.bias[i] - std::log((double) h.meta[i].n_tok)) < 1e-6);
+            }
+            n_dropped_tok += before - tokens_in(h);
+            CHECK((before == tokens_in(h)) == (res.n_dropped == 0));
+            check_invariants(text, h, first[0], n_dropped_tok);
+        }
+    }
+}
+
+// The newest candidates are kept as they are.
+void test_streaming() {
+    CASE("streaming");
+    spec s;
+    s.how = method::streaming;
+    text_source text(s, 3);
+    head_store h(text.shape, s.n_alloc);
+    const tokens a = text.draw(true, 30), b = text.draw(false, 25);
+    run_pass(h, a, text.rp, text.params());
+    CHECK_EQ(h.n_used, N_SINK + 30);
+    const pass_result res = run_pass(h, b, text.rp, text.params());
+    CHECK_EQ(h.n_used, s.n_alloc);
+    CHECK_EQ(res.n_dropped, 30 + 25 - (s.n_alloc - N_SINK));
+    CHECK_EQ(res.n_merged, 0);
+    const int32_t kept = s.n_alloc - N_SINK - 25; // of a
+    CHECK_BITS(h.key(N_SINK), a.k.data() + (int64_t) (N_SINK + 30 - kept)*s.d_k, (int64_t) kept*s.d_k);
+    CHECK_BITS(h.val(N_SINK), a.v.data() + (int64_t) (N_SINK + 30 - kept)*s.d_v, (int64_t) kept*s.d_v);
+    CHECK_BITS(h.key(N_SINK + kept), b.k.data(), 25*s.d_k);
+    CHECK_BITS(h.val(N_SINK + kept), b.v.data(), 25*s.d_v);
+}
+
+// With room for all, nothing changes to the last bit; only the scores are new.
+void test_below_budget() {
+    for (method how : { method::semantic, method::paper, method::streaming }) {
+        CASE("below budget, method " + std::to_string((int) how));
+        spec s;
+        s.how = how;
+        text_source text(s, 5);
+        head_store h(text.shape, N_SINK + 40 + 30);
+        for (int pass = 0; pass < 2; ++pass) {
+            const tokens t = text.draw(pass == 0, pass == 0 ? 40 : 30);
+            const head_store old = h;
+            const pass_result res = run_pass(h, t, text.rp, text.params(), { 1, 0, true, 3, 8 });
+            const int32_t at = pass == 0 ? 0 : old.n_used, n = t.n_sink + t.n_new;
+            CHECK_EQ(res.n_merged, 0);
+            CHECK_EQ(res.n_dropped, 0);
+            CHECK_EQ(h.n_used, at + n);
+            CHECK_BITS(h.k.data(), old.k.data(), (int64_t) at*s.d_k);
+            CHECK_BITS(h.v.data(), old.v.data(), (int64_t) at*s.d_v);
+            CHECK_BITS(h.bias.data(), old.bias.data(), at);
+            CHECK_BITS(h.key(at), t.k.data(), (int64_t) n*s.d_k);
+            CHECK_BITS(h.val(at), t.v.data(), (int64_t) n*s.d_v);
+            for (int32_t i = at; i < h.n_used; ++i) {
+                CHECK_EQ(h.bias[i], 0.0f);
+                CHECK(i < N_SINK || h.meta[i].n_tok == 1);
+                CHECK(i < N_SINK || h.meta[i].chunk == (uint32_t) t.chunk[i - at - t.n_sink]);
+            }
+        }
+    }
+}
+
+// Same input, same bits: with a workspace of just the size, a larger one, one that another head has used, and rubbish in it.
+void test_workspaces() {
+    for (method how : { method::semantic, method::paper, method::streaming }) {
+        CASE("workspaces, method " + std::to_string((int) how));
+        spec s, big;
+        s.how = big.how = how;
+        big.d_k = 96; big.d_v = 128; big.n_gqa = 7; big.n_new = 150; big.softcap = 30.0f;
+        text_source text(s, 6), other(big, 7);
+        const tokens t0 = text.draw(true, 50), t1 = text.draw(false, 60), o = other.draw(true, 150);
+
+        auto both = [&](pass_workspace & ws, auto && before) {
+            head_store h(text.shape, s.n_alloc);
+            before();
+            reserve(ws, h, t0);
+            run_pass(h, t0, text.rp, text.params(), ws);
+            before();
+            reserve(ws, h, t1);
+            run_pass(h, t1, text.rp, text.params(), ws);
+            return h;
+        };
+        pass_workspace tight, same, large, used, dirty;
+        const head_store want = both(tight, []() {});
+        CHECK_SAME_ROWS(both(same, []() {}), want);
+        CHECK_SAME_ROWS(both(same, []() {}), want); // again in the same one
+        large.reserve(other.shape, 1000, 3000);
+        CHECK_SAME_ROWS(both(large, []() {}), want);
+        CHECK_SAME_ROWS(both(used, [&]() {
+            head_store h(other.shape, 60);
+            reserve(used, h, o);
+            run_pass(h, o, other.rp, other.params(), used);
+        }), want);
+        dirty.reserve(other.shape, 1000, 3000);
+        CHECK_SAME_ROWS(both(dirty, [&]() {
+            for (auto * v : { &dirty.k, &dirty.panels, &dirty.q, &dirty.x, &dirty.bias, &dirty.s_max, &dirty.s_var, &dirty.w, &dirty.z,
+                    &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new, &dirty.bias_new, &dirty.row }) {
+                std::fill(v->begin(), v->end(), NAN);
+            }
+            for (auto * v : { &dirty.order, &dirty.rank, &dirty.winner, &dirty.members, &dirty.merged, &dirty.count }) {
+                std::fill(v->begin(), v->end(), 0x7fffffff);
+            }
+            std::fill(dirty.meta.begin(), dirty.meta.end(), core_meta { NAN, NAN, 0xffffff, 0xff });
+        }), want);
+    }
+}
+
+// Attention of one query over rows of a head, then tokens.
+std::vector<float> attend(const head_store & h, const tokens & t, const std::vector<float> & q) {
+    const head_shape & s = h.shape;
+    const int32_t first = 0, count = h.n_used;
+    const std::vector<float> mask(t.n(), 0.0f);
+    attn_args a = { s.n_embd_head_k, s.n_embd_head_v, s.n_gqa, 1, 1, t.n(), s.scale, s.softcap,
+        q.data(), s.n_embd_head_k, 0, t.k.data(), 0, s.n_embd_head_k, t.v.data(), 0, s.n_embd_head_v, 1,
+        mask.data(), false, t.n(), nullptr, h.k.data(), h.v.data(), h.bias.data(), &first, &count };
+    std::vector<float> part(attn_part_size(a)), out((size_t) s.n_gqa*s.n_embd_head_v);
+    attn_part(a, part.data(), 0, 1);
+    attn_reduce(a, part.data(), out.data(), 0, 1);
+    return out;
+}
+
+// n equal tokens in a chunk: cores with bias log n, and attention as it was.
+void test_equal_tokens() {
+    for (method how : { method::semantic, method::paper }) {
+        for (float softcap : { 0.0f, 10.0f }) {
+            for (int32_t n_group : { 1, 5 }) {
+                CASE("equal tokens, method " + std::to_string((int) how) + ", " + std::to_string(n_group) + " chunks");
+                spec s;
+                s.how     = how;
+                s.softcap = softcap;
+                text_source text(s, 9);
+                tokens t = text.draw(true, 12*n_group);
+                for (int32_t i = 0; i < t.n_new; ++i) {
+                    const int32_t g = i/12, from = t.n_sink + g*12, to = t.n_sink + i;
+                    t.chunk[i] = g;
+                    std::copy_n(t.k.begin() + (int64_t) from*s.d_k, s.d_k, t.k.begin() + (int64_t) to*s.d_k);
+                    std::copy_n(t.v.begin() + (int64_t) from*s.d_v, s.d_v, t.v.begin() + (int64_t) to*s.d_v);
+                }
+                head_store h(text.shape, N_SINK + (n_group == 1 ? 1 : 3*n_group));
+                const pass_result res = run_pass(h, t, text.rp, text.params());
+                CHECK(res.n_merged > 0);
+                for (int32_t i = N_SINK; i < h.n_used; ++i) {
+                    const int64_t from = N_SINK + (int64_t) h.meta[i].chunk*12;
+                    CHECK(std::fabs(h.bias[i] - std::log((double) h.meta[i].n_tok)) < 5e-6);
+                    CHECK_BITS(h.key(i), t.k.data() + from*s.d_k, s.d_k); // a mean of equal rows is that row
+                    CHECK_BITS(h.val(i), t.v.data() + from*s.d_v, s.d_v);
+                    const bool first = i == N_SINK || h.meta[i - 1].chunk != h.meta[i].chunk;
+                    CHECK(first || h.meta[i].n_tok == 1); // of equally near winners the first takes all
+                }
+                if (how == method::semantic && n_group > 1) {
+                    continue; // equal scores: a chunk takes all places or none, so some are dropped
+                }
+                CHECK_EQ(res.n_dropped, 0);
+                CHECK_EQ(tokens_in(h), (int64_t) t.n_new);
+
+                tokens window = t; // what stays in the stage
+                window.n_new = window.n_sink = 0;
+                window.k.erase(window.k.begin(), window.k.begin() + (int64_t) (t.n_sink + t.n_new)*s.d_k);
+                window.v.erase(window.v.begin(), window.v.begin() + (int64_t) (t.n_sink + t.n_new)*s.d_v);
+                const head_store empty(text.shape, 0);
+                for (int n = 0; n < 20; ++n) {
+                    std::vector<float> q((size_t) s.n_gqa*s.d_k);
+                    for (float & e : q) {
+                        e = (float) (1.5*text.r.normal());
+                    }
+                    // the bias errs by up to 5e-6, which moves the shares, and with them values up to 4, by as much
+                    const std::vector<float> before = attend(empty, t, q), after = attend(h, window, q);
+                    CHECK_CLOSE(after.data(), before.data(), (int64_t) after.size(), 0.0, 4e-5);
+                }
+            }
+        }
+    }
+}
+
+// Broken numbers may give a useless head, but the memory around it, its sinks and its order hold.
+void test_not_finite() {
+    const float bad[] = { NAN, INFINITY, -INFINITY, 65504.0f };
+    for (method how : { method::semantic, method::paper, method::streaming }) {
+        for (float x : bad) {
+            for (int where = 0; where < 8; ++where) {
+                CASE("method " + std::to_string((int) how) + ", " + text(x) + " in place " + std::to_string(where));
+                spec s;
+                s.how     = how;
+                s.softcap = where == 7 ? 20.0f : 0.0f;
+                text_source source(s, 20 + where);
+                head_store h(source.shape, s.n_alloc);
+                std::vector<sinks> first;
+                for (int pass = 0; pass < 4; ++pass) {
+                    tokens t = source.draw(pass == 0, s.n_new);
+                    source.accept(t);
+                    if (pass == 0) {
+                        first.emplace_back(t, source.shape);
+                    }
+                    const f16     b = f32_to_f16(x);
+                    const int32_t token = t.n_sink + source.r.below(t.n_new), e = source.r.below(s.d_k);
+                    if (pass == 1 || pass == 2) {
+                        switch (where) {
+                            case 0: t.k[(size_t) token*s.d_k + e] = b; break;                                   // one number
+                            case 1: std::fill_n(t.k.begin() + (size_t) token*s.d_k, s.d_k, b); break;           // one key
+                            case 2: std::fill_n(t.k.begin() + (size_t) t.n_sink*s.d_k, t.n_new*s.d_k/2, b); break; // half of them
+                            case 3: std::fill(t.k.begin(), t.k.end(), b); break;
+                            case 4: t.q[((size_t) token*s.n_gqa + 1)*s.d_k + e] = b; break;
+                            case 5: std::fill(t.q.begin(), t.q.end(), b); break;
+                            case 6: std::fill(t.v.begin(), t.v.end(), b); break;
+                            case 7: std::fill(t.k.begin(), t.k.end(), b); std::fill(t.q.begin(), t.q.end(), b); break;
+                        }
+                    }
+                    const pass_result res = run_pass(h, t, source.rp, source.params());
+                    CHECK(h.guards_hold());
+                    CHECK(h.n_used <= h.n_alloc && h.n_used >= h.n_sink);
+                    CHECK(res.n_merged >= 0 && res.n_dropped >= 0);
+                    CHECK_BITS(h.k.data(), first[0].k.data(), (int64_t) first[0].k.size());
+                    CHECK_BITS(h.v.data(), first[0].v.data(), (int64_t) first[0].v.size());
+                    for (int32_t i = h.n_sink; i < std::min(h.n_used, h.n_alloc); ++i) {
+                        CHECK(i == h.n_sink || h.meta[i].chunk >= h.meta[i - 1].chunk);
+                        CHECK(h.meta[i].n_tok >= 1 && (int32_t) h.meta[i].n_tok <= source.chunk_len[(int32_t) h.meta[i].chunk]);
+                    }
+                    if (h.n_used > h.n_alloc) {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+// A key of zero has cosine 0 with every key: it is no duplicate of another, and merges after what is alike.
+void test_zero_keys() {
+    for (method how : { method::semantic, method::paper }) {
+        CASE("zero keys, method " + std::to_string((int) how));
+        spec s;
+        s.how = how;
+        text_source text(s, 31);
+        head_store h(text.shape, s.n_alloc);
+        for (int pass = 0; pass < 3; ++pass) {
+            tokens t = text.draw(pass == 0, s.n_new);
+            text.accept(t);
+            for (int32_t i = t.n_sink; i < t.n_sink + t.n_new; i += 1 + pass) {
+                std::fill_n(t.k.begin() + (size_t) i*s.d_k, s.d_k, (f16) 0);
+            }
+            run_pass(h, t, text.rp, text.params());
+            CHECK(h.guards_hold());
+            CHECK(h.n_used <= h.n_alloc);
+            for (int32_t i = h.n_sink; i < h.n_used; ++i) {
+                CHECK(std::isfinite(h.bias[i]));
+            }
+        }
+    }
+    CASE("zero keys beside equal ones");
+    spec s;
+    s.how = method::paper;
+    text_source text(s, 32);
+    tokens t = text.draw(true, 8); // one chunk of 0 0 a a a a 0 b for 5 rows: the equal ones merge, then there is room for the rest
+    std::fill(t.chunk.begin(), t.chunk.end(), 0);
+    for (int32_t i : { 0, 1, 6 }) {
+        std::fill_n(t.k.begin() + (size_t) (N_SINK + i)*s.d_k, s.d_k, (f16) 0);
+    }
+    for (int32_t i : { 3, 4, 5 }) {
+        std::copy_n(t.k.begin() + (size_t) (N_SINK + 2)*s.d_k, s.d_k, t.k.begin() + (size_t) (N_SINK + i)*s.d_k);
+    }
+    head_store h(text.shape, N_SINK + 5);
+    const pass_result res = run_pass(h, t, text.rp, text.params());
+    CHECK_EQ(res.n_merged, 3);
+    CHECK_EQ(h.n_used, N_SINK + 5);
+    CHECK_EQ((int) h.meta[N_SINK + 2].n_tok, 4);
+}
+
+// The ends of what may be asked for.
+void test_extremes() {
+    for (method how : { method::semantic, method::paper, method::streaming }) {
+        for (int32_t budget : { 0, 1, 2 }) {
+            for (int32_t n_new : { 0, 1, 2, 3 }) {
+                CASE("method " + std::to_string((int) how) + ", " + std::to_string(n_new) + " tokens for " + std::to_string(budget) + " rows");
+                spec s;
+                s.how      = how;
+                s.n_window = 1;
+                text_source text(s, 50);
+                head_store h(text.shape, N_SINK + budget);
+                for (int pass = 0; pass < 3; ++pass) {
+                    const tokens t = text.draw(pass == 0, n_new);
+                    text.accept(t);
+                    const int32_t before = h.n_used - h.n_sink;
+                    const pass_result res = run_pass(h, t, text.rp, text.params());
+                    CHECK(h.guards_hold());
+                    CHECK_EQ(h.n_sink, N_SINK);
+                    CHECK(h.n_used <= h.n_alloc);
+                    CHECK_EQ(res.n_merged + res.n_dropped + h.n_used - h.n_sink, (int64_t) before + n_new);
+                }
+            }
+        }
+    }
+}
+
+} // namespace
+
+int main() {
+    test_long_text();
+    test_streaming();
+    test_below_budget();
+    test_workspaces();
+    test_equal_tokens();
+    test_not_finite();
+    test_zero_keys();
+    test_extremes();
+    return finish();
+}

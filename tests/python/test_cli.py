@@ -1,0 +1,559 @@
+"""The command line program: what it prints, to which stream, with which exit status; run and chat as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_models
+from click.testing import CliRunner
+
+from llama_semanticache import __version__, models
+from llama_semanticache.cli import main
+
+PROGRAM = [sys.executable, "-m", "llama_semanticache"]
+SETTINGS = "--n-ctx 1024 --kv-stage 256 --kv-window 32 --kv-profile none --threads 1 --temp 0".split()
+TIMEOUT = 120  # seconds
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and terminals")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(tiny_models.write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf", "llama"))
+
+
+@pytest.fixture
+def invoke():
+    return lambda *args: CliRunner().invoke(main, args)
+
+
+def program(*args, stdin=""):
+    """Run the program with text on stdin."""
+    done = subprocess.run([*PROGRAM, *args], input=stdin.encode(), capture_output=True, timeout=TIMEOUT)
+    done.out, done.err = done.stdout.decode(), done.stderr.decode(errors="replace")
+    return done
+
+
+def talk(tiny, *lines, options=("--max-tokens", "12")):
+    """Answers (stdout) and remarks (stderr) of a conversation."""
+    return program("chat", tiny, *SETTINGS, *options, stdin="".join(f"{line}\n" for line in lines))
+
+
+def kv_lines(text):
+    return re.findall(r"^([0-9,]+) tokens seen", text, re.MULTILINE)
+
+
+# start
+
+
+@pytest.mark.parametrize("args", [["--help"], ["chat", "--help"], ["models"], ["memory", "{tiny}"]], ids=" ".join)
+def test_starts_without_loading_llama_cpp(args, tiny):
+    heavy = {"llama_cpp"} if args[0] == "memory" else {"llama_cpp", "numpy", "gguf", "rich"}
+    code = (
+        "import sys\nfrom llama_semanticache.cli import main\nmain(sys.argv[1:], standalone_mode=False)\n"
+        f"loaded = {heavy!r} & set(sys.modules)\nassert not loaded, loaded\n"
+    )
+    args = [arg.format(tiny=tiny) for arg in args]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_all_commands(invoke):
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in ("chat", "run", "profile", "memory", "models"):
+        assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
+
+
+def test_module_runs_the_program():
+    assert program("--help").out.startswith("Usage: llama-semanticache ")
+    assert program("--version").out.strip() == f"llama-semanticache, version {__version__}"
+
+
+# models
+
+
+def test_models_lists_the_manifest(invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path))
+    result = invoke("models")
+    assert result.exit_code == 0
+    for entry in models.manifest().values():
+        assert re.search(rf"^{re.escape(entry.name)}: .*{entry.licence}; not fetched yet$", result.stdout, re.MULTILINE)
+
+
+def test_models_as_json(invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path))
+    entries = json.loads(invoke("models", "--json").stdout)
+    assert [entry["name"] for entry in entries] == list(models.manifest())
+    assert [entry["name"] for entry in entries if entry["default"]] == [models.default_name()]
+    assert not any(entry["fetched"] for entry in entries)
+
+
+def test_fetch_of_an_unknown_name(invoke):
+    result = invoke("models", "fetch", "no-such-model")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: expected") and models.default_name() in result.stderr
+
+
+def test_fetch_prints_the_path_of_what_is_there(invoke, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path))
+    content = open(tiny, "rb").read()
+    entry = {
+        "description": "test",
+        "requirement": "none==1",
+        "file": "t.gguf",
+        "size_bytes": len(content),
+        "licence": "MIT",
+    }
+    entry["sha256"] = models.sha256(tiny)
+    monkeypatch.setattr(models, "_read_manifest", lambda: {"default": "t", "models": {"t": entry}})
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "t.gguf").write_bytes(content)
+    path = str(tmp_path / "models" / "t.gguf")
+    assert invoke("models", "fetch", "t").stdout.strip() == path
+    assert json.loads(invoke("models", "fetch", "t", "--json").stdout) == {"name": "t", "path": path}
+    assert json.loads(invoke("models", "--json").stdout)[0]["fetched"]
+    assert f"in {path}" in invoke("models").stdout
+
+
+# memory
+
+
+def test_memory_table(invoke, tiny):
+    result = invoke("memory", tiny, "--n-ctx", "1024", "--n-ctx", "2048", "--kv-ratio", "0.125")
+    assert result.exit_code == 0
+    assert "1,024 tokens" in result.stdout and "2,048 tokens" in result.stdout
+    assert len(re.findall(r"^ f16 ", result.stdout, re.MULTILINE)) == 3  # two sizes, and the largest n_ctx
+    assert re.search(r"^ semanticache 0\.125 +[0-9.]+ +[0-9.]+x", result.stdout, re.MULTILINE)
+    assert (
+        "6 GB" in result.stdout
+        and "24 GB" in result.stdout
+        and "1024^3" in result.stdout
+        and "estimate" in result.stdout
+    )
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+    assert "q8_0: expected heads of a multiple of 32" in result.stdout.replace("\n", " ")
+
+
+def test_memory_as_json(invoke, tiny):
+    result = invoke("memory", tiny, "--n-ctx", "2048", "--json")
+    report = json.loads(result.stdout)
+    f16, compressed = report["estimates"]
+    assert f16["kv_bytes"] == 2 * 2 * 2048 * 2 * 16 * 2  # layers, K and V, cells, kv heads, values, bytes
+    assert compressed["core_bytes"] == 2 * 512 * 2 * (2 * 16 * 2 + 4)
+    assert f16["fits_gb"] == [6, 8, 12, 16, 24]
+    assert report["max_n_ctx"]["f16"]["6"] == 4096
+
+
+def test_memory_defaults_to_the_trained_size(invoke, tiny):
+    assert "4,096 tokens" in invoke("memory", tiny).stdout
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["memory", "{tiny}", "--n-ctx", "0"],
+        ["memory", "{tiny}", "--kv-ratio", "0"],
+        ["run", "{tiny}", "--kv-ratio", "1.5", "--prompt", "x"],
+        ["run", "{tiny}", "--kv-compress", "zip", "--prompt", "x"],
+        ["run", "{tiny}", "--kv-profile", "no/such/file", "--prompt", "x"],
+        ["run", "{tiny}", "--prompt-file", "no/such/file"],
+        ["run", "{tiny}", "-", "--prompt-file", "{tiny}"],
+        ["run", "{tiny}", "--raw", "--system", "x", "--prompt", "x"],
+        ["run", "{tiny}"],
+        ["run"],
+        ["no-such-command"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_status_2(invoke, args, tiny):
+    result = invoke(*(arg.format(tiny=tiny) for arg in args))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Error" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["memory"], ["profile"], ["chat"], ["run", "--prompt", "x"]], ids=lambda args: args[0]
+)
+def test_unknown_model_is_status_1(command, tmp_path):
+    done = program(command[0], str(tmp_path / "none.gguf"), *command[1:])
+    assert done.returncode == 1
+    assert done.out == ""
+    assert done.err.startswith("Error: expected") and "Traceback" not in done.err
+
+
+def test_damaged_model_is_status_1(tiny, tmp_path):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(open(tiny, "rb").read()[:-1000])
+    done = program("run", str(path), "--prompt", "x")
+    assert done.returncode == 1
+    assert "truncated or damaged" in done.err and "Traceback" not in done.err
+
+
+def test_verbose_shows_the_traceback(tmp_path):
+    done = program("memory", str(tmp_path / "none.gguf"), "--verbose")
+    assert done.returncode == 1
+    assert "Traceback" in done.err and "ModelFileError" in done.err
+
+
+def test_model_that_llama_cpp_refuses(tiny, tmp_path):
+    """A whole file, but not a model that can be loaded."""
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(open(tiny, "rb").read().replace(b"token_embd.weight", b"token_ambd.weight"))
+    done = program("run", str(path), "--prompt", "x", *SETTINGS)
+    assert done.returncode == 1
+    assert done.out == "" and "Error: " in done.err and "--verbose" in done.err and "Traceback" not in done.err
+
+
+def test_arguments_that_do_not_fit_together(tiny):
+    done = program("run", tiny, "--prompt", "x", "--n-ctx", "256", "--kv-stage", "512", "--kv-profile", "none")
+    assert done.returncode == 1
+    assert done.err.startswith("Error: ") and "512" in done.err and "256" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("arch", tiny_models.REFUSED)
+def test_model_that_cannot_be_compressed(arch, tmp_path):
+    path = tiny_models.write_tiny(tmp_path / "m.gguf", arch)
+    done = program("run", str(path), "--prompt", "x", *SETTINGS)
+    assert done.returncode == 1
+    assert "Error: " in done.err and "Traceback" not in done.err
+    done = program("run", str(path), "--prompt", "x", *SETTINGS, "--kv-compress", "none", "--max-tokens", "4")
+    assert done.returncode == 0, done.err
+    assert done.out.strip()
+
+
+# run
+
+
+def test_run_prints_only_the_answer(tiny):
+    done = program("run", tiny, "--prompt", "hello there", "--max-tokens", "20", *SETTINGS)
+    assert done.returncode == 0, done.err
+    assert done.out.endswith("\n") and len(done.out.strip()) >= 10
+    assert kv_lines(done.err) and "tokens seen" not in done.out
+    assert "rows" in done.err and "MiB" in done.err and "x smaller" in done.err
+
+
+def test_run_as_json_is_the_same_answer(tiny):
+    args = ["run", tiny, "--prompt", "hello there", "--max-tokens", "20", *SETTINGS]
+    result = json.loads(program(*args, "--json").out)
+    assert result["text"].strip() == program(*args).out.strip()
+    assert result["finish_reason"] == "length" and result["completion_tokens"] == 20
+    assert result["prompt_tokens"] > len("hello there")  # with the chat template, one token for a letter
+    assert result["decode_tps"] > 0 and result["prefill_s"] > 0
+    assert result["kv"]["kv_compress"] == "semanticache" and result["kv"]["total_bytes"] > 0
+    assert result["kv"]["n_tokens"] >= result["prompt_tokens"] + 19
+
+
+def test_run_takes_the_prompt_from_everywhere(tiny, tmp_path):
+    args = ["run", tiny, "--max-tokens", "12", *SETTINGS]
+    file = tmp_path / "prompt.txt"
+    file.write_text("some words\n", encoding="utf-8")
+    expected = program(*args, "--prompt", "some words").out
+    assert expected.strip()
+    assert program(*args, "--prompt-file", str(file)).out == expected
+    assert program(*args, "--prompt-file", "-", stdin="some words\n").out == expected
+    assert program(*args, "-", stdin="some words\n").out == expected
+    assert program(*args, stdin="some words").out == expected
+    both = program(*args, "--prompt", "some words\n\nwhat?").out
+    assert program(*args, "-", "--prompt", "what?", stdin="some words\n").out == both != expected
+    assert program(*args, "--prompt", "some words", stdin="not read").out == expected
+
+
+def test_run_raw_has_no_template(tiny):
+    args = ["run", tiny, "--prompt", "abc", "--max-tokens", "8", "--json", *SETTINGS]
+    raw, templated = (json.loads(program(*args, *more).out) for more in (["--raw"], []))
+    assert raw["prompt_tokens"] == 4 < templated["prompt_tokens"]  # bos and three letters
+    assert len(raw["text"]) >= 4
+
+
+def test_run_sampling_options(tiny):
+    args = ["run", tiny, "--prompt", "abc", "--max-tokens", "30", *SETTINGS, "--temp", "3"]
+    first, again, other = (program(*args, "--seed", seed).out for seed in ("1", "1", "2"))
+    assert first == again != other
+    assert len(program(*args[:-2], "--max-tokens", "3").out.strip()) <= 3 < len(first.strip())
+
+
+def test_run_into_a_closed_pipe(tiny):
+    process = subprocess.Popen(
+        [*PROGRAM, "run", tiny, "--prompt", "abc", "--max-tokens", "600", *SETTINGS],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(TIMEOUT) == 1
+    assert "Traceback" not in err and "Exception" not in err
+
+
+@posix
+def test_run_is_stopped_by_ctrl_c(tiny):
+    process = subprocess.Popen(
+        [*PROGRAM, "run", tiny, "--prompt", "abc", "--max-tokens", "900", *SETTINGS],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert out.endswith(b"\n") and b"Traceback" not in err
+
+
+def test_run_with_a_prompt_that_does_not_fit(tiny):
+    done = program("run", tiny, *SETTINGS, stdin="word " * 400)
+    assert done.returncode == 1
+    assert done.out == "" and "Error: " in done.err and "1024" in done.err and "n-ctx" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_run_refuses_other_encodings(tiny, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    done = program("run", tiny, "--prompt-file", str(tmp_path / "latin1.txt"))
+    assert done.returncode == 1
+    assert "UTF-8" in done.err and "Traceback" not in done.err
+
+
+# profile
+
+
+def test_profile_writes_a_profile_that_run_takes(tiny, tmp_path):
+    out = tmp_path / "tiny.profile"
+    done = program("profile", tiny, "--out", str(out), "--threads", "1", "--json")
+    assert done.returncode == 0, done.err
+    result = json.loads(done.out)
+    assert result["profile"] == str(out) and result["model"] == tiny and result["seconds"] > 0
+    lines = out.read_text().splitlines()
+    assert lines[:2] == ["semcache-profile 1", f"model_id {result['model_id']}"]
+    done = program("run", tiny, "--prompt", "x", "--max-tokens", "4", *SETTINGS, "--kv-profile", str(out))
+    assert done.returncode == 0, done.err
+
+
+def test_profile_does_not_replace_a_file(tiny, tmp_path, invoke):
+    out = tmp_path / "notes.txt"
+    out.write_text("precious")
+    result = invoke("profile", tiny, "--out", str(out))
+    assert result.exit_code == 1 and "--force" in result.stderr
+    assert out.read_text() == "precious"
+
+
+def test_first_use_measures_the_profile_once_and_says_so(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path))
+    args = ["run", tiny, "--prompt", "x", "--max-tokens", "4", *SETTINGS, "--kv-profile", "auto"]
+    first, second = program(*args), program(*args)
+    assert first.returncode == second.returncode == 0, first.err
+    assert "calibrating" in first.err and "calibrating" not in second.err
+    assert first.out == second.out
+    assert list(tmp_path.rglob("*.profile"))
+
+
+# chat
+
+
+def test_chat_answers_and_shows_the_cache(tiny):
+    done = talk(tiny, "hello", "and then?", "/quit", "never read")
+    assert done.returncode == 0, done.err
+    seen = [int(n.replace(",", "")) for n in kv_lines(done.err)]
+    assert len(seen) == 2 and seen[1] > seen[0] + 12
+    assert "tokens seen" not in done.out and len(done.out.strip()) >= 20
+
+
+def test_chat_ends_with_its_input(tiny):
+    assert talk(tiny).returncode == 0
+    assert talk(tiny, "", "   ").out == ""
+
+
+def test_chat_commands(tiny):
+    done = talk(tiny, "hello", "/stats", "/reset", "/stats", "/help", "/bogus", "/save", "/load", "/quit")
+    assert done.returncode == 0, done.err
+    tokens = [int(n.replace(",", "")) for n in re.findall(r"n_tokens \W+ ([0-9,]+)", done.out)]
+    assert len(tokens) == 2 and tokens[0] > 12 and tokens[1] == 0
+    assert re.search(r"core_bytes \W+ [0-9,]+  \([0-9.]+ MiB\)", done.out) and "compression_factor" in done.out
+    for command in ("/stats", "/reset", "/save FILE", "/load FILE", "/quit", "/help"):
+        assert command in done.err
+    assert "/bogus is not a command" in done.err and "/save needs a file name" in done.err
+
+
+def test_chat_forgets_after_reset(tiny):
+    fresh = talk(tiny, "second").out
+    assert talk(tiny, "first", "/reset", "second").out.endswith(fresh)
+    assert not talk(tiny, "first", "second").out.endswith(fresh)
+
+
+def test_chat_keeps_the_system_message(tiny):
+    options = ("--max-tokens", "12", "--system", "be brief")
+    fresh = talk(tiny, "second", options=options).out
+    assert fresh != talk(tiny, "second").out
+    assert talk(tiny, "first", "/reset", "second", options=options).out.endswith(fresh)
+
+
+def test_chat_goes_on_after_an_error(tiny):
+    """A message that is too long is shown as an error and taken back."""
+    done = talk(tiny, "word " * 400, "hello")
+    assert done.returncode == 0, done.err
+    assert "Error: " in done.err and "1024" in done.err and "without this message" in done.err
+    assert done.out == talk(tiny, "hello").out
+
+
+def test_chat_save_and_load(tiny, tmp_path):
+    file = tmp_path / "talk.zip"
+    first = talk(tiny, "a long text, longer than the stage. " * 15, f"/save {file}", "and then?", "/stats")
+    assert re.search(r"n_pass \W+ [1-9]", first.out)
+    first.out = first.out[: first.out.index("\u250c")]  # without the table of /stats
+    assert first.returncode == 0 and "saved 2 messages" in first.err
+    second = talk(tiny, f"/load {file}", "and then?")
+    assert second.returncode == 0 and "loaded 2 messages" in second.err
+    assert second.out.strip() and first.out.endswith(second.out)
+    assert kv_lines(second.err)[0] == kv_lines(first.err)[0]
+    assert kv_lines(second.err)[1] == kv_lines(first.err)[1]
+    assert second.out != talk(tiny, "and then?").out
+
+
+def test_chat_saves_over_its_own_files_only(tiny, tmp_path):
+    file, other = tmp_path / "talk.zip", tmp_path / "notes.txt"
+    other.write_text("precious")
+    saves = [f"/save {path}" for path in (file, other, tmp_path / "none" / "x")]
+    done = talk(tiny, "hello", saves[0], "more", *saves, f"/load {file}")
+    assert done.returncode == 0
+    assert "loaded 4 messages" in done.err
+    assert done.err.count("Error: ") == 2 and "something else" in done.err
+    assert other.read_text() == "precious"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["notes.txt", "talk.zip"]
+
+
+@pytest.mark.parametrize(
+    "change", [["--n-ctx", "2048"], ["--kv-ratio", "0.5"], ["--kv-compress", "none"], "model"], ids=str
+)
+def test_chat_refuses_the_file_of_other_settings(tiny, tmp_path, change):
+    file = tmp_path / "talk.zip"
+    assert talk(tiny, "hello", f"/save {file}").returncode == 0
+    model, options = tiny, ("--max-tokens", "12")
+    if change == "model":
+        model = str(tiny_models.write_tiny(tmp_path / "other.gguf", "llama", seed=1))
+    else:
+        options = (*options, *change)
+    done = talk(model, f"/load {file}", "hello", options=options)
+    assert done.returncode == 0
+    name = {"--n-ctx": "n_ctx", "--kv-ratio": "kv_ratio", "--kv-compress": "kv_compress"}.get(change[0], "model_id")
+    assert re.search(rf"Error: expected a chat saved with .*{name} ", done.err)
+    assert done.out == talk(model, "hello", options=options).out
+
+
+def test_chat_refuses_damaged_files(tiny, tmp_path):
+    file = tmp_path / "talk.zip"
+    assert talk(tiny, "hello", f"/save {file}").returncode == 0
+    data = bytearray(file.read_bytes())
+    (tmp_path / "cut.zip").write_bytes(data[: len(data) // 2])
+    data[len(data) // 2] ^= 1
+    (tmp_path / "bit.zip").write_bytes(data)
+    loads = [f"/load {path}" for path in (tmp_path / "cut.zip", tmp_path / "bit.zip", tmp_path / "none", tiny)]
+    done = talk(tiny, *loads, "hello")
+    assert done.returncode == 0
+    assert done.err.count("Error: expected") == 4 and "Traceback" not in done.err
+    assert done.out == talk(tiny, "hello").out
+
+
+class Live:
+    """A program on pipes or, with a terminal, on a pseudo-terminal; output is read as it comes."""
+
+    def __init__(self, args, terminal=False):
+        if terminal:
+            import pty
+
+            self.fd, child = pty.openpty()
+            self.process = subprocess.Popen(
+                [*PROGRAM, *args], stdin=child, stdout=child, stderr=child, start_new_session=True
+            )
+            os.close(child)
+            self.input = self.fd
+        else:
+            self.process = subprocess.Popen(
+                [*PROGRAM, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            self.fd, self.input = self.process.stdout.fileno(), self.process.stdin.fileno()
+        self.seen = ""
+
+    def send(self, text):
+        os.write(self.input, text.encode())
+
+    def wait_for(self, pattern):
+        """Read until the pattern occurs in what came since the last match."""
+        end = time.monotonic() + TIMEOUT
+        while not (match := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
+            if select.select([self.fd], [], [], 1.0)[0]:
+                try:
+                    block = os.read(self.fd, 4096)
+                except OSError:  # the terminal's other end is closed
+                    block = b""
+                assert block, f"the program ended without {pattern!r}: {self.seen!r}"
+                self.seen += block.decode(errors="replace")
+        self.seen = self.seen[match.end() :]
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def live():
+    programs = []
+
+    def start(*args, **options):
+        programs.append(Live(args, **options))
+        return programs[-1]
+
+    yield start
+    for item in programs:
+        item.close()
+
+
+@posix
+def test_ctrl_c_stops_the_answer_and_not_the_program(live, tiny, tmp_path):
+    file = tmp_path / "talk.zip"
+    process = live("chat", tiny, *SETTINGS, "--max-tokens", "900")
+    process.send("hello\n")
+    process.wait_for(r".{5}")
+    process.interrupt()
+    process.wait_for(r"\(stopped\)\n.* tokens seen.*\n")
+    process.send(f"/save {file}\n")
+    process.wait_for(r"saved 2 messages.*\n")
+    process.send("again\n")
+    process.wait_for(r".{5}")
+    process.interrupt()
+    process.wait_for(r"\(stopped\)")
+    process.send("/quit\n")
+    assert process.process.wait(TIMEOUT) == 0
+
+    import zipfile
+
+    messages = json.loads(zipfile.ZipFile(file).read("session.json"))["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[0]["content"] == "hello" and 5 <= len(messages[1]["content"]) < 850
+
+
+@posix
+def test_chat_at_a_terminal(live, tiny):
+    process = live("chat", tiny, *SETTINGS, "--max-tokens", "12", terminal=True)
+    process.wait_for("> ")
+    time.sleep(0.5)  # a signal between the prompt and the wait for a key would be seen at the next key only
+    process.interrupt()
+    process.wait_for(r"/quit leaves.*\n(.*\n)*.*> ")
+    process.send("hello\n")
+    process.wait_for(r"tokens seen.*\n(.*\n)*.*> ")
+    process.send("\x04")  # Ctrl-D
+    assert process.process.wait(TIMEOUT) == 0

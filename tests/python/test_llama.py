@@ -1,0 +1,281 @@
+"""Everything of llama_cpp.Llama while passes happen."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import fields
+
+import llama_cpp
+import numpy as np
+import pytest
+from conftest import N_THREADS, SMALL, check_stats, count_evals, kl, last_logits, random_tokens, sentences
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+from llama_semanticache import Llama
+from llama_semanticache.llama import KVStats
+
+PROMPT = "".join(chr(97 + t % 26) if i % 9 else ". " for i, t in enumerate(random_tokens(300)))
+
+
+@pytest.fixture
+def llm(tiny, load):
+    """A tiny model; its answers are long enough for passes, and reset() makes every answer independent."""
+    return load(tiny("llama"), **SMALL)
+
+
+def complete(llm, prompt=PROMPT, **options):
+    llm.reset()
+    before = llm.kv_stats().n_pass
+    answer = llm.create_completion(prompt, **{"max_tokens": 100, "temperature": 0, **options})
+    if not options.get("stream"):
+        assert llm.kv_stats().n_pass > before
+        check_stats(llm)
+    return answer
+
+
+def text_of(answer):
+    return answer["choices"][0]["text"]
+
+
+def test_completion_counts_tokens(llm):
+    n_prompt = len(llm.tokenize(PROMPT.encode()))
+    answer = complete(llm)
+    assert answer["usage"] == {"prompt_tokens": n_prompt, "completion_tokens": 100, "total_tokens": n_prompt + 100}
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert len(text_of(answer)) >= 90
+    stats = llm.kv_stats()
+    assert stats.n_tokens == llm.n_tokens == n_prompt + 99  # the last token was sampled, but not evaluated
+    assert stats.rows_used <= stats.rows_allocated
+    assert sum(used for *_, used in llm.kv_rows()) == stats.rows_used
+
+
+def test_streaming_gives_the_same_text(llm):
+    whole = text_of(complete(llm))
+    parts = [text_of(part) for part in complete(llm, stream=True)]
+    assert "".join(parts) == whole and len(parts) > 50
+
+
+def test_stop_words(llm):
+    whole = text_of(complete(llm))
+    stop = whole[60:63]
+    answer = complete(llm, stop=[stop])
+    assert text_of(answer) == whole[: whole.index(stop)]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert "".join(text_of(part) for part in complete(llm, stop=[stop], stream=True)) == whole[: whole.index(stop)]
+
+
+def test_grammar(llm):
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)
+    assert text_of(complete(llm, grammar=grammar)) in ("yes", "no")
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    grammar = llama_cpp.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+    answer = complete(llm, grammar=grammar, max_tokens=200)
+    if answer["choices"][0]["finish_reason"] == "stop":
+        assert set(json.loads(text_of(answer))) == {"ok"}
+    else:  # the grammar allows white space without end
+        assert text_of(answer).lstrip().startswith("{")
+
+
+def test_logprobs(tiny, load):
+    llm = load(tiny("llama"), **SMALL, logits_all=True)
+    answer = complete(llm, logprobs=3)["choices"][0]
+    logprobs = answer["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 100
+    for value, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"]):
+        assert value <= 0 and 3 <= len(top) <= 4
+        assert sum(math.exp(x) for x in top.values()) <= 1.001
+        assert value == pytest.approx(max(top.values()))  # greedy
+    assert text_of(complete(llm, logprobs=3)) == text_of({"choices": [answer]})
+
+
+def test_logits_all_holds_every_position(tiny, load):
+    llm, other = load(tiny("llama"), **SMALL, logits_all=True), load(tiny("llama"), **SMALL)
+    tokens = random_tokens(400)
+    llm.eval(tokens)
+    for i in range(0, 400, 80):
+        other.eval(tokens[i : i + 80])
+        # not to the bit: the output matrix meets one row here and 80 there
+        assert kl(last_logits(other), llm.scores[other.n_tokens - 1]) < 1e-10
+
+
+def test_seed_determinism(llm):
+    texts = [text_of(complete(llm, temperature=1, seed=seed)) for seed in (1, 2, 1)]
+    assert texts[0] == texts[2] != texts[1]
+    llm.set_seed(7)
+    first = text_of(complete(llm, temperature=1))
+    llm.set_seed(7)
+    assert text_of(complete(llm, temperature=1)) == first
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1])
+def test_prompt_lookup_gives_the_same_text(ratio, tiny, load):
+    """A repeating prompt, so that drafts are made and often rejected: every rejection cuts the cache."""
+    prompt = PROMPT[:150] * 2
+    texts, decoded = [], []
+    for draft in (None, LlamaPromptLookupDecoding(num_pred_tokens=6, max_ngram_size=1)):
+        llm = load(tiny("llama"), **SMALL, kv_ratio=ratio, logits_all=True, draft_model=draft)
+        counts = count_evals(llm)
+        texts.append(text_of(complete(llm, prompt)))
+        decoded.append(sum(counts))
+        assert llm.n_tokens == llm.kv_stats().n_tokens
+    assert decoded[1] > decoded[0]  # drafts were evaluated
+    # drafts move the moments of the passes; below capacity that changes nothing
+    if ratio == 1:
+        assert texts[0] == texts[1]
+    else:
+        assert len(texts[1]) >= 90
+
+
+def test_infill_suffix_and_echo(llm):
+    assert text_of(complete(llm, echo=True)).startswith(PROMPT)
+
+
+def test_logits_processor_and_bias(llm):
+    token = llm.tokenize(b"q", add_bos=False)[-1]
+    assert set(text_of(complete(llm, logit_bias={str(token): 100.0}))) == {"q"}
+
+
+def test_tokenize_round_trip(llm):
+    text = "Grüße, 世界! {x: 1}".encode()
+    assert llm.detokenize(llm.tokenize(text, add_bos=False)) == text
+
+
+def test_a_cancelled_stream_leaves_the_cache_usable(llm):
+    expected = text_of(complete(llm))
+    for n in (1, 30, 77):
+        stream = complete(llm, stream=True)
+        for _ in range(n):
+            next(stream)
+        stream.close()
+        assert llm.n_tokens == llm.kv_stats().n_tokens
+        check_stats(llm)
+        again = llm.create_completion(PROMPT + " and", max_tokens=5, temperature=0)
+        assert again["usage"]["completion_tokens"] == 5
+        assert text_of(complete(llm)) == expected
+
+
+def test_a_prompt_far_longer_than_the_rows_streams_through_passes(tiny, load):
+    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 4096}, kv_ratio=0.05)
+    rows = llm.kv_stats().rows_allocated // len(llm.kv_rows())
+    assert rows < 210
+    tokens = random_tokens(4000)
+    llm.eval(tokens)
+    stats = llm.kv_stats()
+    assert stats.n_tokens == 4000 and stats.n_pass >= 40
+    assert stats.rows_used == stats.rows_allocated
+    check_stats(llm)
+    answer = llm.create_completion(tokens, max_tokens=20, temperature=0)
+    assert answer["usage"]["prompt_tokens"] == 4000 and answer["usage"]["completion_tokens"] == 20
+    assert np.isfinite(last_logits(llm)).all()
+
+
+def test_generation_to_the_end_of_the_context(tiny, load):
+    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 512})
+    answer = llm.create_completion(PROMPT, max_tokens=None, temperature=0)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] in (511, 512)
+
+
+def test_n_batch_is_what_the_stage_takes(tiny, load):
+    assert load(tiny("llama"), **SMALL).n_batch == 80
+    assert load(tiny("llama"), **SMALL, n_batch=32).n_batch == 32
+
+
+def test_n_ctx_is_the_logical_size(llm):
+    assert llm.n_ctx() == llm.kv_stats().n_ctx == 1024
+    assert llm.kv_stats().n_tokens == 0
+
+
+def test_stats_are_complete_and_frozen(llm):
+    stats = llm.kv_stats()
+    assert isinstance(stats, KVStats)
+    assert stats.kv_compress == "semanticache"
+    with pytest.raises(AttributeError):
+        stats.n_tokens = 1
+    for field in fields(stats):
+        assert getattr(stats, field.name) is not None
+    full = 2 * 2 * 16 * 2 * 2 * 1024  # layers, kv heads, head size, K and V, bytes, tokens
+    assert stats.full_bytes == full
+    assert stats.rows_allocated == 0.25 * 1024 * 4
+    assert stats.stage_bytes == full * 96 // 1024
+    assert stats.other_bytes == 0
+    llm.eval(random_tokens(300))
+    after = llm.kv_stats()
+    assert after.total_bytes == stats.total_bytes  # nothing grows
+    assert after.pass_s > 0 and after.n_pass >= 3
+
+
+def test_two_objects_do_not_disturb_each_other(tiny, load):
+    a, b = load(tiny("llama"), **SMALL), load(tiny("qwen3"), **{**SMALL, "kv_compress": "paper"})
+    tokens = random_tokens(400)
+    for i in range(0, 400, 40):
+        a.eval(tokens[i : i + 40])
+        b.eval(tokens[i : i + 40])
+    alone = load(tiny("llama"), **SMALL)
+    for i in range(0, 400, 40):
+        alone.eval(tokens[i : i + 40])
+    np.testing.assert_array_equal(last_logits(a), last_logits(alone))
+
+
+def test_the_compressed_cache_is_used_by_from_pretrained_and_call(tiny, monkeypatch, tmp_path):
+    """Other ways in: __call__, and from_pretrained, which passes its arguments on."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: shutil.copy(tiny("llama"), tmp_path))
+    monkeypatch.setattr(huggingface_hub.HfFileSystem, "ls", lambda self, path, **kwargs: [{"name": f"{path}/llama.gguf"}])
+    llm = Llama.from_pretrained(
+        "some/repo", "llama.gguf", local_dir=str(tmp_path), verbose=False, n_threads=1, n_threads_batch=1, **SMALL
+    )
+    assert isinstance(llm, Llama) and llm.kv_compress == "semanticache"
+    llm(PROMPT, max_tokens=5)
+    assert llm.kv_stats().n_pass > 0
+    llm.close()
+
+
+# ---------------------------------------------------------------------------------------------- a real model
+
+
+@pytest.fixture(scope="module")
+def smol(smollm2):
+    llm = Llama(
+        smollm2, n_ctx=2048, n_threads=N_THREADS, n_threads_batch=N_THREADS, verbose=False, kv_compress="semanticache", kv_stage=128,
+        kv_window=32, kv_ratio=0.25, kv_profile=None,
+    )  # fmt: skip
+    yield llm
+    llm.close()
+
+
+def test_a_chat_with_a_real_model(smol):
+    """A fact at the start of a text of several passes, asked for at its end; the second turn re-uses the first."""
+    story = " ".join(["The secret number of the harbour is 4711."] + sentences(17))
+    messages = [{"role": "user", "content": f"{story}\nWhat is the secret number of the harbour?"}]
+    answer = smol.create_chat_completion(messages, max_tokens=24, temperature=0)
+    stats = smol.kv_stats()
+    assert stats.n_pass >= 3
+    assert stats.n_tokens == smol.n_tokens
+    check_stats(smol)
+    content = answer["choices"][0]["message"]["content"]
+    assert "4711" in content
+
+    messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "Thank you. And now say goodbye."}]
+    counts = count_evals(smol)
+    parts = smol.create_chat_completion(messages, max_tokens=16, temperature=0, stream=True)
+    text = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts)
+    assert len(text) > 3
+    assert sum(counts) < 120 < stats.n_tokens
+    check_stats(smol)
+
+
+def test_below_capacity_a_real_model_writes_the_same_words(smollm2, smol, load):
+    """Greedy text at ratio 0.25 while nothing has been merged yet, through passes, against the uncompressed model."""
+    prompt = "List of the days of the week: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday.\n" * 6 + "List of the"
+    full = load(smollm2, n_ctx=2048)
+    smol.reset()
+    before = smol.kv_stats().n_pass
+    texts = [text_of(some.create_completion(prompt, max_tokens=20, temperature=0)) for some in (full, smol)]
+    assert smol.kv_stats().n_pass > before
+    assert smol.kv_stats().rows_merged == 0
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(" days of the week: Monday")

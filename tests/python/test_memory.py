@@ -1,0 +1,238 @@
+"""memory.py: sizes from metadata against arithmetic by hand and against what llama.cpp allocates."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import tiny_models
+
+from llama_semanticache import memory
+from llama_semanticache.errors import ArgumentError, ModelFileError
+from llama_semanticache.memory import LayerShape, ModelShape, estimate, largest_n_ctx, memory_report, read_shape
+
+MIB = 1 << 20
+
+# Llama 3.1 8B in Q4_K_M
+LAYERS_8B = tuple(LayerShape(il, "full", 32, 8, 128, 128) for il in range(32))
+SHAPE_8B = ModelShape("8b.gguf", "8b", "llama", 131072, 4096, 14336, 128256, 0, 4_920_734_720, LAYERS_8B, None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def tiny_shape(folder, arch, **options):
+    return read_shape(tiny_models.write_tiny(folder / "m.gguf", arch, **options))
+
+
+@pytest.fixture
+def allocated(capfd):
+    """Function that returns the MiB of all KV buffers as llama.cpp logs them."""
+
+    def load(path, n_ctx, cache="f16", swa_full=False):
+        import gguf
+
+        from llama_semanticache import Llama
+
+        kind = int(gguf.GGMLQuantizationType[cache.upper()])
+        options = {"type_k": kind, "type_v": kind, "flash_attn": True, "n_threads": 1, "n_threads_batch": 1}
+        capfd.readouterr()
+        Llama(str(path), n_ctx=n_ctx, swa_full=swa_full, verbose=True, **options).close()
+        log = capfd.readouterr().err
+        sizes = [float(size) for size in re.findall(r"KV buffer size =\s+([0-9.]+) MiB", log)]
+        assert sizes, log
+        return sum(sizes)
+
+    return load
+
+
+@pytest.mark.parametrize("swa_full", [False, True])
+@pytest.mark.parametrize("arch", tiny_models.SUPPORTED)
+def test_f16_cache_is_what_llama_cpp_allocates(folder, allocated, arch, swa_full):
+    path = tiny_models.write_tiny(folder / f"{arch}.gguf", arch, n_embd=256, n_ctx_train=8192)
+    for n_ctx in (1000, 4096):
+        ours = estimate(read_shape(path), n_ctx, "f16", swa_full=swa_full).kv_bytes / MIB
+        assert ours == pytest.approx(allocated(path, n_ctx, swa_full=swa_full), abs=0.011)
+        if not read_shape(path).n_swa:
+            break
+
+
+@pytest.mark.parametrize("cache", ["q8_0", "q4_0"])
+def test_quantized_cache_is_what_llama_cpp_allocates(folder, allocated, cache):
+    path = tiny_models.write_tiny(folder / "q.gguf", "qwen3", n_embd=256)
+    ours = estimate(read_shape(path), 4096, cache).kv_bytes / MIB
+    assert ours == pytest.approx(allocated(path, 4096, cache), abs=0.011)
+
+
+def test_mla_caches_keys_only(folder, allocated):
+    path = tiny_models.write_tiny(folder / "mla.gguf", "deepseek2")
+    shape = read_shape(path)
+    assert {(layer.n_head_kv, layer.n_embd_head_k, layer.n_embd_head_v) for layer in shape.layers} == {(1, 40, 0)}
+    assert estimate(shape, 4096, "f16").kv_bytes / MIB == pytest.approx(allocated(path, 4096), abs=0.011)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_compressed_cache_is_what_is_allocated(folder, arch):
+    from llama_semanticache import Llama
+
+    path = tiny_models.write_tiny(folder / "c.gguf", arch, n_embd=256, n_ctx_train=8192)
+    settings = {"kv_ratio": 0.25, "kv_stage": 512}
+    llm = Llama(
+        str(path),
+        n_ctx=8192,
+        kv_compress="semanticache",
+        kv_profile=None,
+        swa_full=False,
+        n_threads=1,
+        verbose=False,
+        **settings,
+    )
+    stats = llm.kv_stats()
+    llm.close()
+    ours = estimate(read_shape(path), 8192, "semanticache", **settings)
+    for name in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes", "other_bytes"):
+        assert getattr(ours, name) == pytest.approx(getattr(stats, name), rel=0.01), name
+    assert ours.kv_bytes == pytest.approx(stats.total_bytes, rel=0.01)
+
+
+def test_8b_by_hand():
+    f16 = 32 * 2 * 32768 * 8 * 128 * 2
+    sizes = {cache: estimate(SHAPE_8B, 32768, cache).kv_bytes for cache in memory.CACHE_TYPES}
+    assert sizes["f16"] == f16 == 4 << 30
+    assert sizes["q8_0"] == f16 * 34 / 64
+    assert sizes["q4_0"] == f16 * 18 / 64
+    compressed = estimate(SHAPE_8B, 32768, "semanticache", kv_ratio=0.25, kv_stage=512)
+    rows = 32768 // 4 * 8 * 32
+    assert compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 16)
+    assert compressed.stage_bytes == 32 * 2 * 512 * 8 * 128 * 2
+    assert compressed.query_bytes == 32 * 512 * 32 * 128 * 2
+    assert compressed.other_bytes == 0
+    assert compressed.compression_factor == f16 / compressed.kv_bytes
+    assert compressed.total_bytes == compressed.kv_bytes + SHAPE_8B.weights_bytes + compressed.overhead_bytes
+
+
+def test_smaller_caches_fit_more():
+    f16, q8, q4 = (largest_n_ctx(SHAPE_8B, 12, cache) for cache in ("f16", "q8_0", "q4_0"))
+    assert 0 < f16 < q8 < q4
+    assert largest_n_ctx(SHAPE_8B, 12, "semanticache") > 2 * f16
+    assert [largest_n_ctx(SHAPE_8B, card, "f16") for card in (4, 24, 1000)] == [
+        0,
+        pytest.approx(115_000, rel=0.2),
+        131072,
+    ]
+
+
+@pytest.mark.parametrize("cache", memory.CACHE_TYPES)
+@pytest.mark.parametrize("card", memory.CARDS_GB)
+def test_largest_n_ctx_is_the_largest(cache, card):
+    n_ctx = largest_n_ctx(SHAPE_8B, card, cache)
+    assert n_ctx > 0
+    assert estimate(SHAPE_8B, n_ctx, cache).fits(card)
+    assert n_ctx == SHAPE_8B.n_ctx_train or not estimate(SHAPE_8B, n_ctx + 256, cache).fits(card)
+
+
+def test_largest_n_ctx_skips_what_is_too_short_for_the_budget():
+    """With kv_ratio 1/64 a context below 2304 tokens has no budget at all, but a longer one fits."""
+    with pytest.raises(ArgumentError):
+        estimate(SHAPE_8B, 2048, "semanticache", kv_ratio=1 / 64)
+    assert largest_n_ctx(SHAPE_8B, 6, "semanticache", kv_ratio=1 / 64) > 2304
+
+
+def test_sliding_window_layers(folder):
+    shape = tiny_shape(folder, "gemma3", n_layer=12, n_swa=64)
+    assert [layer.il for layer in shape.of_kind("full")] == [5, 11]
+    assert [layer.kind for layer in tiny_shape(folder, "gemma2", n_layer=4).layers] == ["swa", "full"] * 2
+    per_cell = 2 * 2 * 2 * 32  # f16, K and V, 2 kv heads of 32 values
+    assert estimate(shape, 4096, "f16").kv_bytes == per_cell * (2 * 4096 + 10 * 768)  # 64 + 512 is padded to 768
+    compressed = estimate(shape, 4096, "semanticache")
+    assert compressed.other_bytes == per_cell * 10 * 512  # batches of 512 - 64 tokens
+    assert compressed.stage_bytes == per_cell * 2 * 512
+
+
+def test_sliding_window_of_other_architectures_is_ignored(folder):
+    shape = tiny_shape(folder, "mistral", metadata={"{arch}.attention.sliding_window": 128})
+    assert shape.n_swa == 0 and len(shape.of_kind("full")) == 2
+
+
+@pytest.mark.parametrize("arch", tiny_models.SUPPORTED)
+def test_supported_architectures(folder, arch):
+    shape = tiny_shape(folder, arch)
+    assert shape.refused is None
+    assert (shape.n_ctx_train, shape.n_embd, shape.n_ff, shape.n_vocab) == (
+        4096,
+        64,
+        128,
+        len(tiny_models.vocabulary()),
+    )
+
+
+@pytest.mark.parametrize("arch", tiny_models.REFUSED)
+def test_refused_architectures(folder, arch):
+    shape = tiny_shape(folder, arch)
+    word = {"recurrent": "full attention"}.get(tiny_models.REFUSED[arch], tiny_models.REFUSED[arch])
+    assert word in shape.refused
+    with pytest.raises(ArgumentError, match=word):
+        estimate(shape, 2048, "semanticache")
+    report = memory_report(shape.path, [2048])
+    assert "semanticache" not in report.max_n_ctx
+    assert any(word in note for note in report.notes)
+
+
+def test_weights_are_the_tensors(folder):
+    import gguf
+
+    path = tiny_models.write_tiny(folder / "w.gguf", "llama", dtype="f16")
+    assert read_shape(path).weights_bytes == sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+
+
+def test_heads_that_cannot_be_quantized_are_left_out(folder):
+    path = tiny_models.write_tiny(folder / "h.gguf", "llama")  # heads of 16 values; q8_0 takes 32 at a time
+    report = memory_report(path, [1024])
+    assert [entry.cache for entry in report.estimates] == ["f16", "semanticache"]
+    assert set(report.max_n_ctx) == {"f16", "semanticache"}
+    assert any(note.startswith("q8_0") and "32" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "options"),
+    [
+        (0, {}),
+        (4096, {"kv_ratio": 0}),
+        (4096, {"kv_ratio": 1.5}),
+        (4096, {"kv_ratio": 0.001}),
+        (256, {}),
+        (4096, {"kv_stage": 0}),
+    ],
+)
+def test_arguments_are_checked(n_ctx, options):
+    with pytest.raises(ArgumentError, match="expected"):
+        estimate(SHAPE_8B, n_ctx, "semanticache", **options)
+    with pytest.raises(ArgumentError, match="q5"):
+        estimate(SHAPE_8B, 4096, "q5_1")
+
+
+def test_file_without_a_language_model(tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelFileError, match="embedding_length|block_count"):
+        read_shape(tmp_path / "adapter.gguf")
+
+
+def test_report_as_json(folder):
+    path = tiny_models.write_tiny(folder / "j.gguf", "mistral")
+    report = memory_report(path, [1024, 4096], cards_gb=(6, 8))
+    loaded = json.loads(json.dumps(report.to_dict()))
+    assert [(entry["n_ctx"], entry["cache"]) for entry in loaded["estimates"]] == [
+        (n_ctx, cache) for n_ctx in (1024, 4096) for cache in memory.CACHE_TYPES
+    ]
+    first = loaded["estimates"][0]
+    assert first["kv_bytes"] == report.estimates[0].kv_bytes and first["fits_gb"] == [6, 8]
+    assert loaded["max_n_ctx"]["f16"] == {"6": 4096, "8": 4096}

@@ -1,0 +1,170 @@
+"""Calibration: the file, its use, and that it is what the numpy reference computes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from conftest import SMALL
+
+from llama_semanticache import ArgumentError, ProfileError, models, profile
+
+PACKAGE = Path(__file__).resolve().parents[2] / "python" / "llama_semanticache"
+
+# As in test_reference.py: the folder is appended because its profile.py must not hide the standard one.
+if str(PACKAGE) not in sys.path:
+    sys.path.append(str(PACKAGE))
+
+import reference as ref  # noqa: E402
+
+LETTERS = "the quick brown fox jumps over a lazy dog; while, slowly, night falls. "
+TEXTS = [LETTERS * 4, LETTERS.upper() * 3 + LETTERS[::-1] * 2]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(models.CACHE_VARIABLE, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_calibration_writes_a_profile_that_is_used(arch, tiny, cache, load):
+    path = profile.calibrate(tiny(arch), texts=TEXTS, n_ctx=512, progress=False, n_threads=1)
+    id = profile.model_id(tiny(arch))
+    assert path == profile.profile_path(id) and cache in path.parents
+    got = ref.read_profile(path)
+    heads = tuple((il, head) for il in {"llama": (0, 1), "gemma3": (5,)}[arch] for head in (0, 1))
+    assert (got.model_id, got.n_text, got.ratios, got.heads) == (id, len(TEXTS), ref.RATIOS, heads)
+    # at every ratio this part of all candidates survives
+    np.testing.assert_allclose(got.shares.mean(0), ref.RATIOS, atol=2e-3)
+    assert (np.diff(got.shares, axis=1) <= 0).all()
+
+    for ratio in (0.25, 0.4):
+        llm = load(tiny(arch), **{**SMALL, "kv_profile": path}, kv_ratio=ratio)
+        expected = ref.budgets(ref.interpolate(got, ratio), ratio, 1024, 4)
+        assert [rows for *_, rows, _ in llm.kv_rows()] == expected.tolist()
+
+
+def test_calibration_is_kept(tiny, cache, tmp_path):
+    path = profile.calibrate(tiny("llama"), texts=TEXTS, n_ctx=512, progress=False, n_threads=1)
+    first = path.read_bytes()
+    path.write_bytes(first + b"\n")
+    assert profile.calibrate(tiny("llama"), texts=TEXTS, n_ctx=512, progress=False) == path
+    assert path.read_bytes() == first + b"\n"  # not touched
+    profile.calibrate(tiny("llama"), texts=TEXTS, n_ctx=512, progress=False, n_threads=2, force=True)
+    assert path.read_bytes() == first  # the same again, with another number of threads
+    out = tmp_path / "deep" / "other.profile"
+    assert profile.calibrate(tiny("llama"), texts=TEXTS[:1], n_ctx=512, progress=False, n_threads=1, out=out) == out
+    assert ref.read_profile(out).n_text == 1
+
+
+def test_auto_calibrates_once(tiny, cache, load, monkeypatch, capfd):
+    calls = []
+    calibrate = profile.calibrate
+    monkeypatch.setattr(profile, "read_texts", lambda paths=None: TEXTS)
+    monkeypatch.setattr(profile, "N_TEXT_TOKENS", 512)
+    monkeypatch.setattr(profile, "calibrate", lambda *args, **kwargs: calls.append(args) or calibrate(*args, n_ctx=512, **kwargs))
+    options = {**SMALL, "kv_profile": "auto"}
+    path = tiny_models.write_tiny(cache.parent / "model.gguf", "llama", seed=3)
+    one = load(path, **options, verbose=True)
+    said = capfd.readouterr().err
+    assert said.count("first use of model.gguf") == 1 and str(profile.profile_path(profile.model_id(path))) in said
+    two = load(path, **options, verbose=True)
+    assert "first use" not in capfd.readouterr().err
+    assert len(calls) == 1
+    assert one.kv_rows() == two.kv_rows()
+    equal = load(path, **SMALL)
+    assert one.kv_rows() != equal.kv_rows()
+    assert one.kv_stats().rows_allocated == equal.kv_stats().rows_allocated
+
+
+def test_auto_needs_no_profile_where_none_is_used(tiny, cache, load, monkeypatch):
+    monkeypatch.setattr(profile, "calibrate", None)  # calling it would fail
+    for options in (dict(kv_ratio=1), dict(kv_compress="paper"), dict(kv_compress="streaming"), dict(kv_compress=None)):
+        load(tiny("llama"), **{**SMALL, "kv_profile": "auto", **options})
+    assert not cache.exists()
+
+
+def test_a_profile_of_another_model(tiny, cache, load):
+    path = profile.calibrate(tiny("llama"), texts=TEXTS, n_ctx=512, progress=False, n_threads=1)
+    with pytest.raises(ProfileError, match="expected model .* got .*; calibrate"):
+        load(tiny("qwen3"), **{**SMALL, "kv_profile": path})
+
+
+def test_no_text_or_too_short_a_text(tiny, cache):
+    with pytest.raises(ArgumentError, match="at least one"):
+        profile.read_texts([])
+    with pytest.raises(Exception, match="expected one text of more than .* got") as error:
+        profile.calibrate(tiny("llama"), texts=["Hi."], n_ctx=512, progress=False, n_threads=1)
+    assert type(error.value).__module__ == "llama_semanticache.errors"
+    assert not profile.profile_path(profile.model_id(tiny("llama"))).exists()
+
+
+def test_model_id(tiny, tmp_path):
+    path = Path(tiny("llama"))
+    id = profile.model_id(path)
+    assert len(id) == 64 and id == profile.model_id(str(path))
+    copy = tmp_path / "copy.gguf"
+    data = bytearray(path.read_bytes())
+    copy.write_bytes(data)
+    assert profile.model_id(copy) == id  # not of the name
+    data[-1] ^= 1
+    copy.write_bytes(data)
+    assert profile.model_id(copy) != id
+
+
+def test_shares_are_those_of_the_reference(tmp_path, load, cache):
+    """One layer, so that q and k can be computed here from the weights: norm, matrices, RoPE, then the reference's score."""
+    n_window, n_sink = 64, 4
+    path = tiny_models.write_tiny(tmp_path / "one.gguf", "llama", n_layer=1)
+    out = profile.calibrate(path, texts=TEXTS, n_ctx=512, progress=False, n_threads=1)
+    got = ref.read_profile(out)
+
+    from gguf import GGUFReader
+
+    weights = {t.name: np.array(t.data, dtype=np.float64) for t in GGUFReader(path).tensors}
+    llm = load(path, n_ctx=512)
+    n_head, n_head_kv, d = 4, 2, 16
+    inv_freq = 1e4 ** (-2 * np.arange(d // 2) / d)
+    scores = []
+    for text in TEXTS:
+        tokens = llm.tokenize(text.encode(), special=False)[:512]
+        n = len(tokens)
+        x = weights["token_embd.weight"][tokens]
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weights["blk.0.attn_norm.weight"]
+        q, k, v = (x @ weights[f"blk.0.attn_{part}.weight"].T for part in "qkv")
+        angle = np.arange(n)[:, None] * inv_freq
+
+        def rope(y, heads):
+            y = y.reshape(n, heads, d // 2, 2)
+            c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
+            a, b = y[..., 0], y[..., 1]
+            return np.stack([a * c - b * s, a * s + b * c], -1).reshape(n, heads, d)
+
+        def f16(y):
+            return y.astype(np.float16).astype(np.float64)
+
+        q, k, v = f16(rope(q, n_head)), f16(rope(k, n_head_kv)), f16(v.reshape(n, n_head_kv, d))
+        per_head = []
+        n_new = n - n_sink - n_window
+        for head in range(n_head_kv):
+            gqa = n_head // n_head_kv
+            inp = ref.PassInput(
+                k=k[:, head], v=v[:, head], bias=np.zeros(n), n_sink=n_sink, n_win=n_window, chunk=np.zeros(n_new, np.int32),
+                s_max=np.zeros(0), s_var=np.zeros(0), n_tok=np.zeros(0, np.int64),
+                q=q[n_sink:, head * gqa : (head + 1) * gqa], pos_q=np.arange(n_sink, n),
+            )  # fmt: skip
+            params = ref.PassParams(
+                scale=d**-0.5, softcap=0.0, inv_freq=inv_freq, rope_neox=False, n_past=n, n_horizon=512, seed=0,
+                budget=n_new, merge=True,
+            )  # fmt: skip
+            parts = ref.score(inp, params, ref.look_ahead(inp, params))
+            per_head.append(parts.s_max * parts.s_var)
+        scores.append(np.array(per_head))
+    expected = ref.calibrate(scores)
+    # a candidate or two may change sides by rounding
+    np.testing.assert_allclose(got.shares, expected, atol=2.5 / min(s.shape[1] for s in scores))

@@ -1,0 +1,811 @@
+"""The numpy reference: properties that make it the specification, and the golden files made from it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "python" / "llama_semanticache"
+GOLDEN = ROOT / "tests" / "golden"
+
+# The reference stands alone: imported through the package it would need the native library. The folder is appended
+# because its profile.py must not hide the standard one.
+if str(PACKAGE) not in sys.path:
+    sys.path.append(str(PACKAGE))
+
+import reference as ref  # noqa: E402
+
+SEEDS = range(6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- inputs
+
+
+def random_input(seed, n_sink=4, n_core=10, n_new=40, n_win=8, d_k=16, d_v=12, gqa=2, n_past=400):
+    """One kv head with random rows: about 6 chunks, cores with scores and biases of their own."""
+    rng = np.random.default_rng(seed)
+    n_rows, n_q = n_sink + n_core + n_new + n_win, n_new + n_win
+    core_chunk = np.sort(rng.integers(0, 3, n_core))
+    chunk = np.concatenate([core_chunk, ref.chunk_ids(rng.random(n_new) < 0.1, 12, 3)])
+    n_tok = rng.integers(1, 9, n_core)
+    bias = np.zeros(n_rows)
+    bias[n_sink:n_sink + n_core] = np.log(n_tok) + 0.1 * rng.standard_normal(n_core)
+    return ref.PassInput(
+        k=rng.standard_normal((n_rows, d_k)), v=rng.standard_normal((n_rows, d_v)), bias=bias, n_sink=n_sink, n_win=n_win, chunk=chunk,
+        s_max=rng.random(n_core), s_var=4 * rng.random(n_core), n_tok=n_tok, q=rng.standard_normal((n_q, gqa, d_k)),
+        pos_q=np.arange(n_past - n_q, n_past))
+
+
+def params_for(inp, budget, n_past=400, softcap=0.0, merge=True, neox=True, n_rot=None, seed=1, n_horizon=512):
+    d_k = inp.k.shape[1]
+    n_rot = d_k if n_rot is None else n_rot
+    inv_freq = 10000.0 ** (-2 * np.arange(n_rot // 2) / max(1, n_rot))
+    return ref.PassParams(scale=d_k ** -0.5, softcap=softcap, inv_freq=inv_freq, rope_neox=neox, n_past=n_past, n_horizon=n_horizon,
+                          seed=seed, budget=budget, merge=merge)
+
+
+def assert_same_rows(a, b):
+    for name in ("k", "v", "bias", "chunk", "s_max", "s_var", "n_tok"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+def attend_after(inp, result, q, scale, softcap=0.0):
+    return ref.attend(q, *ref.rows_after(inp, result), scale, softcap)
+
+
+def test_needs_numpy_alone():
+    code = (f"import sys; sys.path.append({str(PACKAGE)!r}); import reference; "
+            "print(sorted({'llama_cpp', 'llama_semanticache', 'cffi', 'gguf'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------------------------- chunks
+
+
+@pytest.mark.parametrize("text", [".", "!", "?", ";", ":", ",", "\n", "{", "}", "。", "！", "？", "；", "：", "，", "、", "…", "．",
+                                  " end.", ",   ", "\n  ", "\r\n", "字。 ", "...", "){"])
+def test_delimiters(text):
+    assert ref.delimiter_table([text.encode()], [False]).tolist() == [True]
+
+
+@pytest.mark.parametrize("piece", [b"", b"   ", b"word", b".word", b")", b"\t", b"\r", b".\t", "。字".encode(), "　".encode(), b"\x82", b"\x80\x82"])
+def test_not_delimiters(piece):
+    assert ref.delimiter_table([piece], [False]).tolist() == [False]
+
+
+def test_control_tokens_are_delimiters():
+    assert ref.delimiter_table([b"<|im_end|>", b"", b"a", b"."], [True, True, False, False]).tolist() == [True, True, False, True]
+
+
+def test_delimiter_table_wants_a_flag_per_token():
+    with pytest.raises(ValueError, match="expected one control flag per token"):
+        ref.delimiter_table([b"a", b"b"], [False])
+
+
+def test_chunks_end_after_delimiters():
+    assert ref.chunk_ids([0, 1, 0, 0, 1, 1, 0], 32, 5).tolist() == [5, 5, 6, 6, 6, 7, 8]
+
+
+def test_chunks_of_a_chinese_sentence():
+    text = "秋天来了，天气凉了。一片片黄叶"
+    table = dict(zip(text, ref.delimiter_table([c.encode() for c in text], [False] * len(text))))
+    assert ref.chunk_ids([table[c] for c in text], 32, 0).tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_chunks_are_capped():
+    ids = ref.chunk_ids([False] * 70, 32, 0)
+    assert np.bincount(ids).tolist() == [32, 32, 6]
+
+
+def test_delimiter_at_the_cap_ends_one_chunk_only():
+    assert ref.chunk_ids([0, 0, 0, 1, 0], 4, 0).tolist() == [0, 0, 0, 0, 1]
+
+
+def test_no_tokens_no_chunks():
+    assert len(ref.chunk_ids([], 32, 9)) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- lookahead
+
+
+def test_splitmix64_is_the_published_one():
+    gamma = 0x9E3779B97F4A7C15
+    assert ref.splitmix64(0) == 0xE220A8397B1DCDAF
+    assert [ref.splitmix64(1234567), ref.splitmix64(1234567 + gamma)] == [6457827717110365317, 3203168211198807973]
+
+
+def test_horizon_positions_wrap_around():
+    assert ref.horizon_positions([1], 10**6, 2**64 - 1).tolist() == [ref.splitmix64(0) % 10**6]
+
+
+def test_horizon_positions_cover_the_horizon():
+    u = ref.horizon_positions(np.arange(4000), 50, 3)
+    assert set(u.tolist()) == set(range(50))
+    assert abs(np.mean(u) - 24.5) < 1.0
+    assert ref.horizon_positions([1, 2], 1, 3).tolist() == [0, 0]
+
+
+ROPE = [(16, 16, True), (16, 16, False), (20, 8, True), (20, 8, False), (16, 0, True)]
+
+
+def angles(n_rot):
+    return 10000.0 ** (-2 * np.arange(n_rot // 2) / max(1, n_rot))
+
+
+@pytest.mark.parametrize("d, n_rot, neox", ROPE)
+def test_rotation_is_additive(d, n_rot, neox):
+    rng = np.random.default_rng(0)
+    q, a, b = rng.standard_normal((7, 3, d)), rng.integers(0, 5000, 7), rng.integers(-5000, 5000, 7)
+    twice = ref.rotate(ref.rotate(q, a, angles(n_rot), neox), b, angles(n_rot), neox)
+    np.testing.assert_allclose(twice, ref.rotate(q, a + b, angles(n_rot), neox), atol=1e-10)
+
+
+@pytest.mark.parametrize("d, n_rot, neox", ROPE)
+def test_dot_products_depend_on_relative_positions_only(d, n_rot, neox):
+    rng = np.random.default_rng(1)
+    q, k = rng.standard_normal((2, 50, d))
+    at, behind, shift = rng.integers(0, 3000, 50), rng.integers(0, 3000, 50), rng.integers(0, 3000, 50)
+
+    def dots(offset):
+        rotated_q, rotated_k = (ref.rotate(x, pos + offset, angles(n_rot), neox) for x, pos in ((q, at), (k, behind)))
+        return np.sum(rotated_q * rotated_k, axis=1)
+
+    np.testing.assert_allclose(dots(shift), dots(0), atol=1e-10)
+
+
+@pytest.mark.parametrize("neox, pair", [(True, (0, 3)), (False, (0, 1))])
+def test_rotation_pairs_by_hand(neox, pair):
+    q = np.zeros((1, 8))
+    q[0, pair[0]], q[0, 6:] = 1, (5, 6)
+    expected = np.zeros((1, 8))
+    expected[0, pair[1]], expected[0, 6:] = 1, (5, 6)
+    np.testing.assert_allclose(ref.rotate(q, [1], [math.pi / 2, 0.0, 0.0], neox), expected, atol=1e-15)
+
+
+def test_rotation_without_rope_changes_nothing():
+    q = np.random.default_rng(0).standard_normal((3, 2, 8))
+    np.testing.assert_array_equal(ref.rotate(q, [1, 2, 3], [], True), q)
+
+
+def test_rotation_wants_an_angle_per_pair():
+    with pytest.raises(ValueError, match="expected at most 4 angles"):
+        ref.rotate(np.zeros((1, 8)), [1], np.ones(5), True)
+
+
+# ------------------------------------------------------------------------------------------------------------- attention
+
+
+def plain_attention(q, k, v, scale):
+    out = np.zeros((*q.shape[:2], v.shape[1]))
+    for i in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            e = [math.exp(scale * float(q[i, h] @ row)) for row in k]
+            out[i, h] = sum(p * row for p, row in zip(e, v)) / sum(e)
+    return out
+
+
+def attention_rows(seed, n=9, d=8):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((5, 3, d)), rng.standard_normal((n, d)), rng.standard_normal((n, d))
+
+
+def test_attention_without_bias_is_softmax_attention():
+    q, k, v = attention_rows(0)
+    np.testing.assert_allclose(ref.attend(q, k, v, np.zeros(9), 0.3), plain_attention(q, k, v, 0.3), atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_bias_log_n_is_n_copies(softcap):
+    q, k, v = attention_rows(1)
+    n = np.array([1, 2, 7, 1, 3, 1, 1, 40, 1])
+    copies = ref.attend(q, np.repeat(k, n, axis=0), np.repeat(v, n, axis=0), np.zeros(n.sum()), 0.3, softcap)
+    np.testing.assert_allclose(ref.attend(q, k, v, np.log(n), 0.3, softcap), copies, atol=1e-12)
+
+
+def test_softcap_bounds_the_logits_before_the_bias():
+    y = ref.logits(np.array([100.0, 0.0]), np.array([[1.0, 0.0], [0.01, 0.0], [-1.0, 0.0]]), 1.0, 5.0)
+    np.testing.assert_allclose(y, [5.0, 5 * math.tanh(0.2), -5.0], atol=1e-12)
+
+
+def test_sink_logit_is_a_row_without_value():
+    q, k, v = attention_rows(2)
+    sinks = np.array([0.5, -1.0, 3.0])
+    out = ref.attend(q, k, v, np.zeros(9), 0.3, sinks=sinks)
+    for h in range(3):
+        rows = ref.attend(q[:, h:h + 1], np.vstack([k, np.zeros(8)]), np.vstack([v, np.zeros(8)]), [*np.zeros(9), sinks[h]], 0.3)
+        np.testing.assert_allclose(out[:, h], rows[:, 0], atol=1e-12)
+
+
+def test_hidden_rows_do_not_count():
+    q, k, v = attention_rows(3)
+    seen = np.arange(9) < 6
+    bias, visible = np.where(seen, 0.0, -np.inf), ref.attend(q, k[:6], v[:6], np.zeros(6), 0.3)
+    np.testing.assert_allclose(ref.attend(q, k, v, bias, 0.3), visible, atol=1e-12)
+    np.testing.assert_allclose(ref.attend(q, k, v, np.zeros(9), 0.3, mask=np.tile(bias, (5, 1))), visible, atol=1e-12)
+
+
+def test_huge_logits_do_not_overflow():
+    q, k, v = attention_rows(4)
+    out = ref.attend(1e6 * q, k, v, np.zeros(9), 1.0)
+    np.testing.assert_allclose(out, v[np.argmax(q @ k.T, axis=-1)])
+
+
+# -------------------------------------------------------------------------------------------------------------- the pass
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("softcap, n_rot, neox", [(0.0, None, True), (5.0, 8, False), (0.0, 0, True)])
+def test_score_by_definition(seed, softcap, n_rot, neox):
+    inp = random_input(seed)
+    params = params_for(inp, 20, softcap=softcap, n_rot=n_rot, neox=neox)
+    u = ref.horizon_positions(inp.pos_q, params.n_horizon, params.seed)
+    p, x = [], []
+    for i in range(len(inp.q)):
+        q = ref.rotate(inp.q[i:i + 1], [params.n_past + u[i] - inp.pos_q[i]], params.inv_freq, neox)[0]
+        for h in range(inp.q.shape[1]):
+            y = [params.scale * float(q[h] @ k) for k in inp.k]
+            y = [softcap * math.tanh(t / softcap) for t in y] if softcap else y
+            e = [math.exp(t + b) for t, b in zip(y, inp.bias)]
+            p.append([t / sum(e) for t in e][4:-8])
+            x.append([t + b for t, b in zip(y, inp.bias)][4:-8])
+    p, x = np.array(p), np.array(x)
+    got = ref.score(inp, params, ref.look_ahead(inp, params))
+    np.testing.assert_allclose(got.s_max, p.max(axis=0), rtol=1e-10)
+    np.testing.assert_allclose(got.w, p.mean(axis=0), rtol=1e-10)
+    np.testing.assert_allclose(got.s_var, ((x - x.mean(axis=1, keepdims=True)) ** 2).mean(axis=0), rtol=1e-10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cores_keep_their_scores(seed):
+    inp = random_input(seed)
+    params = params_for(inp, inp.n_cand)
+    now = ref.score(inp, params, ref.look_ahead(inp, params))
+    rows = ref.compress_head(inp, params).rows
+    np.testing.assert_array_equal(rows.s_max[:10], np.maximum(now.s_max[:10], inp.s_max))
+    np.testing.assert_allclose(rows.s_var[:10], (now.s_var[:10] + inp.s_var) / 2, rtol=1e-14)
+    np.testing.assert_array_equal(rows.s_max[10:], now.s_max[10:])
+    np.testing.assert_array_equal(rows.s_var[10:], now.s_var[10:])
+
+
+@pytest.mark.parametrize("extra", [0, 1, 1000])
+@pytest.mark.parametrize("merge", [True, False])
+def test_below_budget_nothing_changes(extra, merge):
+    inp = random_input(0)
+    result = ref.compress_head(inp, params_for(inp, inp.n_cand + extra, merge=merge))
+    for got, before in zip(ref.rows_after(inp, result), (inp.k, inp.v, inp.bias)):
+        np.testing.assert_array_equal(got, before)
+    assert (result.n_merged, result.n_dropped) == (0, 0)
+    assert result.rows.n_tok.tolist() == [*inp.n_tok, *[1] * inp.n_new]
+    np.testing.assert_array_equal(result.rows.chunk, inp.chunk)
+
+
+@pytest.mark.parametrize("n, m", [(2, 0), (31, 0), (12, 5), (300, 0)])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_identical_tokens_merge_exactly(n, m, softcap):
+    """n equal tokens, and a core that already stands for m of them, become one row with bias log(n + m)."""
+    base = random_input(n, n_core=int(m > 0), n_new=n, n_win=6)
+    k, v, bias = base.k.copy(), base.v.copy(), base.bias.copy()
+    k[base.cand], v[base.cand] = k[4], v[4]
+    bias[4] = math.log(m) if m else 0.0
+    inp = replace(base, k=k, v=v, bias=bias, chunk=np.zeros(base.n_cand), n_tok=np.full(base.n_core, m))
+    result = ref.compress_head(inp, params_for(inp, 1, softcap=softcap))
+    assert result.rows.bias == pytest.approx([math.log(n + m)], abs=1e-6)
+    assert result.rows.n_tok.tolist() == [n + m]
+    np.testing.assert_allclose(result.rows.k[0], k[4], atol=1e-12)
+    q = np.random.default_rng(9).standard_normal((20, 2, 16))
+    np.testing.assert_allclose(attend_after(inp, result, q, 0.25, softcap), ref.attend(q, k, v, bias, 0.25, softcap), atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("softcap, n_new", [(0.0, 40), (5.0, 40), (0.0, 210)])
+def test_merged_rows_receive_the_mass_of_their_members(seed, softcap, n_new):
+    inp = random_input(seed, n_new=n_new)
+    params = params_for(inp, n_new // 2, softcap=softcap)
+    result = ref.compress_head(inp, params)
+    q = ref.look_ahead(inp, params)[::2 if n_new == 210 else 1]  # 218 queries: every second is fitted
+    q = q.reshape(-1, 16)
+    x = ref.logits(q, inp.k, params.scale, softcap) + inp.bias
+    z = np.log(np.sum(np.exp(x), axis=1))
+    p = np.exp(x - z[:, None])[:, inp.cand]
+    checked = 0
+    for j, row in enumerate(result.rows.k):
+        members = result.member_of == j
+        if members.sum() > 1 and ref.BIAS_MIN < result.rows.bias[j] < ref.BIAS_MAX:
+            received = ref.logits(q, row[None], params.scale, softcap)[:, 0] + result.rows.bias[j] - z
+            assert np.mean(received) == pytest.approx(np.mean(np.log(p[:, members].sum(axis=1))), abs=1e-9)
+            checked += 1
+    assert checked >= 3
+
+
+@pytest.mark.parametrize("core_bias, bound", [(7.9, ref.BIAS_MAX), (-12.0, ref.BIAS_MIN)])
+def test_fitted_bias_is_clamped(core_bias, bound):
+    base = random_input(0, n_core=2, n_new=4)
+    bias, k = base.bias.copy(), base.k.copy()
+    bias[4:6], k[5] = core_bias, k[4]
+    chunk = np.array([0, 0, 1, 1, 1, 1])
+    s_max = np.array([1.0, 0.9])  # with s_var makes both cores outrank the new rows
+    inp = replace(base, k=k, bias=bias, chunk=chunk, s_max=s_max, s_var=np.full(2, 1e6))
+    result = ref.compress_head(inp, params_for(inp, 1))
+    assert result.member_of.tolist() == [0, 0, -1, -1, -1, -1]
+    assert result.rows.bias.tolist() == [bound]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_winners_are_the_best_scores(seed):
+    inp = random_input(seed)
+    params = params_for(inp, 17)
+    result = ref.compress_head(inp, params)
+    all_rows = ref.compress_head(inp, replace(params, budget=inp.n_cand)).rows
+    value = all_rows.s_max * all_rows.s_var
+    losers = np.setdiff1d(np.arange(inp.n_cand), result.winner)
+    assert value[result.winner].min() > value[losers].max()
+    np.testing.assert_array_equal(result.rows.s_max * result.rows.s_var, value[result.winner])
+    assert np.all(np.diff(result.winner) > 0)
+
+
+def test_equal_scores_favour_the_lower_index():
+    assert ref.choose_winners([1.0, 3.0, 2.0, 2.0, 2.0], 3).tolist() == [1, 2, 3]
+    assert ref.choose_winners(np.tile([1.0, 2.0], 500), 600).tolist() == sorted([*range(0, 200, 2), *range(1, 1000, 2)])
+    assert ref.choose_winners([1.0, 1.0, 1.0], 0).tolist() == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_losers_join_the_nearest_winner_of_their_chunk(seed):
+    inp = random_input(seed)
+    params = params_for(inp, 15)
+    result = ref.compress_head(inp, params)
+    q = ref.look_ahead(inp, params).reshape(-1, 16)
+    y = q @ inp.k[inp.cand].T  # raw logits: the metric is their mean squared difference
+    joined = 0
+    for i in np.setdiff1d(np.arange(inp.n_cand), result.winner):
+        near = [j for j, w in enumerate(result.winner) if inp.chunk[w] == inp.chunk[i]]
+        if not near:
+            assert result.member_of[i] == -1
+            continue
+        distance = [np.mean((y[:, i] - y[:, result.winner[j]]) ** 2) for j in near]
+        assert result.member_of[i] == near[int(np.argmin(distance))]
+        joined += 1
+    assert joined == result.n_merged > 0
+
+
+def test_equal_distances_favour_the_lower_winner():
+    k = np.array([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]])
+    assert ref.cluster(k, np.zeros(3), np.array([0, 2]), np.eye(2)).tolist() == [0, 0, 1]
+
+
+def run_method(method, inp, budget):
+    if method == "paper":
+        return ref.compress_head_paper(inp, budget)
+    if method == "streaming":
+        return ref.compress_head_streaming(inp, budget)
+    return ref.compress_head(inp, params_for(inp, budget, merge=method == "semantic"))
+
+
+METHODS = ("semantic", "no merge", "paper", "streaming")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [0, 1, 7, 25, 49])
+def test_sizes_and_members(seed, method, budget):
+    inp = random_input(seed)
+    result = run_method(method, inp, budget)
+    n_out = len(result.rows)
+    if method == "paper":
+        assert n_out <= budget
+    else:
+        assert n_out == budget
+    assert len(result.rows.k) == len(result.rows.v) == len(result.rows.n_tok) == len(result.winner) == n_out
+    np.testing.assert_array_equal(result.member_of[result.winner], np.arange(n_out))
+    assert n_out + result.n_merged + result.n_dropped == inp.n_cand
+    if method in ("no merge", "streaming"):
+        assert result.n_merged == 0
+    n_tok = inp.candidates().n_tok
+    for j in range(n_out):
+        assert result.rows.n_tok[j] == n_tok[result.member_of == j].sum()
+        assert set(inp.chunk[result.member_of == j]) == {result.rows.chunk[j]}  # clusters never cross a chunk
+    dropped = inp.chunk[result.member_of == -1]
+    if method in ("semantic", "paper"):  # a chunk with a row left has lost no candidate
+        assert not set(dropped) & set(result.rows.chunk)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sinks_and_window_are_untouched(method, seed):
+    inp = random_input(seed)
+    before = {name: getattr(inp, name).copy() for name in ("k", "v", "bias", "chunk", "s_max", "s_var", "n_tok", "q")}
+    result = run_method(method, inp, 20)
+    for name, value in before.items():
+        np.testing.assert_array_equal(getattr(inp, name), value, err_msg=name)
+    for after, old in zip(ref.rows_after(inp, result), (before["k"], before["v"], before["bias"])):
+        np.testing.assert_array_equal(after[:4], old[:4])
+        np.testing.assert_array_equal(after[-8:], old[-8:])
+    v = inp.v.copy()
+    v[:4] = v[-8:] = np.nan  # and their values reach no core
+    assert_same_rows(run_method(method, replace(inp, v=v), 20).rows, result.rows)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_without_losers_stay(seed):
+    inp = random_input(seed)
+    result = ref.compress_head(inp, params_for(inp, 35))
+    alone = np.bincount(result.member_of[result.member_of >= 0]) == 1
+    assert 0 < alone.sum() < 35
+    rows = inp.candidates().take(result.winner)
+    for name in ("k", "v", "bias", "n_tok"):
+        np.testing.assert_array_equal(getattr(result.rows, name)[alone], getattr(rows, name)[alone])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_merged_rows_are_weighted_means(seed):
+    inp = random_input(seed)
+    params = params_for(inp, 15)
+    result = ref.compress_head(inp, params)
+    w = ref.score(inp, params, ref.look_ahead(inp, params)).w + 1e-9
+    for j in np.flatnonzero(np.bincount(result.member_of[result.member_of >= 0]) > 1):
+        members = result.member_of == j
+        np.testing.assert_allclose(result.rows.k[j], np.average(inp.k[inp.cand][members], axis=0, weights=w[members]), atol=1e-12)
+        np.testing.assert_allclose(result.rows.v[j], np.average(inp.v[inp.cand][members], axis=0, weights=w[members]), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_merging_winners_stay_as_they_are(seed):
+    inp = random_input(seed)
+    merged, dropped = (ref.compress_head(inp, params_for(inp, 15, merge=merge)) for merge in (True, False))
+    np.testing.assert_array_equal(merged.winner, dropped.winner)
+    rows = inp.candidates().take(dropped.winner)
+    for name in ("k", "v", "bias", "n_tok"):
+        np.testing.assert_array_equal(getattr(dropped.rows, name), getattr(rows, name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_determinism(method):
+    assert_same_rows(run_method(method, random_input(3), 20).rows, run_method(method, random_input(3), 20).rows)
+
+
+def test_the_seed_of_the_look_ahead_matters():
+    inp = random_input(3)
+    a, b = (ref.compress_head(inp, params_for(inp, 20, seed=seed)).rows.s_max for seed in (1, 2))
+    assert not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cores_can_be_compressed_again(method):
+    """Two passes in a row, as a cache does it: the window of the first is part of the stage of the second."""
+    inp = random_input(0)
+    first = run_method(method, inp, 20)
+    k, v, bias = ref.rows_after(inp, first)
+    more = random_input(1)
+    next_id = int(inp.chunk[-1]) + 1
+    second = ref.PassInput(
+        k=np.concatenate([k, more.k[:40]]), v=np.concatenate([v, more.v[:40]]), bias=np.concatenate([bias, np.zeros(40)]), n_sink=4,
+        n_win=8, chunk=np.concatenate([first.rows.chunk, ref.chunk_ids([False] * 40, 32, next_id)]), s_max=first.rows.s_max,
+        s_var=first.rows.s_var, n_tok=first.rows.n_tok, q=np.concatenate([inp.q[-8:], more.q[:40]]), pos_q=np.arange(392, 440))
+    result = run_method(method, second, 20)
+    assert second.n_core == len(first.rows) and second.n_new == 40
+    assert 0 < len(result.rows) <= 20
+    assert np.all(np.diff(result.rows.chunk) >= 0)
+    if method == "semantic":
+        assert result.rows.n_tok.max() > 1 and np.all(np.isfinite(result.rows.bias))
+
+
+def test_no_candidates_no_cores():
+    inp = random_input(0, n_core=0, n_new=0)
+    assert len(ref.compress_head(inp, params_for(inp, 5)).rows) == 0
+
+
+def test_inputs_must_describe_the_same_rows():
+    inp = random_input(0)
+    with pytest.raises(ValueError, match="expected 50 entries of chunk, got 49"):
+        replace(inp, chunk=inp.chunk[1:])
+    with pytest.raises(ValueError, match="expected 48 queries, got 47"):
+        replace(inp, q=inp.q[1:])
+    with pytest.raises(ValueError, match="expected a budget >= 0"):
+        params_for(inp, -1)
+    with pytest.raises(ValueError, match="expected a budget >= 0"):
+        ref.compress_head_streaming(inp, -1)
+
+
+# ------------------------------------------------------------------------------------------------------------- baselines
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("budget", [10, 25, 40])
+def test_paper_rows(seed, budget):
+    inp = random_input(seed)
+    rows = inp.candidates()
+    result = ref.compress_head_paper(inp, budget)
+    np.testing.assert_allclose(result.rows.bias, np.log(result.rows.n_tok), atol=1e-15)
+    assert not np.any(result.rows.s_max) and not np.any(result.rows.s_var)
+    for j in range(len(result.rows)):
+        members = result.member_of == j
+        np.testing.assert_allclose(result.rows.k[j], np.average(rows.k[members], axis=0, weights=rows.n_tok[members]), atol=1e-12)
+        np.testing.assert_allclose(result.rows.v[j], np.average(rows.v[members], axis=0, weights=rows.n_tok[members]), atol=1e-12)
+        assert result.winner[j] == np.flatnonzero(members)[0]  # the seed is the first in reading order
+    kept = dict(ref.chunk_budgets(rows.chunk, rows.n_tok, budget))
+    for chunk, n in zip(*np.unique(result.rows.chunk, return_counts=True)):
+        assert n <= kept[chunk]
+    assert set(kept) == set(result.rows.chunk)
+    assert all(c < min(kept) for c in set(rows.chunk) - set(kept))  # the oldest chunks go
+
+
+def test_paper_budgets_by_hand():
+    chunk, n_tok = np.array([0, 0, 1, 1, 1, 2]), np.array([3, 1, 1, 1, 1, 1])
+    assert ref.chunk_budgets(chunk, n_tok, 4) == [(0, 2), (1, 1), (2, 1)]
+    assert ref.chunk_budgets(chunk, n_tok, 2) == [(1, 1), (2, 1)]
+    assert ref.chunk_budgets(chunk, n_tok, 0) == []
+
+
+def test_greedy_clusters_by_hand():
+    degrees = np.radians([0, 50, 20, 65, 90])
+    cosine = ref.cosines(np.stack([np.cos(degrees), np.sin(degrees)], axis=1))
+    assert ref.greedy_clusters(cosine, math.cos(math.radians(30))).tolist() == [0, 1, 0, 1, 4]
+    assert ref.greedy_clusters(cosine, -1.0).tolist() == [0] * 5
+    assert ref.threshold_clusters(cosine, 3).tolist() == [0, 1, 0, 1, 4]
+    assert ref.threshold_clusters(cosine, 5).tolist() == [0, 1, 2, 3, 4]
+    assert ref.threshold_clusters(cosine, 1).tolist() == [0] * 5
+
+
+def test_the_cosine_of_a_zero_key_is_zero():
+    assert ref.cosines(np.array([[0.0, 0.0], [1.0, 1.0]]))[0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("n", [2, 9])
+def test_paper_merges_identical_tokens_exactly(n):
+    base = random_input(n, n_core=0, n_new=n)
+    k, v = base.k.copy(), base.v.copy()
+    k[base.cand], v[base.cand] = k[4], v[4]
+    inp = replace(base, k=k, v=v, chunk=np.zeros(n))
+    result = ref.compress_head_paper(inp, 1)
+    assert result.rows.bias == pytest.approx([math.log(n)], abs=1e-12)
+    np.testing.assert_allclose(attend_after(inp, result, inp.q, 0.25), ref.attend(inp.q, k, v, inp.bias, 0.25), atol=1e-12)
+
+
+def test_streaming_keeps_the_newest():
+    inp = random_input(0)
+    result = ref.compress_head_streaming(inp, 13)
+    assert result.winner.tolist() == list(range(37, 50))
+    np.testing.assert_array_equal(result.rows.k, inp.k[4 + 37:4 + 50])
+    assert (result.n_merged, result.n_dropped) == (0, 37)
+
+
+@pytest.mark.parametrize("method", ["paper", "streaming"])
+def test_baselines_below_budget_change_nothing(method):
+    inp = random_input(0)
+    for got, before in zip(ref.rows_after(inp, run_method(method, inp, 50)), (inp.k, inp.v, inp.bias)):
+        np.testing.assert_array_equal(got, before)
+
+
+# --------------------------------------------------------------------------------------------------------------- profile
+
+
+def random_profile(seed=0, n_head=6):
+    rng = np.random.default_rng(seed)
+    shares = np.round(np.sort(rng.random((n_head, 5)), axis=1)[:, ::-1], 6)
+    return ref.Profile("a model, 135M:abc", 4, ref.RATIOS, tuple((il, h) for il in range(n_head // 2) for h in range(2)), shares)
+
+
+def test_profile_file_round_trip(tmp_path):
+    profile = random_profile()
+    ref.write_profile(tmp_path / "p.txt", profile)
+    back = ref.read_profile(tmp_path / "p.txt")
+    assert (back.model_id, back.n_text, back.ratios, back.heads) == (profile.model_id, profile.n_text, profile.ratios, profile.heads)
+    np.testing.assert_array_equal(back.shares, profile.shares)
+    ref.write_profile(tmp_path / "q.txt", back)
+    assert (tmp_path / "p.txt").read_bytes() == (tmp_path / "q.txt").read_bytes()
+
+
+def test_profile_file_text(tmp_path):
+    ref.write_profile(tmp_path / "p.txt", ref.Profile("m", 2, (0.5, 0.03125), ((0, 0), (3, 1)), [[0.5, 0.25], [1, 0]]))
+    assert (tmp_path / "p.txt").read_bytes() == (b"semcache-profile 1\nmodel_id m\nn_text 2\nratios 0.5 0.03125\n"
+                                                 b"head 0 0 0.500000 0.250000\nhead 3 1 1.000000 0.000000\n")
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("semcache-profile 1", "semcache-profile 2", "line 1: expected 'semcache-profile 1'"),
+    ("semcache-profile 1\n", "", "line 1: expected"),
+    ("model_id a", "model a", "line 2: expected 'model_id"),
+    ("n_text 4", "n_text four", "line 3: expected 'n_text"),
+    ("n_text 4", "n_text 0", "expected n_text >= 1"),
+    ("ratios 0.5", "ratios x", "line 4: expected 'ratios"),
+    ("ratios 0.5 0.25", "ratios 0.25 0.5", "expected ratios that fall"),
+    ("ratios 0.5", "ratios 1", "expected ratios that fall"),
+    ("head 0 1", "head 0 0", "each once and ordered"),
+    ("head 1 0", "head 1", "line 7: expected 'head <il> <head> <5 shares>'"),
+    ("head 1 0 0", "head 1 0 7", "expected shares in"),
+    ("head 1 0 0.", "head 1 0 x0.", "line 7"),
+])
+def test_malformed_profiles_are_refused(tmp_path, old, new, message):
+    path = tmp_path / "p.txt"
+    ref.write_profile(path, random_profile())
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as error:
+        ref.read_profile(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("share", [math.nan, -0.1, 1.1])
+def test_shares_out_of_range_are_refused(share):
+    with pytest.raises(ValueError, match="expected shares in"):
+        replace(random_profile(), shares=np.full((6, 5), share))
+
+
+def test_a_profile_without_heads_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("semcache-profile 1\nmodel_id m\nn_text 1\nratios 0.5\n")
+    with pytest.raises(ValueError, match="expected at least one head"):
+        ref.read_profile(tmp_path / "p.txt")
+
+
+def test_interpolation_at_the_knots():
+    profile = random_profile()
+    for i, ratio in enumerate(ref.RATIOS):
+        np.testing.assert_array_equal(ref.interpolate(profile, ratio), profile.shares[:, i])
+    np.testing.assert_array_equal(ref.interpolate(profile, 1.0), np.ones(6))
+
+
+def test_interpolation_between_and_below_the_knots():
+    profile = random_profile()
+    np.testing.assert_allclose(ref.interpolate(profile, math.sqrt(0.5 * 0.25)), profile.shares[:, :2].mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(ref.interpolate(profile, math.sqrt(0.5)), (1 + profile.shares[:, 0]) / 2, rtol=1e-12)
+    np.testing.assert_allclose(ref.interpolate(profile, 0.03125 / 4), profile.shares[:, 4] / 4, rtol=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5, math.nan])
+def test_ratios_out_of_range_are_refused(ratio):
+    for call in (lambda: ref.interpolate(random_profile(), ratio), lambda: ref.equal_shares(ratio, 3), lambda: ref.budgets([1.0], ratio, 100, 4)):
+        with pytest.raises(ValueError, match="expected 0 < ratio <= 1"):
+            call()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("ratio, n_ctx", [(0.25, 8192), (0.1, 1000), (0.5, 777), (0.9, 512), (1.0, 300), (0.04, 2000)])
+def test_budgets_sum_up_and_respect_their_bounds(seed, ratio, n_ctx):
+    rng = np.random.default_rng(seed)
+    shares = np.clip(ratio * np.exp(rng.standard_normal(23)), 0, 1)
+    rows = ref.budgets(shares, ratio, n_ctx, 4)
+    assert rows.sum() == math.floor(ratio * n_ctx * 23 + 0.5)
+    assert rows.min() >= 36 and rows.max() <= n_ctx
+    inside = (rows > 36) & (rows < n_ctx)
+    if inside.sum() > 1:  # one lambda for all: rows are proportional to shares but for the rounding
+        scale = rows[inside] / shares[inside]
+        assert np.all(np.abs(rows[inside] - np.median(scale) * shares[inside]) <= 2 + 2 * shares[inside] / shares[inside].min())
+    assert np.all(np.diff(rows[np.argsort(shares)]) >= -1)
+
+
+@pytest.mark.parametrize("ratio, n_ctx, n_head, expected", [
+    (0.25, 8192, 3, [2048] * 3),
+    (0.25, 1023, 7, [256] * 5 + [255] * 2),  # 1790 rows; the lower heads get what is left over
+    (1.0, 20, 2, [20] * 2),                  # n_ctx below n_sink + n_chunk
+])
+def test_equal_budgets(ratio, n_ctx, n_head, expected):
+    assert ref.budgets(ref.equal_shares(ratio, n_head), ratio, n_ctx, 4).tolist() == expected
+
+
+def test_heads_without_a_share_still_use_up_the_rows():
+    assert ref.budgets([0.0, 0.0, 0.0], 0.5, 201, 0).tolist() == [101, 101, 100]
+    assert ref.budgets([1.0, 0.0, 0.0], 0.9, 100, 4).tolist() == [100, 85, 85]
+
+
+def test_budgets_too_small_are_refused():
+    with pytest.raises(ValueError, match="expected at least 36 rows per kv head"):
+        ref.budgets([0.1, 0.1], 0.1, 350, 4)
+
+
+def test_shares_of_scores_by_hand():
+    scores = [[9.0, 8.0, 7.0, 1.0], [6.0, 0.5, 0.4, 0.3]]
+    np.testing.assert_array_equal(ref.shares_of_scores(scores, (0.5, 0.25)), [[0.75, 0.5], [0.25, 0.0]])
+    np.testing.assert_array_equal(ref.shares_of_scores(np.ones((2, 2)), (0.75, 0.5)), [[1.0, 1.0], [0.5, 0.0]])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_calibration_is_the_mean_over_texts(seed):
+    rng = np.random.default_rng(seed)
+    texts = [rng.random((5, n)) * rng.random((5, 1)) for n in (64, 96)]
+    shares = ref.calibrate(texts)
+    np.testing.assert_allclose(shares, (ref.shares_of_scores(texts[0]) + ref.shares_of_scores(texts[1])) / 2)
+    np.testing.assert_allclose(shares.mean(axis=0), ref.RATIOS, rtol=1e-12)  # 64 and 96 candidates: no rounding
+
+
+# ---------------------------------------------------------------------------------------------------------- golden files
+
+
+@pytest.fixture(scope="module")
+def make_golden():
+    spec = importlib.util.spec_from_file_location("make_golden", GOLDEN / "make_golden.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_golden_files_are_what_the_generator_writes(make_golden):
+    files = make_golden.golden_files()
+    on_disk = {p.name for p in GOLDEN.iterdir() if p.suffix in (".bin", ".txt")}
+    assert on_disk == set(files)
+    for name, data in files.items():
+        assert (GOLDEN / name).read_bytes() == data, name
+    assert sum(map(len, files.values())) < 1_500_000
+
+
+CASE_NAMES = (GOLDEN / "index.txt").read_text().split()
+
+
+def read_case(path):
+    """Read a case as its documentation describes it, without the generator."""
+    data = path.read_bytes()
+    h = struct.unpack_from("<32i", data)
+    keys = ("magic version method d_k d_v gqa n_rot rope_neox n_sink n_core n_new n_win n_past n_horizon seed_low seed_high budget merge "
+            "n_out n_merged n_dropped attempt").split()
+    c = dict(zip(keys, h))
+    assert (c["magic"], c["version"]) == (0x43474353, 1) and not any(h[22:])
+    n_cand, n_q = c["n_core"] + c["n_new"], c["n_new"] + c["n_win"]
+    n_rows, n_out = c["n_sink"] + n_cand + c["n_win"], c["n_out"]
+    at = 128
+    for name, code, *shape in (
+            ("scale_softcap", "f", 2), ("inv_freq", "f", c["n_rot"] // 2), ("pos_q", "i", n_q), ("chunk", "i", n_cand), ("n_tok", "i", c["n_core"]),
+            ("s_max", "f", c["n_core"]), ("s_var", "f", c["n_core"]), ("bias", "f", n_rows), ("k", "f", n_rows, c["d_k"]),
+            ("v", "f", n_rows, c["d_v"]), ("q", "f", n_q, c["gqa"], c["d_k"]), ("u", "i", n_q), ("score_s_max", "f", n_cand),
+            ("score_s_var", "f", n_cand), ("score_w", "f", n_cand), ("winner", "i", n_out), ("member_of", "i", n_cand), ("out_chunk", "i", n_out),
+            ("out_n_tok", "i", n_out), ("out_s_max", "f", n_out), ("out_s_var", "f", n_out), ("out_bias", "f", n_out),
+            ("out_k", "f", n_out, c["d_k"]), ("out_v", "f", n_out, c["d_v"])):
+        n = math.prod(shape)
+        c[name] = np.array(struct.unpack_from(f"<{n}{code}", data, at), dtype=np.float64 if code == "f" else np.int64).reshape(shape)
+        at += 4 * n
+    assert at == len(data)
+    return c
+
+
+@pytest.mark.parametrize("name", CASE_NAMES)
+def test_golden_case_reads_as_documented(name):
+    c = read_case(GOLDEN / f"{name}.bin")
+    seed = (c["seed_high"] & 0xFFFFFFFF) << 32 | c["seed_low"] & 0xFFFFFFFF
+    inp = ref.PassInput(c["k"], c["v"], c["bias"], c["n_sink"], c["n_win"], c["chunk"], c["s_max"], c["s_var"], c["n_tok"], c["q"], c["pos_q"])
+    for x in (c["k"], c["v"], c["q"]):
+        np.testing.assert_array_equal(x.astype(np.float16), x)
+    params = ref.PassParams(*c["scale_softcap"], c["inv_freq"], bool(c["rope_neox"]), c["n_past"], c["n_horizon"], seed, c["budget"],
+                            bool(c["merge"]))
+    if c["method"] == 0:
+        result = ref.compress_head(inp, params)
+        scores = ref.score(inp, params, ref.look_ahead(inp, params))
+        np.testing.assert_array_equal(c["u"], ref.horizon_positions(inp.pos_q, params.n_horizon, seed))
+        np.testing.assert_allclose(c["score_s_max"], scores.s_max, rtol=1e-6)
+        np.testing.assert_allclose(c["score_s_var"], scores.s_var, rtol=1e-6)
+        np.testing.assert_allclose(c["score_w"], scores.w, rtol=1e-6)
+    else:
+        method = {1: ref.compress_head_paper, 2: ref.compress_head_streaming}[c["method"]]
+        result = method(inp, c["budget"])
+    np.testing.assert_array_equal(c["winner"], result.winner)
+    np.testing.assert_array_equal(c["member_of"], result.member_of)
+    assert (c["n_merged"], c["n_dropped"]) == (result.n_merged, result.n_dropped)
+    for field in ("chunk", "n_tok", "s_max", "s_var", "bias", "k", "v"):
+        np.testing.assert_allclose(c[f"out_{field}"], getattr(result.rows, field), rtol=1e-6, err_msg=field)
+
+
+def test_golden_cases_cover_what_they_should():
+    cases = [read_case(GOLDEN / f"{name}.bin") for name in CASE_NAMES]
+    assert {c["method"] for c in cases} == {0, 1, 2}
+    passes = [c for c in cases if c["method"] == 0]
+    assert {32, 64, 80} <= {c["d_k"] for c in passes} and {1, 3, 7} <= {c["gqa"] for c in passes}
+    assert {(c["n_rot"] > 0, c["n_rot"] == c["d_k"], c["rope_neox"]) for c in passes} >= {
+        (True, True, 0), (True, True, 1), (True, False, 0), (True, False, 1), (False, False, 0)}
+    assert any(c["scale_softcap"][1] > 0 for c in passes)
+    assert any(c["n_core"] == 0 for c in passes) and any(c["n_core"] > 0 for c in passes)
+    assert any(c["n_merged"] and c["n_dropped"] for c in passes)
+    assert any(c["n_out"] == c["n_core"] + c["n_new"] for c in passes)
+    assert any(not c["merge"] for c in passes) and any(c["d_v"] != c["d_k"] for c in passes)
+    assert any(8.0 in c["out_bias"] for c in passes)
+    assert any(c["n_new"] + c["n_win"] >= 192 for c in passes)  # the bias is fitted on every second token
+    papers = [c for c in cases if c["method"] == 1]
+    assert any(c["n_dropped"] for c in papers) and any(c["n_core"] for c in papers)

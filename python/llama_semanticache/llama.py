@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import numbers
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,8 @@ class Llama(llama_cpp.Llama):
         models.read_gguf(model_path)
         params = _ffi.new("struct semcache_params *", _lib.semcache_default_params())
         params.method = METHODS[kv_compress]
-        params.ratio = kv_ratio
-        params.n_stage, params.n_window, params.n_sink = kv_stage, kv_window, kv_sink
+        params.ratio = float(kv_ratio)
+        params.n_stage, params.n_window, params.n_sink = int(kv_stage), int(kv_window), int(kv_sink)
         for name, value in (kv_params or {}).items():
             setattr(params, name, value)
         keep = []  # the strings that params points to
@@ -255,6 +256,11 @@ class Llama(llama_cpp.Llama):
             return super().load_state(state)
         if state.n_tokens > self._n_ctx:
             raise StateError(f"state: expected at most n_ctx = {self._n_ctx} tokens, got {state.n_tokens}; use the n_ctx it was saved with")
+        if not 0 < state.llama_state_size <= len(state.llama_state):
+            raise StateError(
+                f"state: expected {state.llama_state_size} bytes, more than none, got {len(state.llama_state)}; the state is damaged, "
+                "the cache is as it was"
+            )
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         _lib.semcache_configure_next(_ffi.NULL)
         if llama_cpp.llama_state_set_data(self._ctx.ctx, data, state.llama_state_size) != state.llama_state_size:
@@ -281,11 +287,17 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
     if options["kv_compress"] not in METHODS:
         raise ArgumentError(f"kv_compress: expected None or one of {', '.join(METHODS)}, got {options['kv_compress']!r}; pass one of these")
     ratio = options["kv_ratio"]
-    if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+    if not isinstance(ratio, numbers.Real) or not 0 < ratio <= 1:
         raise ArgumentError(f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows")
-    for name, low in (("kv_sink", 0), ("kv_window", 1), ("kv_stage", options["kv_window"] + options["kv_sink"] + 1)):
-        if not isinstance(options[name], int) or options[name] < low:
-            raise ArgumentError(f"{name}: expected an integer of at least {low}, got {options[name]!r}; the default fits most uses")
+    low = {"kv_sink": 0, "kv_window": 1, "kv_stage": 2}
+    for name, least in low.items():
+        if not isinstance(options[name], numbers.Integral) or options[name] < least:
+            raise ArgumentError(f"{name}: expected an integer of at least {least}, got {options[name]!r}; the default fits most uses")
+    if options["kv_stage"] <= options["kv_window"] + options["kv_sink"]:
+        raise ArgumentError(
+            f"kv_stage: expected more than kv_window + kv_sink = {options['kv_window'] + options['kv_sink']}, got {options['kv_stage']}; "
+            "raise kv_stage"
+        )
     unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "seed"}
     if unknown:
         raise ArgumentError(f"kv_params: expected n_horizon, n_chunk, merge or seed, got {', '.join(sorted(unknown))}; see semcache.h")

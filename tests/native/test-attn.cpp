@@ -163,7 +163,8 @@ struct tensors {
     size_t n_out() const { return (size_t) s.d_v*n_head*s.n_tokens; }
 };
 
-// Attention with the work in nth shares. Memory is NaN before, so that a place that nobody writes is found.
+// Attention with the work in nth shares. Scratch holds what an earlier call may have left, the result NaN, so that a place
+// that nobody writes is found.
 std::vector<float> run(const tensors & x, int nth, bool threads = false) {
     auto each = [&](auto && f) {
         std::vector<std::thread> pool;
@@ -182,10 +183,10 @@ std::vector<float> run(const tensors & x, int nth, bool threads = false) {
     if (attn_n_part(x.s.n_tokens) == 1) {
         each([&](int ith) { attn_part(x.a, out.data(), ith, nth); });
     } else {
-        std::vector<float> part(attn_part_size(x.a) + 1, NAN);
+        std::vector<float> part(attn_part_size(x.a) + 1, 1000.0f);
         each([&](int ith) { attn_part(x.a, part.data(), ith, nth); });
         each([&](int ith) { attn_reduce(x.a, part.data(), out.data(), ith, nth); });
-        CHECK(std::isnan(part.back()));
+        CHECK_EQ(part.back(), 1000.0f);
     }
     CHECK(std::isnan(out.back()));
     out.pop_back();

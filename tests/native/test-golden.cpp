@@ -337,6 +337,10 @@ void test_budgets_and_shares() {
     CASE("budgets");
     CHECK(budgets({ 0.5, 0.5 }, 0.1, 100, 36).empty());
     CHECK(budgets(std::vector<double>(9, 0.3), 0.036, 1000, 36).size() == 9);
+    const std::vector<int32_t> equal = budgets(std::vector<double>(40, 0.25), 0.25, 1023, 36); // 255.75 each
+    for (size_t h = 0; h < equal.size(); ++h) {
+        CHECK_EQ(equal[h], h < 30 ? 256 : 255);
+    }
     rng r(11);
     for (int i = 0; i < 200; ++i) {
         std::vector<double> share(1 + r.below(40));

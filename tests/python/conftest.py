@@ -6,7 +6,6 @@ import llama_semanticache  # before llama_cpp: it decides which library that loa
 
 import ctypes
 import random
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -15,7 +14,7 @@ import tiny_models
 
 from llama_semanticache import Llama, models
 
-# ggml's threads spin while they wait for each other: on a busy machine two are slower than one, by far for tiny models.
+# ggml's threads spin while they wait for each other: on a busy machine two are slower than one, by far for tiny models
 N_THREADS = 1
 PASSES = dict(kv_compress="semanticache", kv_stage=96, kv_window=16, kv_profile=None)  # a pass every 80 tokens
 SMALL = dict(n_ctx=1024, **PASSES)
@@ -31,7 +30,7 @@ def smollm2() -> str:
 
 @pytest.fixture(scope="session")
 def smollm2_f32(smollm2, tmp_path_factory) -> str:
-    """The same weights in f32: with quantized ones, activations are rounded to 8 bits, which makes float noise visible."""
+    """The same weights in f32: with quantized ones, activations are rounded to 8 bits, which amplifies float noise."""
     path = tmp_path_factory.mktemp("f32") / "smollm2-f32.gguf"
     reader = gguf.GGUFReader(smollm2)
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())

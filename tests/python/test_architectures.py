@@ -70,8 +70,8 @@ def test_nothing_is_lost_below_capacity(arch, flash_attn, tiny, load):
     if not flash_attn:
         assert kl(full.scores[: len(TOKENS)], logits).max() < 1e-5
         return
-    # llama.cpp's own flash attention sums V in f16 on the CPU. With the sharp attention of random weights this is a KL of
-    # up to 1e-4 from its f32 path; ours sums in f32, so the uncompressed f32 path is the reference.
+    # llama.cpp's own flash attention sums V in f16 on the CPU. With the sharp attention of random weights this is a KL
+    # of up to 1e-4 from its f32 path; ours sums in f32, so the uncompressed f32 path is the reference.
     plain = load(tiny(arch), n_ctx=1024, n_batch=80, logits_all=True)
     plain.eval(TOKENS)
     own_noise = kl(plain.scores[: len(TOKENS)], full.scores[: len(TOKENS)]).max()

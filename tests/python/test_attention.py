@@ -90,16 +90,18 @@ def resident():
 options = json.loads(sys.argv[3])
 Llama(sys.argv[1], n_ctx=256, n_threads=1, verbose=False).close()
 before = resident()
-llm = Llama(sys.argv[1], n_ctx=4096, n_batch=128, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True, **options)
+options.update(n_ctx=4096, n_batch=128, n_threads=1, n_threads_batch=1, verbose=False, flash_attn=True)
+llm = Llama(sys.argv[1], **options)
 llm.eval(random_tokens(1400))
 stats = llm.kv_stats()
-print("RESULT", json.dumps([resident() - before, stats.total_bytes, stats.full_bytes, stats.rows_used, stats.rows_allocated]))
+grown = resident() - before
+print("RESULT", json.dumps([grown, stats.total_bytes, stats.full_bytes, stats.rows_used, stats.rows_allocated]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_resident_size_falls_with_the_kv_bytes(tmp_path):
-    """A model of wide heads, so that the cache (128 MiB uncompressed) outweighs all else; every row has been written."""
+    """A model of wide heads, so that the cache (128 MiB uncompressed) outweighs all else; every row is written."""
     import json
 
     path = tiny_models.write_tiny(tmp_path / "wide.gguf", "llama", n_head=8, n_head_kv=8, n_embd_head=512)

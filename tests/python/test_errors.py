@@ -1,4 +1,4 @@
-"""Wrong input: a typed error that says expected, got and what to do, before memory is taken; and nothing is broken after."""
+"""Wrong input: a typed error that says expected, got and what to do, before memory is taken; nothing breaks."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ PROFILE = "semcache-profile 1\nmodel_id {id}\nn_text 1\nratios 0.5 0.25 0.125 0.
 HEAD = "head {il} {head} 0.500000 0.250000 0.125000 0.062500 0.031250\n"
 
 
-@pytest.mark.parametrize("how", ["other model", "other layers", "empty", "text", "cut", "version", "folder", "not a number"])
+@pytest.mark.parametrize(
+    "how", ["other model", "other layers", "empty", "text", "cut", "version", "folder", "not a number"]
+)
 def test_profile_that_does_not_fit(how, tiny, tmp_path, refused):
     from llama_semanticache import profile
 
@@ -160,7 +162,10 @@ def test_profile_that_does_not_fit(how, tiny, tmp_path, refused):
 def test_a_profile_that_fits_is_taken(tiny, tmp_path, load):
     from llama_semanticache import profile
 
-    heads = [f"head {il} {head} 0.6 {share} 0.1 0.05 0.02\n" for il, head, share in ((0, 0, 0.4), (0, 1, 0.1), (1, 0, 0.3), (1, 1, 0.2))]
+    heads = [
+        f"head {il} {head} 0.6 {share} 0.1 0.05 0.02\n"
+        for il, head, share in ((0, 0, 0.4), (0, 1, 0.1), (1, 0, 0.3), (1, 1, 0.2))
+    ]
     path = tmp_path / "a.profile"
     path.write_text(PROFILE.format(id=profile.model_id(tiny("llama")), heads="".join(heads)))
     for choice in (path, str(path)):
@@ -220,7 +225,9 @@ def run_python(code: str, *args: str, **env: str):
 def test_the_stock_library(tiny):
     """llama_cpp that was imported first, or pointed elsewhere, has another library: an error, not a crash."""
     stock = os.environ.get("LLAMA_SEMANTICACHE_STOCK_LIB")
-    assert stock, "expected LLAMA_SEMANTICACHE_STOCK_LIB, got nothing; run `make test`, which builds the unpatched library"
+    assert stock, (
+        "expected LLAMA_SEMANTICACHE_STOCK_LIB, got nothing; run `make test`, which builds the unpatched library"
+    )
     code = (
         "{first}\n"
         "import llama_semanticache\n"
@@ -237,7 +244,9 @@ def test_the_stock_library(tiny):
 
 
 def test_no_library(tmp_path):
-    code = "import llama_semanticache\ntry: llama_semanticache.Llama\nexcept ImportError as e: print(type(e).__name__, e)"
+    code = (
+        "import llama_semanticache\ntry: llama_semanticache.Llama\nexcept ImportError as e: print(type(e).__name__, e)"
+    )
     done = run_python(code, LLAMA_CPP_LIB_PATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("LibraryError expected the patched llama.cpp in") and "install" in done.stdout

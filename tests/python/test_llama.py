@@ -100,6 +100,12 @@ def test_logits_all_holds_every_position(tiny, load):
         assert kl(last_logits(other), llm.scores[other.n_tokens - 1]) < 1e-10
 
 
+def test_logits_all_with_a_context_that_is_rounded_up(tiny, load):
+    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 600}, kv_ratio=0.5, logits_all=True)
+    llm.eval(random_tokens(768))
+    assert np.isfinite(llm.scores[:768]).all()
+
+
 def test_seed_determinism(llm):
     texts = [text_of(complete(llm, temperature=1, seed=seed)) for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]
@@ -115,7 +121,7 @@ def test_prompt_lookup_gives_the_same_text(ratio, tiny, load):
     prompt = PROMPT[:150] * 2
     texts, decoded = [], []
     for draft in (None, LlamaPromptLookupDecoding(num_pred_tokens=6, max_ngram_size=1)):
-        llm = load(tiny("llama"), **SMALL, kv_ratio=ratio, logits_all=True, draft_model=draft)
+        llm = load(tiny("llama"), **SMALL, kv_ratio=ratio, draft_model=draft)
         counts = count_evals(llm)
         texts.append(text_of(complete(llm, prompt)))
         decoded.append(sum(counts))
@@ -223,8 +229,12 @@ def test_the_compressed_cache_is_used_by_from_pretrained_and_call(tiny, monkeypa
     """Other ways in: __call__, and from_pretrained, which passes its arguments on."""
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: shutil.copy(tiny("llama"), tmp_path))
-    monkeypatch.setattr(huggingface_hub.HfFileSystem, "ls", lambda self, path, **kwargs: [{"name": f"{path}/llama.gguf"}])
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *args, **kwargs: shutil.copy(tiny("llama"), tmp_path)
+    )
+    monkeypatch.setattr(
+        huggingface_hub.HfFileSystem, "ls", lambda self, path, **kwargs: [{"name": f"{path}/llama.gguf"}]
+    )
     llm = Llama.from_pretrained(
         "some/repo", "llama.gguf", local_dir=str(tmp_path), verbose=False, n_threads=1, n_threads_batch=1, **SMALL
     )
@@ -240,8 +250,8 @@ def test_the_compressed_cache_is_used_by_from_pretrained_and_call(tiny, monkeypa
 @pytest.fixture(scope="module")
 def smol(smollm2):
     llm = Llama(
-        smollm2, n_ctx=2048, n_threads=N_THREADS, n_threads_batch=N_THREADS, verbose=False, kv_compress="semanticache", kv_stage=128,
-        kv_window=32, kv_ratio=0.25, kv_profile=None,
+        smollm2, n_ctx=2048, n_threads=N_THREADS, n_threads_batch=N_THREADS, verbose=False,
+        kv_compress="semanticache", kv_stage=128, kv_window=32, kv_ratio=0.25, kv_profile=None,
     )  # fmt: skip
     yield llm
     llm.close()
@@ -259,7 +269,10 @@ def test_a_chat_with_a_real_model(smol):
     content = answer["choices"][0]["message"]["content"]
     assert "4711" in content
 
-    messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "Thank you. And now say goodbye."}]
+    messages += [
+        {"role": "assistant", "content": content},
+        {"role": "user", "content": "Thank you. And now say goodbye."},
+    ]
     counts = count_evals(smol)
     parts = smol.create_chat_completion(messages, max_tokens=16, temperature=0, stream=True)
     text = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts)
@@ -270,7 +283,10 @@ def test_a_chat_with_a_real_model(smol):
 
 def test_below_capacity_a_real_model_writes_the_same_words(smollm2, smol, load):
     """Greedy text at ratio 0.25 while nothing has been merged yet, through passes, against the uncompressed model."""
-    prompt = "List of the days of the week: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday.\n" * 6 + "List of the"
+    prompt = (
+        "List of the days of the week: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday.\n" * 6
+        + "List of the"
+    )
     full = load(smollm2, n_ctx=2048)
     smol.reset()
     before = smol.kv_stats().n_pass

@@ -49,7 +49,7 @@ def stock_lib() -> str:
     folder = os.environ.get(STOCK_VARIABLE)
     if not folder or not Path(folder).is_dir():
         pytest.fail(
-            f"expected {STOCK_VARIABLE} to name the folder of an unpatched libllama of the same commit, got {folder!r}; "
+            f"expected {STOCK_VARIABLE} to name the folder of an unpatched libllama of this commit, got {folder!r}; "
             "run `make test`, which builds it",
             pytrace=False,
         )

@@ -67,7 +67,9 @@ def test_auto_calibrates_once(tiny, cache, load, monkeypatch, capfd):
     calibrate = profile.calibrate
     monkeypatch.setattr(profile, "read_texts", lambda paths=None: TEXTS)
     monkeypatch.setattr(profile, "N_TEXT_TOKENS", 512)
-    monkeypatch.setattr(profile, "calibrate", lambda *args, **kwargs: calls.append(args) or calibrate(*args, n_ctx=512, **kwargs))
+    monkeypatch.setattr(
+        profile, "calibrate", lambda *args, **kwargs: calls.append(args) or calibrate(*args, n_ctx=512, **kwargs)
+    )
     options = {**SMALL, "kv_profile": "auto"}
     path = tiny_models.write_tiny(cache.parent / "model.gguf", "llama", seed=3)
     one = load(path, **options, verbose=True)
@@ -118,7 +120,7 @@ def test_model_id(tiny, tmp_path):
 
 
 def test_shares_are_those_of_the_reference(tmp_path, load, cache):
-    """One layer, so that q and k can be computed here from the weights: norm, matrices, RoPE, then the reference's score."""
+    """One layer, so that q and k can be computed here: norm, matrices, RoPE, then the reference's score."""
     n_window, n_sink = 64, 4
     path = tiny_models.write_tiny(tmp_path / "one.gguf", "llama", n_layer=1)
     out = profile.calibrate(path, texts=TEXTS, n_ctx=512, progress=False, n_threads=1)
@@ -154,8 +156,8 @@ def test_shares_are_those_of_the_reference(tmp_path, load, cache):
         for head in range(n_head_kv):
             gqa = n_head // n_head_kv
             inp = ref.PassInput(
-                k=k[:, head], v=v[:, head], bias=np.zeros(n), n_sink=n_sink, n_win=n_window, chunk=np.zeros(n_new, np.int32),
-                s_max=np.zeros(0), s_var=np.zeros(0), n_tok=np.zeros(0, np.int64),
+                k=k[:, head], v=v[:, head], bias=np.zeros(n), n_sink=n_sink, n_win=n_window,
+                chunk=np.zeros(n_new, np.int32), s_max=np.zeros(0), s_var=np.zeros(0), n_tok=np.zeros(0, np.int64),
                 q=q[n_sink:, head * gqa : (head + 1) * gqa], pos_q=np.arange(n_sink, n),
             )  # fmt: skip
             params = ref.PassParams(

@@ -46,8 +46,9 @@ def test_round_trip(arch, flash_attn, method, tiny, load):
         restored.append(continue_with(some, MORE))
         assert numbers(some)[:2] == end[:2]
     np.testing.assert_array_equal(*restored)
-    # llama.cpp restores the cells in another order, so sums differ in the last bit from those without a restore. Where the
-    # sliding-window layers of gemma3 use its flash attention, which sums in f16, that is a KL of 3e-4 without compression too.
+    # llama.cpp restores the cells in another order, so sums differ in the last bit from those without a restore. Where
+    # the sliding-window layers of gemma3 use its flash attention, which sums in f16, that is a KL of 3e-4 without
+    # compression too.
     assert kl(expected, restored[0]).max() < (1e-3 if arch == "gemma3" and flash_attn else 1e-5)
 
 
@@ -170,16 +171,20 @@ def replace_blob(state, blob):
     return llama_cpp.LlamaState(state.input_ids, state.scores, state.n_tokens, blob, len(blob), state.seed)
 
 
-@pytest.mark.parametrize("how", ["empty", "cut0.01", "cut0.1", "cut0.5", "cut0.9", "cut0.999", "zeros", "noise", "flips"])
+@pytest.mark.parametrize(
+    "how", ["empty", "cut0.01", "cut0.1", "cut0.5", "cut0.9", "cut0.999", "zeros", "noise", "flips"]
+)
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
 def test_a_damaged_state_is_refused_and_the_object_stays_usable(how, flash_attn, tiny, load):
     llm = load(tiny("llama"), **SMALL, flash_attn=flash_attn)
     llm.eval(TOKENS)
     expected = last_logits(llm)
     state = llm.save_state()
-    with pytest.raises(StateError):
+    with pytest.raises(StateError) as error:
         llm.load_state(damaged(state, how, np.random.default_rng(0)))
     assert llm.n_tokens == llm.kv_stats().n_tokens  # what the object believes is what the cache holds
+    if llm.n_tokens != len(TOKENS):
+        assert "the cache holds 0 tokens now" in str(error.value)  # as the docstring of load_state() promises
     check_stats(llm)
     llm.reset()
     llm.eval(TOKENS)
@@ -195,6 +200,10 @@ def test_the_end_of_a_state_is_checked(tiny, load):
     state = llm.save_state()
     with pytest.raises(StateError):
         llm.load_state(replace_blob(state, state.llama_state[:-1]))
+    short = replace_blob(state, state.llama_state[:-1])
+    short.llama_state_size += 1
+    with pytest.raises(StateError):
+        llm.load_state(short)
     assert llm.n_tokens == llm.kv_stats().n_tokens
 
 

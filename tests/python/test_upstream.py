@@ -46,12 +46,14 @@ def upstream(tmp_path) -> Path:
         tests = Path(source) / "tests" / "test_llama.py"
         if not tests.is_file():
             pytest.fail(
-                f"expected llama-cpp-python's sdist in LLAMA_SEMANTICACHE_SOURCE, got {source}, a tree without its tests; "
+                f"expected llama-cpp-python's sdist in LLAMA_SEMANTICACHE_SOURCE, got {source}, which has no tests; "
                 "name the sdist or leave it unset"
             )
         (root / "tests").symlink_to(tests.parent.resolve(), target_is_directory=True)
         return root
-    sdist = Path(source) if source else cache / f"llama_cpp_python-{patchctl.read_upstream()['llama_cpp_python']}.tar.gz"
+    sdist = (
+        Path(source) if source else cache / f"llama_cpp_python-{patchctl.read_upstream()['llama_cpp_python']}.tar.gz"
+    )
     with tarfile.open(sdist) as tar:
         for member in tar:
             if re.fullmatch(r"[^/]+/tests/\w+\.py", member.name):
@@ -62,7 +64,19 @@ def upstream(tmp_path) -> Path:
 
 
 def test_upstream_tests_pass_with_the_compressed_class(upstream, smollm2):
-    command = [sys.executable, "-m", "pytest", "-p", "compressed_llama", "-p", "no:cacheprovider", "--rootdir", ".", "-rA", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "compressed_llama",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        ".",
+        "-rA",
+        "-q",
+    ]
     env = {**os.environ, "UPSTREAM_TEST_MODEL": smollm2}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE / "upstream"), env.get("PYTHONPATH")]))
     env.pop("PYTEST_ADDOPTS", None)

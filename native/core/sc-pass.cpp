@@ -82,15 +82,30 @@ void load_keys(const head_rows & rows, const stage_rows & stage, const head_shap
     pack_panels(ws.k.data(), d, c.n_rows, d, ws.panels.data());
 }
 
+// n values of a row of blocks from `first` on
+void q8_to_f32_row(const q8_block * x, int32_t first, float * y, int32_t n) {
+    for (int32_t i = 0; i < n;) {
+        const q8_block & b = x[(first + i)/Q8_BLOCK];
+        const float d = f16_to_f32(b.d);
+        for (int32_t e = (first + i)%Q8_BLOCK; e < Q8_BLOCK && i < n; ++e, ++i) {
+            y[i] = d*b.qs[e];
+        }
+    }
+}
+
 // Queries as f32, turned forward, with the scale of the logits in them.
 void load_queries(const stage_rows & stage, const head_shape & shape, const rope & r, const counts & c, pass_workspace & ws) {
     const int32_t d   = shape.n_embd_head_k;
     const int64_t n_a = (int64_t) r.inv_freq.size();
     float * q = ws.q.data();
     for_rows(c.n_new + stage.n_window, [&](int32_t t) {
-        const f16 * src = stage.q + stage.cell[stage.n_sink + t]*stage.q_cell;
+        const int64_t cell = stage.cell[stage.n_sink + t];
+        if (stage.q8) {
+            q8_to_f32_row(stage.q8 + cell*stage.q8_cell, stage.q8_first, q, shape.n_gqa*d);
+        } else {
+            f16_to_f32_row(stage.q + cell*stage.q_cell, q, shape.n_gqa*d);
+        }
         for (int32_t g = 0; g < shape.n_gqa; ++g, q += d) {
-            f16_to_f32_row(src + (int64_t) g*d, q, d);
             r.turn(q, stage.cs + t*n_a*2);
             for (int32_t i = 0; i < d; ++i) {
                 q[i] *= shape.scale;

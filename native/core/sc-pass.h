@@ -47,6 +47,9 @@ struct stage_rows {
     int32_t n_sink;
     int32_t n_new;
     int32_t n_window;
+
+    // Queries in q8_0 instead of q: rows of q8_cell blocks per cell, in which this head's group begins at value q8_first.
+    const q8_block * q8; int64_t q8_cell; int32_t q8_first;
 };
 
 struct head_shape {

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
+#include <iomanip>
+#include <locale>
 #include <numeric>
 #include <sstream>
 
@@ -13,6 +15,13 @@ namespace {
 
 std::string at_line(const std::string & path, int line, const std::string & expected, const std::string & got) {
     return "profile " + path + ", line " + std::to_string(line) + ": expected " + expected + ", got \"" + got + "\"; calibrate the model again";
+}
+
+// Numbers with a decimal point whatever the program's locale.
+std::istringstream fields(const std::string & line) {
+    std::istringstream s(line);
+    s.imbue(std::locale::classic());
+    return s;
 }
 
 } // namespace
@@ -46,7 +55,7 @@ bool profile::read(const std::string & path, std::string & error) {
     if (!next() || line.compare(0, 7, "ratios ") != 0) {
         return fail("\"ratios R...\"");
     }
-    std::istringstream ratios(line.substr(7));
+    std::istringstream ratios = fields(line.substr(7));
     for (double r; ratios >> r;) {
         if (!(r > 0.0 && r < 1.0) || (!p.ratios.empty() && r >= p.ratios.back())) {
             return fail("descending ratios between 0 and 1");
@@ -57,7 +66,7 @@ bool profile::read(const std::string & path, std::string & error) {
         return fail("\"ratios R...\"");
     }
     while (next()) {
-        std::istringstream s(line);
+        std::istringstream s = fields(line);
         std::string word;
         head h;
         if (!(s >> word >> h.il >> h.ih) || word != "head") {
@@ -86,23 +95,22 @@ bool profile::read(const std::string & path, std::string & error) {
 
 bool profile::write(const std::string & path, std::string & error) const {
     const std::string part = path + ".partial";
-    FILE * f = fopen(part.c_str(), "wb");
-    bool ok = f != nullptr;
-    if (ok) {
-        ok = fprintf(f, "semcache-profile 1\nmodel_id %s\nn_text %d\nratios", model_id.c_str(), n_text) > 0;
-        for (double r : ratios) {
-            ok = ok && fprintf(f, " %.9g", r) > 0;
-        }
-        ok = ok && fputc('\n', f) != EOF;
-        for (const head & h : heads) {
-            ok = ok && fprintf(f, "head %d %d", h.il, h.ih) > 0;
-            for (double s : h.share) {
-                ok = ok && fprintf(f, " %.6f", s) > 0;
-            }
-            ok = ok && fputc('\n', f) != EOF;
-        }
-        ok = (fclose(f) == 0) && ok;
+    std::ofstream out(part, std::ios::binary);
+    out.imbue(std::locale::classic());
+    out << "semcache-profile 1\nmodel_id " << model_id << "\nn_text " << n_text << "\nratios";
+    for (double r : ratios) {
+        out << ' ' << r;
     }
+    out << '\n' << std::fixed << std::setprecision(6);
+    for (const head & h : heads) {
+        out << "head " << h.il << ' ' << h.ih;
+        for (double s : h.share) {
+            out << ' ' << s;
+        }
+        out << '\n';
+    }
+    out.close();
+    const bool ok = out.good();
     if (!ok || rename(part.c_str(), path.c_str()) != 0) {
         remove(part.c_str());
         error = "profile " + path + ": expected a writable place, could not write; choose another path";

@@ -311,7 +311,9 @@ void llama_semcache::allocate(const llama_semcache_scope & scope) {
         l.k    = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, l.shape.n_embd_head_k, n_row);
         l.v    = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, l.shape.n_embd_head_v, n_row);
         l.bias = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_row);
-        l.q    = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, (int64_t) l.shape.n_embd_head_k*l.n_head, params.n_stage);
+        // queries only vote: 8 bits are enough for that (docs/decisions.md)
+        const int64_t n_embd_q = (int64_t) l.shape.n_embd_head_k*l.n_head;
+        l.q    = ggml_new_tensor_2d(ctx, n_embd_q%semcache::Q8_BLOCK == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16, n_embd_q, params.n_stage);
         ggml_format_name(l.k,    "core_k_l%d",    l.il);
         ggml_format_name(l.v,    "core_v_l%d",    l.il);
         ggml_format_name(l.bias, "core_bias_l%d", l.il);
@@ -367,7 +369,7 @@ public:
         }
         k_stage = (f16 *) p[0];
         v_stage = (f16 *) p[1];
-        q       = (f16 *) p[2];
+        q       = p[2];
         k       = (f16 *) p[3];
         v       = (f16 *) p[4];
         bias    = (float *) p[5];
@@ -380,7 +382,8 @@ public:
         put(l.bias, bias);
     }
 
-    f16   * k_stage, * v_stage, * q, * k, * v;
+    f16   * k_stage, * v_stage, * k, * v;
+    void  * q; // of the ring's type
     float * bias;
 
 private:
@@ -448,8 +451,14 @@ semcache::stage_rows llama_semcache::stage_of(const layer & l, int32_t ih, const
     s.v      = host.v_stage + ih*d_v*(v_trans ? n_stage : 1);
     s.v_cell = v_trans ? 1 : l.v_stage->ne[0];
     s.v_elem = v_trans ? n_stage : 1;
-    s.q      = host.q + ih*l.shape.n_gqa*d_k;
-    s.q_cell = l.q->ne[0];
+    if (l.q->type == GGML_TYPE_Q8_0) {
+        s.q8       = (const semcache::q8_block *) host.q;
+        s.q8_cell  = l.q->ne[0]/semcache::Q8_BLOCK;
+        s.q8_first = (int32_t) (ih*l.shape.n_gqa*d_k);
+    } else {
+        s.q      = (const f16 *) host.q + ih*l.shape.n_gqa*d_k;
+        s.q_cell = l.q->ne[0];
+    }
     s.cell   = st.cell.data();
     s.chunk  = chunk.data();
     s.cs     = table.data();
@@ -917,6 +926,11 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
                 scores[at + i][c] = ws[ith].s_max[c]*ws[ith].s_var[c];
             }
         });
+    }
+    for (const auto & head : scores) {
+        if (!std::all_of(head.begin(), head.end(), [](float x) { return std::isfinite(x); })) {
+            throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected finite attention scores, got others; the model file is damaged or the text unfit");
+        }
     }
     semcache::profile_add(measured, heads, scores);
 }

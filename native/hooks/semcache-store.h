@@ -79,7 +79,7 @@ public:
         ggml_tensor * k;       // F16 [n_embd_head_k, n_row]
         ggml_tensor * v;       // F16 [n_embd_head_v, n_row]
         ggml_tensor * bias;    // F32 [n_row]
-        ggml_tensor * q;       // F16 [n_embd_head_k*n_head, n_stage], query of the token in each cell
+        ggml_tensor * q;       // Q8_0 (F16 if rows are no whole blocks) [n_embd_head_k*n_head, n_stage], query of the token in each cell
         semcache::head_shape shape;
         int32_t rope;          // index into ropes
         std::vector<int32_t> row_first; // [n_head_kv + 1]

@@ -361,7 +361,7 @@ def estimate(
         core = round(sum(rows * n_head_kv * (2 * d + _BIAS_BYTES) for n_head_kv, d in d_of))
         meta = round(sum(rows * n_head_kv * _META_BYTES for n_head_kv, _ in d_of))
         stage = _plain_bytes(full, kv_stage, "f16")
-        query = sum(2 * kv_stage * layer.n_head * layer.n_embd_head_k for layer in full)
+        query = sum(kv_stage * _query_row_bytes(layer.n_head * layer.n_embd_head_k) for layer in full)
         other = _plain_bytes(swa, cells_swa, "f16")
         kv_cells = kv_stage
     else:
@@ -380,6 +380,11 @@ def estimate(
         overhead_bytes=_compute_bytes(shape, kv_cells, n_ubatch) + _DRIVER_BYTES,
         compression_factor=f16_bytes / kv_bytes if kv_bytes else 1.0,
     )
+
+
+def _query_row_bytes(n_embd: int) -> int:
+    """Bytes of one cell in the query ring: q8_0, or f16 where a row is no whole number of blocks."""
+    return n_embd // 32 * 34 if n_embd % 32 == 0 else 2 * n_embd
 
 
 def _pad(n: int) -> int:

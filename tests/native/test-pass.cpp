@@ -684,9 +684,59 @@ void test_extremes() {
     }
 }
 
+// Queries in q8_0 are what their f16 values are; a head's group may begin inside a block.
+void test_q8_queries() {
+    for (int32_t d_k : { 64, 48, 80 }) {
+        spec s;
+        s.d_k = d_k;
+        s.n_rot = 32;
+        text_source text(s, 60 + d_k);
+        const int32_t n_head_kv = 4, ih = 1, n_group = s.n_gqa*d_k;
+        head_store a(text.shape, 40), b(text.shape, 40);
+        for (int pass = 0; pass < 2; ++pass) {
+            tokens t = text.draw(pass == 0, 60);
+            text.accept(t);
+            const int32_t n_blocks = n_head_kv*n_group/Q8_BLOCK;
+            std::vector<q8_block> ring(t.n()*n_blocks);
+            for (auto & block : ring) {
+                block.d = f32_to_f16(0.0625f);
+                std::fill_n(block.qs, Q8_BLOCK, 127);
+            }
+            for (int32_t i = 0; i < t.n(); ++i) {
+                for (int32_t e = 0; e < n_group; ++e) {
+                    const int32_t code = text.r.below(255) - 127, at = ih*n_group + e;
+                    t.q[(size_t) i*n_group + e] = f32_to_f16(0.0625f*(float) code);
+                    ring[i*n_blocks + at/Q8_BLOCK].qs[at%Q8_BLOCK] = (int8_t) code;
+                }
+            }
+            run_pass(a, t, text.rp, text.params());
+
+            const stage_store stage(t, b.shape, {});
+            stage_rows rows = stage.rows();
+            rows.q  = nullptr;
+            rows.q8 = ring.data();
+            rows.q8_cell  = n_blocks;
+            rows.q8_first = ih*n_group;
+            pass_workspace ws;
+            reserve(ws, b, t);
+            head_rows h = b.rows();
+            compress_head(h, rows, b.shape, text.rp, text.params(), ws);
+            b.n_sink = h.n_sink;
+            b.n_used = h.n_used;
+            CHECK_EQ(a.n_used, b.n_used);
+            for (int32_t i = 0; i < a.n_used; ++i) {
+                CHECK(std::equal(a.key(i), a.key(i) + d_k, b.key(i)));
+                CHECK_EQ(a.bias[i], b.bias[i]);
+                CHECK_EQ(a.meta[i].s_max, b.meta[i].s_max);
+            }
+        }
+    }
+}
+
 } // namespace
 
 int main() {
+    test_q8_queries();
     test_long_text();
     test_streaming();
     test_below_budget();

@@ -167,6 +167,9 @@ def main(model, text_path, n_tokens, n_ctx, n_cases, first_case, settings, n_fol
                 logp = run_case(llm, case, outcome, references[i] if outcome.setting != FULL else None)
                 if outcome.setting == FULL:
                     references.append(logp)
+                matches = sum(a["match"] for a in outcome.answers)
+                kl = f", KL {np.mean(outcome.kl):.4f}" if outcome.kl else ""
+                bar.write(f"{outcome.setting}: case {first_case + i}: {matches}/{len(outcome.answers)} facts so far{kl}")
                 bar.update()
             llm.close()
 

@@ -143,9 +143,7 @@ int32_t semcache_get_head_stats(const llama_context * ctx, semcache_head_stats *
 int32_t semcache_floor(const llama_context * ctx, int32_t pos) {
     int32_t res = 0;
     const semcache_status status = guarded([&] {
-        const llama_semcache & store = store_of(ctx);
-        const auto * iswa = dynamic_cast<const llama_kv_cache_iswa *>(ctx->get_memory());
-        res = iswa ? llama_semcache::floor(*iswa, std::max(pos, 0)) : store.floor(std::max(pos, 0));
+        res = store_of(ctx).floor(*ctx->get_memory(), std::max(pos, 0));
     });
     return status == SEMCACHE_OK ? res : -status;
 }

@@ -18,7 +18,6 @@
 #include <functional>
 #include <map>
 #include <numeric>
-#include <system_error>
 #include <thread>
 
 using semcache::f16;
@@ -110,7 +109,12 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
         case LLM_ARCH_DOTS3NOTE:
         case LLM_ARCH_DFLASH:
         case LLM_ARCH_EAGLE3:
-            return "an architecture with the ordinary KV cache, got " + model.arch_name();
+        case LLM_ARCH_MINICPM3:   // these rotate the tail of a head
+        case LLM_ARCH_PLM:
+        case LLM_ARCH_DEEPSEEK2:
+        case LLM_ARCH_HUNYUAN_MOE: // these scale queries and keys after RoPE
+        case LLM_ARCH_HUNYUAN_DENSE:
+            return "an architecture with the ordinary KV cache and RoPE, got " + model.arch_name();
         default:
             return "";
     }
@@ -128,7 +132,7 @@ void run_jobs(size_t n_jobs, int32_t n_threads, const std::function<void(size_t 
     for (int32_t i = 1; i < n_threads; ++i) {
         try {
             threads.emplace_back(work, i);
-        } catch (const std::system_error &) {
+        } catch (const std::exception &) {
             break; // fewer threads do the same work
         }
     }
@@ -148,7 +152,7 @@ template <typename T> void read_vector(llama_io_read_i & io, std::vector<T> & v,
     uint64_t n;
     io.read(&n, sizeof(n));
     if (n > n_max) {
-        throw semcache_error(SEMCACHE_ERR_STATE, "state: expected at most " + std::to_string(n_max) + " entries, got " +
+        throw semcache_error(SEMCACHE_ERR_IO, "state: expected at most " + std::to_string(n_max) + " entries, got " +
                 std::to_string(n) + "; the file is damaged");
     }
     v.resize(n);
@@ -176,8 +180,11 @@ llama_semcache_scope::llama_semcache_scope(const llama_model & model, llama_cpar
         throw semcache_error(SEMCACHE_ERR_ARGUMENT, "n_stage: expected at most n_ctx = " + std::to_string(n_ctx) + ", got " +
                 std::to_string(p.n_stage) + "; raise n_ctx or lower n_stage");
     }
-    // what does not fit the stage beside its window could never be decoded
-    const uint32_t n_room = p.n_stage - p.n_window;
+    // what does not fit the stage beside its window (and, before the first pass, the sinks) could never be decoded
+    const uint32_t n_room = p.n_stage - p.n_window - p.n_sink;
+    if (n_room < cparams.n_batch) {
+        LLAMA_LOG_INFO("%s: n_batch lowered from %u to %u, the room of the stage\n", __func__, cparams.n_batch, n_room);
+    }
     cparams.n_batch       = std::min(cparams.n_batch,  n_room);
     cparams.n_ubatch      = std::min(cparams.n_ubatch, n_room);
     scope_active = this;
@@ -253,6 +260,9 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
     layer_of.assign(hparams.n_layer_all, -1);
     size_t at = 0;
     for (const auto & kl : kv.layers) {
+        if (hparams.n_head_kv(kl.il) == 0) {
+            continue; // a layer without attention
+        }
         layer l = {};
         l.il      = kl.il;
         l.n_head  = hparams.n_head(kl.il);
@@ -692,6 +702,16 @@ bool llama_semcache::can_rm(const llama_kv_cache_iswa & kv, llama_seq_id seq_id,
     return store->can_rm(seq_id, p0, p1) && (p0 <= 0 || window_is_held(swa.seq_pos_min(0), p0, swa.n_swa));
 }
 
+llama_pos llama_semcache::floor(const llama_memory_i & memory, llama_pos pos) const {
+    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa *>(&memory)) {
+        return floor(*iswa, pos);
+    }
+    if (dynamic_cast<const llama_kv_cache *>(&memory)) {
+        return floor(pos);
+    }
+    return pos > memory.seq_pos_max(0) ? pos : 0; // a recurrent state cannot be cut
+}
+
 llama_pos llama_semcache::floor(const llama_kv_cache_iswa & kv, llama_pos pos) {
     const llama_kv_cache & swa = *kv.get_swa();
     const llama_pos res = kv.get_base()->semcache->floor(pos);
@@ -787,16 +807,20 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
         read_vector(io, tok, params.n_stage);
 
         const stage_tokens st = collect(); // restored by the cache itself just before
-        if (pos != st.pos || tok.size() != pos.size() || n_past_new < 0 || (size_t) next_id != starts.size()) {
-            throw semcache_error(SEMCACHE_ERR_STATE, "state: expected the tokens of the stage, got others; the file is damaged");
+        const bool fits = pos == st.pos && tok.size() == pos.size() && n_past_new >= 0 && (pos.empty() || pos[0] >= n_past_new) &&
+            (size_t) next_id == starts.size() && std::is_sorted(starts.begin(), starts.end()) && (starts.empty() || starts.back() < n_past_new);
+        if (!fits) {
+            throw semcache_error(SEMCACHE_ERR_IO, "state: expected the tokens of the stage and their chunks, got others; the file is damaged");
         }
         for (auto & l : layers) {
             std::vector<int32_t> count(l.row_count.size());
             io.read(count.data(), count.size()*sizeof(int32_t));
             for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
                 const size_t first = l.row_first[ih], n = count[ih];
-                if (count[ih] < 0 || count[ih] > l.row_first[ih + 1] - l.row_first[ih]) {
-                    throw semcache_error(SEMCACHE_ERR_STATE, "state: expected at most the rows allocated, got more; the file is damaged");
+                const int32_t least = n_past_new > 0 ? params.n_sink : 0, most = n_past_new > 0 ? l.row_first[ih + 1] - l.row_first[ih] : 0;
+                if (count[ih] < least || count[ih] > most) {
+                    throw semcache_error(SEMCACHE_ERR_IO, "state: expected " + std::to_string(least) + " to " + std::to_string(most) +
+                            " rows per head, got " + std::to_string(count[ih]) + "; the file is damaged");
                 }
                 if (n > 0) {
                     for (ggml_tensor * t : { l.k, l.v, l.bias }) {
@@ -804,6 +828,11 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
                         io.read_tensor(t, first*row, n*row);
                     }
                     io.read(l.meta.data() + first, n*sizeof(l.meta[0]));
+                    for (size_t i = first + params.n_sink; i < first + n; ++i) {
+                        if ((int32_t) l.meta[i].chunk >= next_id || (i > first + params.n_sink && l.meta[i].chunk < l.meta[i - 1].chunk)) {
+                            throw semcache_error(SEMCACHE_ERR_IO, "state: expected rows in the order of their chunks, got others; the file is damaged");
+                        }
+                    }
                 }
             }
             l.row_count = count;

@@ -113,6 +113,9 @@ public:
     static bool      can_rm(const llama_kv_cache_iswa & kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     static llama_pos floor(const llama_kv_cache_iswa & kv, llama_pos pos);
 
+    // The same for any memory that holds this store.
+    llama_pos floor(const llama_memory_i & memory, llama_pos pos) const;
+
     // Positions of a compressed cache are fixed: says so as the last error and returns true.
     bool refuse_shift(const char * what) const;
 

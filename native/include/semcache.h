@@ -9,6 +9,9 @@
 // its kv head. A *pass* moves the stage, without its window, into the cores. A *chunk* is a run of tokens that ends with a
 // delimiter; clusters never cross it.
 //
+// Batches. n_batch is lowered to what the stage has room for; ask llama_n_batch(). llama_decode() itself aborts on a larger
+// batch, as it always does.
+//
 // Errors. Functions that can fail return a semcache_status; semcache_last_error() then holds the message of this thread
 // ("expected ..., got ...; next step"). Nothing here aborts the process.
 //
@@ -44,9 +47,9 @@ enum semcache_status {
     SEMCACHE_ERR_MODEL     = 2, // this model or context cannot be compressed
     SEMCACHE_ERR_PROFILE   = 3, // profile missing, unreadable, or of another model
     SEMCACHE_ERR_CONTEXT   = 4, // the context has no compressed cache
-    SEMCACHE_ERR_STATE     = 5, // the call does not fit the present contents of the cache
+    SEMCACHE_ERR_STATE     = 5, // the call, or a state of other settings, does not fit the cache, which is as it was
     SEMCACHE_ERR_MEMORY    = 6, // out of memory
-    SEMCACHE_ERR_IO        = 7  // a file could not be written
+    SEMCACHE_ERR_IO        = 7  // a file could not be written, or a state is damaged
 };
 
 enum semcache_method {
@@ -59,11 +62,11 @@ struct semcache_params {
     size_t       struct_size;   // sizeof(struct semcache_params); set by semcache_default_params()
     int32_t      method;        // enum semcache_method
     float        ratio;         // rows allocated for cores, as a share of n_ctx, mean over kv heads; 0 < ratio <= 1
-    int32_t      n_stage;       // cells of the stage; n_window < n_stage <= n_ctx
+    int32_t      n_stage;       // cells of the stage; n_window + n_sink < n_stage <= n_ctx
     int32_t      n_window;      // newest tokens of the stage that a pass leaves alone; >= 1
     int32_t      n_sink;        // first tokens of the sequence, kept exact for ever; >= 0
     int32_t      n_horizon;     // the look-ahead rotates queries to n_past + [0, n_horizon); >= 1
-    int32_t      n_chunk;       // longest chunk, tokens; >= 1
+    int32_t      n_chunk;       // longest chunk, tokens; 1 to 255
     int32_t      merge;         // 1: losers are merged into winners of their chunk; 0: they are dropped
     uint64_t     seed;          // of the look-ahead positions
     const char * profile_path;  // budgets per (layer, kv head); NULL: equal budgets
@@ -77,7 +80,7 @@ struct semcache_stats {
     int32_t n_ctx;              // logical context size, tokens
     int32_t n_stage;            // cells
     int32_t n_window;           // tokens
-    int32_t n_batch;            // largest batch that llama_decode takes
+    int32_t n_batch;            // largest batch that llama_decode takes, as llama_n_batch()
     int64_t n_tokens;           // tokens represented: those whose position is below the end of the sequence
     int64_t n_tokens_stage;     // of these, tokens held exactly in the stage
     int64_t rows_allocated;     // rows for cores, all layers and heads
@@ -90,7 +93,7 @@ struct semcache_stats {
     int64_t core_bytes;         // allocated: K, V and bias of the cores
     int64_t stage_bytes;        // allocated: K and V of the stage in the compressed layers
     int64_t query_bytes;        // allocated: ring of the stage's queries
-    int64_t meta_bytes;         // allocated: scores, chunk ids, positions
+    int64_t meta_bytes;         // allocated: scores, chunk ids, token counts
     int64_t full_bytes;         // what an uncompressed cache of the same type would take for the compressed layers
 };
 
@@ -129,7 +132,7 @@ int32_t semcache_get_head_stats(const struct llama_context * ctx, struct semcach
 // start of a chunk, else 0. Negative: -semcache_status.
 int32_t semcache_floor(const struct llama_context * ctx, int32_t pos);
 
-// Calibration. The context must have ratio 1 and hold one text that still lies wholly in the stage. Every call scores the
+// Calibration. The context should have ratio 1 and must hold one text that still lies wholly in the stage. Every call scores the
 // text that is in the cache now and adds it to the context's running profile.
 int32_t semcache_calibrate_add(struct llama_context * ctx);
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import numbers
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -70,7 +71,7 @@ class Llama(llama_cpp.Llama):
         Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
     kv_stage : int
         Newest tokens that are held exactly until the next pass compresses them. Limits ``n_batch`` to
-        ``kv_stage - kv_window``.
+        ``kv_stage - kv_window - kv_sink``.
     kv_window : int
         Newest tokens of the stage that a pass leaves alone.
     kv_sink : int
@@ -116,7 +117,10 @@ class Llama(llama_cpp.Llama):
         params.ratio = float(kv_ratio)
         params.n_stage, params.n_window, params.n_sink = int(kv_stage), int(kv_window), int(kv_sink)
         for name, value in (kv_params or {}).items():
-            setattr(params, name, value)
+            try:
+                setattr(params, name, value)
+            except (TypeError, OverflowError) as error:
+                raise ArgumentError(f"kv_params: expected an integer for {name}, got {value!r} ({error}); see semcache.h") from error
         keep = []  # the strings that params points to
         profile_file = self._profile_file(model_path, kwargs)
         if profile_file is not None:
@@ -159,7 +163,7 @@ class Llama(llama_cpp.Llama):
 
     def kv_stats(self) -> KVStats:
         """Contents and size of the KV cache now."""
-        kv_bytes = _lib.semcache_kv_bytes(_native.context(self))
+        kv_bytes = _native.count(_lib.semcache_kv_bytes(_native.context(self)))
         if self.kv_compress is None:
             return KVStats(None, self._n_ctx, self.n_tokens, self.n_tokens, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, kv_bytes, kv_bytes)
         s = self._native_stats()
@@ -240,7 +244,9 @@ class Llama(llama_cpp.Llama):
     def _cut(self, n_tokens: int) -> int:
         """Cut the cache at the last place up to `n_tokens` where it can be, and return that place."""
         n = self._floor(n_tokens)
-        self._ctx.kv_cache_seq_rm(-1, n, -1)
+        if not self._ctx.kv_cache_seq_rm(-1, n, -1):
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), False)
+            n = 0
         return n
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
@@ -261,16 +267,19 @@ class Llama(llama_cpp.Llama):
                 f"state: expected {state.llama_state_size} bytes, more than none, got {len(state.llama_state)}; the state is damaged, "
                 "the cache is as it was"
             )
+        # llama.cpp writes the architecture first, and would tell a wrong one from a damaged state only in its log
+        arch = self.metadata["general.architecture"].encode()
+        if not bytes(state.llama_state).startswith(struct.pack("<I", len(arch)) + arch):
+            raise StateError(f"state: expected one of a {arch.decode()} model, got another; load it into the model it was saved from, the cache is as it was")
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         _lib.semcache_configure_next(_ffi.NULL)
         if llama_cpp.llama_state_set_data(self._ctx.ctx, data, state.llama_state_size) != state.llama_state_size:
-            if self._native_stats().n_tokens != self.n_tokens:
-                self._ctx.kv_cache_clear()
-                self.n_tokens = 0
-            raise _native.last_error() or StateError(
-                "state: expected one that save_state() of this model and these settings returned, got another; "
-                f"the cache holds {self.n_tokens} tokens now"
-            )
+            error = _native.last_error()
+            if error is not None and _lib.semcache_last_status() == _lib.SEMCACHE_ERR_STATE:
+                raise error  # of other settings: refused before anything was read
+            self.reset()
+            reason = f"{error}" if error else "state: expected one that save_state() of this model and these settings returned, got another"
+            raise StateError(f"{reason}; the cache holds 0 tokens now")
         rows = min(state.scores.shape[0], self.scores.shape[0])
         self.scores[:rows, :] = state.scores[:rows]
         self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
@@ -291,7 +300,7 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
         raise ArgumentError(f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows")
     low = {"kv_sink": 0, "kv_window": 1, "kv_stage": 2}
     for name, least in low.items():
-        if not isinstance(options[name], numbers.Integral) or options[name] < least:
+        if not isinstance(options[name], numbers.Integral) or not least <= options[name] < 2**31:
             raise ArgumentError(f"{name}: expected an integer of at least {least}, got {options[name]!r}; the default fits most uses")
     if options["kv_stage"] <= options["kv_window"] + options["kv_sink"]:
         raise ArgumentError(
@@ -302,6 +311,8 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
     if unknown:
         raise ArgumentError(f"kv_params: expected n_horizon, n_chunk, merge or seed, got {', '.join(sorted(unknown))}; see semcache.h")
     n_ctx = kwargs.get("n_ctx", 512)
+    if not isinstance(n_ctx, numbers.Integral):
+        raise ArgumentError(f"n_ctx: expected an integer, got {n_ctx!r}; 0 takes the model's own")
     if 0 < n_ctx < options["kv_stage"]:
         raise ArgumentError(f"n_ctx: expected at least kv_stage = {options['kv_stage']}, got {n_ctx}; raise n_ctx or lower kv_stage")
     if kwargs.get("embedding"):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Sequence
 
-from . import _native, models
+from . import _native, memory, models
 from .errors import ArgumentError
 
 N_TEXT_TOKENS = 2048
@@ -69,7 +69,7 @@ def calibrate(
     texts : sequence of str, optional
         Texts to calibrate on; by default those of the package (prose, code, dialogue, another language).
     n_ctx : int
-        Tokens of each text, a multiple of 256; a shorter text counts as it is.
+        Tokens of each text, a multiple of 256, at most what the model was trained on; a shorter text counts as it is.
     out : path, optional
         File to write; by default the model's place in the user's cache directory.
     force : bool
@@ -100,6 +100,7 @@ def calibrate(
         raise ArgumentError(f"out: expected a new file, got {path}, which is there; pass force=True to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = read_texts() if texts is None else list(texts)
+    n_ctx = min(n_ctx, max(256, (memory.read_shape(model_path).n_ctx_train or n_ctx) // 256 * 256))
     ffi, lib = _native.load()
     llm = Llama(
         str(model_path), kv_compress="semanticache", kv_ratio=1.0, kv_stage=n_ctx, kv_profile=None, n_ctx=n_ctx,

@@ -98,10 +98,20 @@ def test_sinks_and_window_of_a_prompt_in_one_eval_or_many(arch, tiny, load):
     """Passes depend on the tokens alone, not on the calls that brought them, where the batches end the same."""
     one, many = load(tiny(arch), **SMALL), load(tiny(arch), **SMALL)
     one.eval(TOKENS[:400])
-    for i in range(0, 400, 80):
-        many.eval(TOKENS[i : min(400, i + 80)])
+    for i in range(0, 400, many.n_batch):
+        many.eval(TOKENS[i : min(400, i + many.n_batch)])
     assert one.kv_rows() == many.kv_rows()
     np.testing.assert_array_equal(last_logits(one), last_logits(many))
+
+
+@pytest.mark.parametrize("n_first", [12, 13, 16, 17])
+def test_a_long_text_after_a_short_one(n_first, tiny, load):
+    """Up to window and sinks there is nothing to compress yet, and still room must be found for a full batch."""
+    llm = load(tiny("llama"), **SMALL)
+    llm.eval(TOKENS[:n_first])
+    llm.eval(TOKENS[n_first:400])
+    assert llm.kv_stats().n_tokens == 400
+    assert llm.kv_stats().n_pass >= 3
 
 
 def test_context_larger_than_the_model_was_trained_for_uses_the_logical_size(tiny, load):

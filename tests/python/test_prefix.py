@@ -211,3 +211,15 @@ def test_positions_cannot_be_shifted(filled):
     llama_cpp.llama_memory_seq_add(memory, 0, 450, -1, -10)
     llama_cpp.llama_memory_seq_div(memory, 0, 450, -1, 2)
     np.testing.assert_array_equal(continue_with(llm, MORE[:5]), continue_with(twin, MORE[:5]))
+
+
+def test_positions_cannot_be_shifted_beside_sliding_windows(tiny, load):
+    import llama_cpp
+
+    llm, twin = (load(tiny("gemma3"), **SMALL) for _ in range(2))
+    for each in (llm, twin):
+        each.eval(list(range(20, 220)))
+    memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
+    llama_cpp.llama_memory_seq_add(memory, 0, 190, -1, -10)
+    llama_cpp.llama_memory_seq_div(memory, 0, 190, -1, 2)
+    np.testing.assert_array_equal(continue_with(llm, MORE[:5]), continue_with(twin, MORE[:5]))

@@ -100,7 +100,8 @@ def run_case(llm: Llama, case: Case, outcome: Outcome, reference: np.ndarray | N
     outcome.kv_bytes, outcome.rows_used = stats.total_bytes, stats.rows_used
 
     snapshot = Snapshot(llm)
-    logp = log_softmax(np.concatenate([next_logits(llm, case.following[i : i + 128]) for i in range(0, len(case.following), 128)]))
+    step = min(128, llm.n_batch)
+    logp = log_softmax(np.concatenate([next_logits(llm, case.following[i : i + step]) for i in range(0, len(case.following), step)]))
     if reference is not None:
         outcome.kl.append(float((np.exp(reference) * (reference - logp)).sum(-1).mean()))
         outcome.same_top.append(float((reference.argmax(-1) == logp.argmax(-1)).mean()))
@@ -150,7 +151,7 @@ def main(model, text_path, n_tokens, n_ctx, n_cases, first_case, settings, n_fol
     path = models.resolve(model)
     settings = settings or ("semanticache:0.25", "semanticache:0.125", "paper:0.25", "streaming:0.25")
     n_ctx = n_ctx or -(-(n_tokens + 512) // 256) * 256
-    common = dict(n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
+    common = dict(n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False)
     if any(s.startswith("semanticache") for s in settings):
         profile.ensure(path, n_threads=threads)
 

@@ -9,14 +9,13 @@ after the whole document has been read, and its answer is streamed.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from llama_semanticache import KVStats, Llama, models
+from llama_semanticache import KVStats, Llama, models, profile
 
 DOCUMENT = Path(__file__).parents[1] / "models" / "texts" / "long-document.txt"
 N_DOCUMENT = 6600  # tokens
@@ -78,10 +77,9 @@ def main() -> None:
     console = Console(width=110)
     path = models.resolve(args.model)
     options = dict(n_ctx=N_CTX, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True, verbose=False)
+    profile.ensure(path, n_threads=args.threads)  # says so if it has to measure the model first
     results = {}
     for name, kv in (("uncompressed", {}), ("semanticache", dict(kv_compress="semanticache", kv_ratio=args.kv_ratio))):
-        if kv:
-            print("Measuring the model's heads once, if that has not been done:", file=sys.stderr)
         llm = Llama(str(path), **options, **kv)
         text = document(llm)
         n_tokens = len(llm.tokenize(text.encode(), add_bos=False, special=False))

@@ -13,6 +13,7 @@ namespace {
 
 constexpr float EPS_WEIGHT = 1e-9f;  // a row that no query looks at still takes part in its cluster's mean
 constexpr float EPS_MASS   = 1e-20f;
+constexpr float FADE       = 0.9f;   // of a core's use from one pass to the next
 constexpr float BIAS_MIN   = -6.0f;
 constexpr float BIAS_MAX   =  8.0f;
 constexpr float PAD_LOGIT  = -1e30f; // of the columns that only fill a panel
@@ -114,66 +115,68 @@ void load_queries(const stage_rows & stage, const head_shape & shape, const rope
     });
 }
 
+// Value of candidate i as f32, into ws.row.
+const float * load_value(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, int32_t i, pass_workspace & ws) {
+    const int32_t d = shape.n_embd_head_v;
+    if (i < c.n_core) {
+        f16_to_f32_row(rows.v + (int64_t) (rows.n_sink + i)*d, ws.row.data(), d);
+    } else {
+        const f16 * v = stage.v + stage.cell[stage.n_sink + i - c.n_core]*stage.v_cell;
+        for_rows(d, [&](int32_t e) { ws.row[e] = f16_to_f32(v[e*stage.v_elem]); });
+    }
+    return ws.row.data();
+}
+
+// s_dev: distance of each candidate's value from the mean value, in units of the mean distance.
+void deviations(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, pass_workspace & ws) {
+    const int32_t d = shape.n_embd_head_v;
+    const float inv = 1.0f/(float) c.n_cand;
+    std::fill(ws.v_mean.begin(), ws.v_mean.begin() + d, 0.0f);
+    for_rows(c.n_cand, [&](int32_t i) { axpy(inv, load_value(rows, stage, shape, c, i, ws), ws.v_mean.data(), d); });
+    double sum = 0.0;
+    for_rows(c.n_cand, [&](int32_t i) {
+        load_value(rows, stage, shape, c, i, ws);
+        axpy(-1.0f, ws.v_mean.data(), ws.row.data(), d);
+        ws.s_dev[i] = std::sqrt(dot(ws.row.data(), ws.row.data(), d));
+        sum += ws.s_dev[i];
+    });
+    for_rows(c.n_cand, [&](int32_t i) { ws.s_dev[i] = sum > 0.0 ? ws.s_dev[i]*(float) (c.n_cand/sum) : 1.0f; });
+}
+
 // N rows of logits y [N, n_cols], which become attention shares before normalization: their part in the candidates'
 // statistics, and their log-sum-exps z [N]. Several rows at a time, to touch the statistics less often.
 template <int N> void add_queries(float * y, const counts & c, float * z, pass_workspace & ws) {
     const float * bias = ws.bias.data();
-    float mx[N], mean[N], inv[N];
+    float inv[N];
     for (int r = 0; r < N; ++r) {
         float * x = y + (int64_t) r*c.n_cols;
         vf vmx = vset(PAD_LOGIT), vsm = {};
-        const int32_t n_vec = c.n_cand/VL*VL;
-        int32_t i = 0;
-        for (; i < n_vec; i += VL) {
-            const vf v = vload(x + i) + vload(bias + i);
-            vstore(x + i, v);
-            vmx = vmax(vmx, v);
-            vsm += v;
-        }
-        for (; i < c.n_cols; i += VL) {
+        for (int32_t i = 0; i < c.n_cols; i += VL) {
             const vf v = vload(x + i) + vload(bias + i);
             vstore(x + i, v);
             vmx = vmax(vmx, v);
         }
-        float sum = vsum(vsm);
-        for (i = n_vec; i < c.n_cand; ++i) {
-            sum += x[i];
+        const float mx = vmax(vmx);
+        for (int32_t i = 0; i < c.n_cols; i += VL) {
+            const vf p = vexp(vload(x + i) - mx);
+            vstore(x + i, p);
+            vsm += p;
         }
-        mx[r]   = vmax(vmx);
-        mean[r] = sum/(float) c.n_cand;
-    }
-    vf vsm[N] = {};
-    float * var = ws.s_var.data();
-    for (int32_t i = 0; i < c.n_cols; i += VL) { // s_var is padded: what it gathers past the candidates is never read
-        vf acc = vload(var + i);
-#pragma GCC unroll 4
-        for (int r = 0; r < N; ++r) {
-            float * x = y + (int64_t) r*c.n_cols + i;
-            const vf v   = vload(x);
-            const vf dev = v - mean[r];
-            acc += dev*dev;
-            const vf p = vexp(v - mx[r]);
-            vstore(x, p);
-            vsm[r] += p;
-        }
-        vstore(var + i, acc);
-    }
-    for (int r = 0; r < N; ++r) {
-        const float sum = vsum(vsm[r]);
+        const float sum = vsum(vsm);
         inv[r] = 1.0f/sum;
-        z[r]   = mx[r] + std::log(sum);
+        z[r]   = mx + std::log(sum);
     }
-    float * s_max = ws.s_max.data();
+    float * s_use = ws.s_use.data();
     float * w     = ws.w.data();
-    for (int32_t i = 0; i < c.n_cols; i += VL) {
-        vf m = vload(s_max + i), s = vload(w + i);
+    for (int32_t i = 0; i < c.n_cols; i += VL) { // both are padded: what they gather past the candidates is never read
+        vf u = vload(s_use + i), s = vload(w + i);
 #pragma GCC unroll 4
         for (int r = 0; r < N; ++r) {
             const vf p = vload(y + (int64_t) r*c.n_cols + i)*inv[r];
-            m = vmax(m, p);
+            u += (p*p)*(p*p);
             s += p;
         }
-        vstore(s_max + i, m);
+        vstore(s_use + i, u);
         vstore(w + i, s);
     }
 }
@@ -241,18 +244,6 @@ void assign_losers(const head_shape & shape, const counts & c, bool merge, pass_
             }
         }
     });
-}
-
-// Value of candidate i as f32, into ws.row.
-const float * load_value(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, int32_t i, pass_workspace & ws) {
-    const int32_t d = shape.n_embd_head_v;
-    if (i < c.n_core) {
-        f16_to_f32_row(rows.v + (int64_t) (rows.n_sink + i)*d, ws.row.data(), d);
-    } else {
-        const f16 * v = stage.v + stage.cell[stage.n_sink + i - c.n_core]*stage.v_cell;
-        for_rows(d, [&](int32_t e) { ws.row[e] = f16_to_f32(v[e*stage.v_elem]); });
-    }
-    return ws.row.data();
 }
 
 // Weighted means of the clusters with at least two members, in order of their winners: ws.merged holds the winners,
@@ -479,8 +470,9 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
     grow(v_new,  n*dv);
     grow(m,      dk*dk);
     grow(row,    dv);
+    grow(v_mean, dv);
     grow(z,      n_query);
-    for (auto * v : { &bias, &s_max, &s_var, &w, &bias_new }) {
+    for (auto * v : { &bias, &s_use, &s_dev, &w, &bias_new }) {
         grow(*v, n);
     }
     for (auto * v : { &order, &rank, &winner, &members, &merged, &count }) {
@@ -493,7 +485,7 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_
     const counts c(rows, stage, shape);
     load_keys(rows, stage, shape, c, ws);
     load_queries(stage, shape, r, c, ws);
-    for (auto * v : { &ws.s_max, &ws.s_var, &ws.w }) {
+    for (auto * v : { &ws.s_use, &ws.w }) {
         std::fill(v->begin(), v->begin() + c.n_cols, 0.0f);
     }
     const int32_t n_block = block_rows(c.n_cols);
@@ -510,9 +502,10 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_
     }
     const float inv = 1.0f/(float) c.n_query;
     for_rows(c.n_cand, [&](int32_t i) {
-        ws.s_var[i] *= inv;
+        ws.s_use[i]  = std::sqrt(std::sqrt(ws.s_use[i]*inv));
         ws.w[i]     *= inv;
     });
+    deviations(rows, stage, shape, c, ws);
     return c.n_cand;
 }
 
@@ -524,17 +517,15 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const head
         score_head(rows, stage, shape, r, ws);
     } else {
         load_keys(rows, stage, shape, c, ws);
-        std::fill(ws.s_max.begin(), ws.s_max.begin() + c.n_cand, 0.0f);
-        std::fill(ws.s_var.begin(), ws.s_var.begin() + c.n_cand, 0.0f);
+        std::fill(ws.s_use.begin(), ws.s_use.begin() + c.n_cand, 0.0f);
     }
     for_rows(c.n_cand, [&](int32_t i) {
         if (i < c.n_core) {
             const core_meta & old = rows.meta[rows.n_sink + i];
             ws.meta[i] = old;
-            ws.meta[i].s_max = std::max(old.s_max, ws.s_max[i]);
-            ws.meta[i].s_var = 0.5f*(old.s_var + ws.s_var[i]);
+            ws.meta[i].s_use = std::max(FADE*old.s_use, ws.s_use[i]);
         } else {
-            ws.meta[i] = { ws.s_max[i], ws.s_var[i], (uint32_t) stage.chunk[i - c.n_core], 1 };
+            ws.meta[i] = { ws.s_use[i], (uint32_t) stage.chunk[i - c.n_core], 1 };
         }
     });
 
@@ -547,7 +538,7 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const head
     switch (params.how) {
         case method::semantic: {
             for_rows(c.n_cand, [&](int32_t i) {
-                const float s = ws.meta[i].s_max*ws.meta[i].s_var;
+                const float s = ws.meta[i].s_use*ws.s_dev[i];
                 ws.mk[i] = std::isnan(s) ? -1.0f : s; // NaN has no order to sort by
             });
             choose_winners(c, budget, ws);

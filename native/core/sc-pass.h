@@ -17,12 +17,11 @@ enum class method { semantic = 0, paper = 1, streaming = 2 };
 
 // What a pass remembers of a core besides its row.
 struct core_meta {
-    float    s_max;      // largest attention share that any query gave it
-    float    s_var;      // mean squared deviation of its logits from the mean over candidates
+    float    s_use;      // how much attention it got: see Scores of the reference; greatest of all passes, fading from pass to pass
     uint32_t chunk : 24; // id of its chunk
     uint32_t n_tok : 8;  // tokens that it stands for; at most n_chunk <= 255, since clusters never cross a chunk
 };
-static_assert(sizeof(core_meta) == 12, "three words per row");
+static_assert(sizeof(core_meta) == 8, "two words per row");
 
 // The rows of one kv head: n_sink sinks, then cores in text order, then free rows.
 struct head_rows {
@@ -77,15 +76,15 @@ struct pass_workspace {
     void reserve(const head_shape & shape, int32_t n_rows, int32_t n_query);
 
     std::vector<float>   k, panels, q, x;          // keys, packed keys, turned queries, a block of logits
-    std::vector<float>   bias, s_max, s_var, w, z; // per row; z per query
+    std::vector<float>   bias, s_use, s_dev, w, z; // per row; z per query
     std::vector<float>   m, mk;                    // mean of q q', and its product with keys
     std::vector<float>   k_new, v_new, bias_new;   // merged winners
-    std::vector<float>   row;                      // one value
+    std::vector<float>   row, v_mean;              // one value; mean value of the candidates
     std::vector<int32_t> order, rank, winner, members, merged, count;
     std::vector<core_meta> meta;
 };
 
-// Scores of the candidates (cores, then new tokens): w.s_max, w.s_var and w.w [n_cand], as in the reference's score().
+// Scores of the candidates (cores, then new tokens): ws.s_use, ws.s_dev and ws.w [n_cand], as in the reference's score().
 // Leaves keys, turned queries and log-sum-exps in the workspace. Returns the number of candidates.
 int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r, pass_workspace & ws);
 

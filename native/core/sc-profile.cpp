@@ -7,6 +7,7 @@
 #include <iomanip>
 #include <locale>
 #include <numeric>
+#include <random>
 #include <sstream>
 
 namespace semcache {
@@ -94,7 +95,7 @@ bool profile::read(const std::string & path, std::string & error) {
 }
 
 bool profile::write(const std::string & path, std::string & error) const {
-    const std::string part = path + ".partial";
+    const std::string part = path + "." + std::to_string(std::random_device()()) + ".partial"; // of this writer alone
     std::ofstream out(part, std::ios::binary);
     out.imbue(std::locale::classic());
     out << "semcache-profile 1\nmodel_id " << model_id << "\nn_text " << n_text << "\nratios";

@@ -68,7 +68,7 @@ semcache_params semcache_default_params(void) {
     p.method      = SEMCACHE_METHOD_SEMANTIC;
     p.ratio       = 0.25f;
     p.n_stage     = 512;
-    p.n_window    = 64;
+    p.n_window    = 256;
     p.n_sink      = 4;
     p.n_horizon   = 512;
     p.n_chunk     = 32;

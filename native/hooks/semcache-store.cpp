@@ -25,7 +25,7 @@ using semcache::f16;
 namespace {
 
 constexpr uint32_t STATE_MAGIC   = 0x6d657363; // "csem": no stock cache state begins with so many streams
-constexpr uint32_t STATE_VERSION = 1;
+constexpr uint32_t STATE_VERSION = 2;
 
 // Fits core_meta::chunk; a chunk id is used up per delimiter and never again until the cache is cleared.
 constexpr int32_t N_CHUNK_MAX = 1 << 24;
@@ -952,7 +952,7 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
             const job & j = jobs[i];
             const int32_t n = semcache::score_head(j.rows, j.stage, j.l->shape, ropes[j.l->rope], ws[ith]);
             for (int32_t c = 0; c < n; ++c) {
-                scores[at + i][c] = ws[ith].s_max[c]*ws[ith].s_var[c];
+                scores[at + i][c] = ws[ith].s_use[c]*ws[ith].s_dev[c];
             }
         });
     }

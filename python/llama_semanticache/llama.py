@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import numbers
 import os
 import struct
@@ -22,6 +23,8 @@ METHODS = {
     "paper": _lib.SEMCACHE_METHOD_PAPER,
     "streaming": _lib.SEMCACHE_METHOD_STREAMING,
 }
+
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Llama(llama_cpp.Llama):
         kv_compress: str | None = None,
         kv_ratio: float = 0.25,
         kv_stage: int = 512,
-        kv_window: int = 64,
+        kv_window: int = 256,
         kv_sink: int = 4,
         kv_profile: str | os.PathLike[str] | None = "auto",
         kv_params: Mapping[str, int] | None = None,
@@ -222,7 +225,8 @@ class Llama(llama_cpp.Llama):
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """Generator of tokens, see llama_cpp.Llama.generate; a prefix that is in the cache already is not read again."""
-        if self.kv_compress is not None and kwargs.get("reset", True) and self.n_tokens > 0:
+        reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
+        if self.kv_compress is not None and reset and self.n_tokens > 0:
             tokens = list(tokens)
             self._keep_prefix(tokens)
         return super().generate(tokens, *args, **kwargs)

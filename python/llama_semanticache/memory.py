@@ -24,7 +24,7 @@ CACHE_TYPES = ("f16", "q8_0", "q4_0", "semanticache")
 _BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
 _N_SINK, _N_CHUNK = 4, 32  # a kv head never gets fewer rows than these two together
-_BIAS_BYTES, _META_BYTES = 4, 12  # of a row, besides K and V
+_BIAS_BYTES, _META_BYTES = 4, 8  # of a row, besides K and V
 _DRIVER_BYTES = 300 << 20  # context of a GPU driver, estimated
 
 _RECURRENT = ("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7")
@@ -319,7 +319,7 @@ def estimate(
     *,
     kv_ratio: float = 0.25,
     kv_stage: int = 512,
-    kv_window: int = 64,
+    kv_window: int = 256,
     n_ubatch: int = 512,
     swa_full: bool = False,
 ) -> CacheEstimate:

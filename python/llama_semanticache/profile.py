@@ -103,7 +103,7 @@ def calibrate(
     n_ctx = min(n_ctx, max(256, (memory.read_shape(model_path).n_ctx_train or n_ctx) // 256 * 256))
     ffi, lib = _native.load()
     llm = Llama(
-        str(model_path), kv_compress="semanticache", kv_ratio=1.0, kv_stage=n_ctx, kv_profile=None, n_ctx=n_ctx,
+        str(model_path), kv_compress="semanticache", kv_ratio=1.0, kv_stage=n_ctx, kv_window=64, kv_profile=None, n_ctx=n_ctx,
         n_threads=n_threads, n_threads_batch=n_threads, flash_attn=True, verbose=False,
     )  # fmt: skip
     try:

@@ -16,7 +16,7 @@ Layout of a case
 Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C order (last axis fastest). First 32 int32:
 
      0 magic 0x43474353 (bytes "SCGC")    12 n_past
-     1 version, 1                         13 n_horizon
+     1 version, 2                         13 n_horizon
      2 method, enum semcache_method       14 seed, low 32 bits
      3 d_k                                15 seed, high 32 bits
      4 d_v                                16 budget
@@ -35,8 +35,7 @@ With n_cand = n_core + n_new, T = n_sink + n_cand + n_win and n_q = n_new + n_wi
     pos_q            int32   [n_q]
     chunk            int32   [n_cand]
     n_tok            int32   [n_core]
-    s_max            float32 [n_core]
-    s_var            float32 [n_core]
+    s_use            float32 [n_core]
     bias             float32 [T]
     k                float32 [T, d_k]            values that float16 holds exactly
     v                float32 [T, d_v]            likewise
@@ -45,15 +44,14 @@ With n_cand = n_core + n_new, T = n_sink + n_cand + n_win and n_q = n_new + n_wi
 and the reference's outputs, computed in float64 from these and rounded to float32 at the end:
 
     u                int32   [n_q]               look-ahead positions of step 1
-    score_s_max      float32 [n_cand]            step 3 of this pass alone, before old scores of cores are mixed in;
-    score_s_var      float32 [n_cand]            these four are zero for methods other than the semantic one
+    score_s_use      float32 [n_cand]            step 3 of this pass alone, before old scores of cores are mixed in;
+    score_s_dev      float32 [n_cand]            these four are zero for methods other than the semantic one
     score_w          float32 [n_cand]
     winner           int32   [n_out]             candidate whose place each core takes
     member_of        int32   [n_cand]            row that each candidate is part of afterwards, -1: dropped
     out_chunk        int32   [n_out]
     out_n_tok        int32   [n_out]
-    out_s_max        float32 [n_out]
-    out_s_var        float32 [n_out]
+    out_s_use        float32 [n_out]
     out_bias         float32 [n_out]
     out_k            float32 [n_out, d_k]
     out_v            float32 [n_out, d_v]
@@ -153,10 +151,10 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
     n_tok[n_tok > 5] = 1
     bias = np.zeros(n_rows)
     bias[case.n_sink:case.n_sink + case.n_core] = np.log(n_tok)
-    s_max, s_var = np.zeros(case.n_core), np.zeros(case.n_core)
+    s_use = np.zeros(case.n_core)
     if case.method == SEMANTIC:
         bias[case.n_sink:case.n_sink + case.n_core] += 0.2 * rng.standard_normal(case.n_core) * (n_tok > 1)
-        s_max, s_var = rng.rand(case.n_core), 10 * rng.rand(case.n_core)
+        s_use = 0.1 * rng.rand(case.n_core)
     if case.heavy_cores:
         chunk[:case.n_core] = 0
         bias[case.n_sink:case.n_sink + case.n_core] = 7.9375
@@ -165,8 +163,8 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
         return np.asarray(x, dtype=dtype).astype(np.float64)
 
     inv_freq = exact(10000.0 ** (-2 * np.arange(case.n_rot // 2) / max(1, case.n_rot)))
-    inp = reference.PassInput(exact(k, np.float16), exact(v, np.float16), exact(bias), case.n_sink, case.n_win, chunk, exact(s_max),
-                              exact(s_var), n_tok, exact(q, np.float16), np.arange(n_past - n_q, n_past))
+    inp = reference.PassInput(exact(k, np.float16), exact(v, np.float16), exact(bias), case.n_sink, case.n_win, chunk, exact(s_use),
+                              n_tok, exact(q, np.float16), np.arange(n_past - n_q, n_past))
     params = reference.PassParams(float(exact(case.d_k ** -0.5)), case.softcap, inv_freq, case.rope_neox, n_past, case.n_horizon,
                                   case.seed, case.budget, case.merge)
     return inp, params
@@ -188,8 +186,9 @@ def has_margins(case: Case, inp: reference.PassInput, params: reference.PassPara
     if case.method == STREAMING or inp.n_cand <= params.budget:
         return True
     q = reference.look_ahead(inp, params)
-    rows = reference.update_scores(inp.candidates(), reference.score(inp, params, q), inp.n_core)
-    value = np.sort(rows.s_max * rows.s_var)[::-1]
+    scores = reference.score(inp, params, q)
+    rows = reference.update_scores(inp.candidates(), scores, inp.n_core)
+    value = np.sort(rows.s_use * scores.s_dev)[::-1]
     if not _apart(value[params.budget], value[params.budget - 1]):
         return False
     if not params.merge:
@@ -239,15 +238,15 @@ def case_bytes(case: Case) -> bytes:
         scores = reference.score(inp, params, reference.look_ahead(inp, params))
 
     header = np.zeros(32, dtype="<u4")
-    header[:22] = (MAGIC, 1, case.method, case.d_k, case.d_v, case.gqa, case.n_rot, case.rope_neox, case.n_sink, case.n_core, case.n_new,
+    header[:22] = (MAGIC, 2, case.method, case.d_k, case.d_v, case.gqa, case.n_rot, case.rope_neox, case.n_sink, case.n_core, case.n_new,
                    case.n_win, params.n_past, case.n_horizon, case.seed & 0xFFFFFFFF, case.seed >> 32, case.budget, case.merge,
                    len(result.rows), result.n_merged, result.n_dropped, attempt)
     i32, f32 = "<i4", "<f4"
     out = result.rows
     arrays = [([params.scale, params.softcap], f32), (params.inv_freq, f32), (inp.pos_q, i32), (inp.chunk, i32), (inp.n_tok, i32),
-              (inp.s_max, f32), (inp.s_var, f32), (inp.bias, f32), (inp.k, f32), (inp.v, f32), (inp.q, f32),
-              (u, i32), (scores.s_max, f32), (scores.s_var, f32), (scores.w, f32), (result.winner, i32), (result.member_of, i32),
-              (out.chunk, i32), (out.n_tok, i32), (out.s_max, f32), (out.s_var, f32), (out.bias, f32), (out.k, f32), (out.v, f32)]
+              (inp.s_use, f32), (inp.bias, f32), (inp.k, f32), (inp.v, f32), (inp.q, f32),
+              (u, i32), (scores.s_use, f32), (scores.s_dev, f32), (scores.w, f32), (result.winner, i32), (result.member_of, i32),
+              (out.chunk, i32), (out.n_tok, i32), (out.s_use, f32), (out.bias, f32), (out.k, f32), (out.v, f32)]
     return header.tobytes() + b"".join(np.ascontiguousarray(a, dtype=dtype).tobytes() for a, dtype in arrays)
 
 

@@ -49,7 +49,7 @@ struct head_store {
         k.assign(n*shape.n_embd_head_k, F16_NAN);
         v.assign(n*shape.n_embd_head_v, F16_NAN);
         bias.assign(n, NAN);
-        meta.assign(n, core_meta { NAN, NAN, 0xffffff, 0xff });
+        meta.assign(n, core_meta { NAN, 0xffffff, 0xff });
     }
 
     head_rows rows() { return { k.data(), v.data(), bias.data(), meta.data(), n_alloc, n_sink, n_used }; }
@@ -65,7 +65,7 @@ struct head_store {
     bool guards_hold() const {
         bool ok = true;
         for (int32_t i = n_room; i < n_room + N_GUARD; ++i) {
-            ok = ok && std::isnan(bias[i]) && std::isnan(meta[i].s_max) && meta[i].chunk == 0xffffff;
+            ok = ok && std::isnan(bias[i]) && std::isnan(meta[i].s_use) && meta[i].chunk == 0xffffff;
             ok = ok && std::all_of(key(i), key(i) + shape.n_embd_head_k, [](f16 x) { return x == F16_NAN; });
             ok = ok && std::all_of(val(i), val(i) + shape.n_embd_head_v, [](f16 x) { return x == F16_NAN; });
         }

@@ -38,8 +38,8 @@ struct golden {
     uint64_t seed;
     float scale, softcap;
     std::vector<int32_t> pos_q, chunk, n_tok, u, winner, member_of, out_chunk, out_n_tok;
-    std::vector<float>   inv_freq, s_max, s_var, bias, k, v, q, score_s_max, score_s_var, score_w;
-    std::vector<float>   out_s_max, out_s_var, out_bias, out_k, out_v;
+    std::vector<float>   inv_freq, s_use, bias, k, v, q, score_s_use, score_s_dev, score_w;
+    std::vector<float>   out_s_use, out_bias, out_k, out_v;
 
     int32_t n_cand() const { return n_core + n_new; }
     int32_t n_q()    const { return n_new + n_win; }
@@ -57,8 +57,8 @@ struct golden {
         std::vector<uint32_t> h;
         words(h, 32);
         CHECK_EQ(h[0], 0x43474353u);
-        CHECK_EQ(h[1], 1u);
-        if (h[0] != 0x43474353u || h[1] != 1) {
+        CHECK_EQ(h[1], 2u);
+        if (h[0] != 0x43474353u || h[1] != 2) {
             return false;
         }
         int32_t * const fields[] = { &how, &d_k, &d_v, &gqa, &n_rot, &neox, &n_sink, &n_core, &n_new, &n_win, &n_past, &n_horizon };
@@ -81,22 +81,20 @@ struct golden {
         words(pos_q, n_q());
         words(chunk, n_cand());
         words(n_tok, n_core);
-        words(s_max, n_core);
-        words(s_var, n_core);
+        words(s_use, n_core);
         words(bias, n_rows);
         words(k, n_rows*d_k);
         words(v, n_rows*d_v);
         words(q, (size_t) n_q()*gqa*d_k);
         words(u, n_q());
-        words(score_s_max, n_cand());
-        words(score_s_var, n_cand());
+        words(score_s_use, n_cand());
+        words(score_s_dev, n_cand());
         words(score_w, n_cand());
         words(winner, n_out);
         words(member_of, n_cand());
         words(out_chunk, n_out);
         words(out_n_tok, n_out);
-        words(out_s_max, n_out);
-        words(out_s_var, n_out);
+        words(out_s_use, n_out);
         words(out_bias, n_out);
         words(out_k, (size_t) n_out*d_k);
         words(out_v, (size_t) n_out*d_v);
@@ -117,7 +115,7 @@ head_store head_of(const golden & g, const head_shape & shape, bool first) {
     std::copy_n(g.bias.begin(), n, h.bias.begin());
     for (int32_t i = 0; i < n; ++i) {
         const int32_t c = i - g.n_sink;
-        h.meta[i] = c < 0 ? core_meta {} : core_meta { g.s_max[c], g.s_var[c], (uint32_t) g.chunk[c], (uint32_t) g.n_tok[c] };
+        h.meta[i] = c < 0 ? core_meta {} : core_meta { g.s_use[c], (uint32_t) g.chunk[c], (uint32_t) g.n_tok[c] };
     }
     return h;
 }
@@ -155,8 +153,8 @@ void check_case(const golden & g, const std::string & name, bool first, const la
     if (params.how == method::semantic) {
         const stage_store stage(t, shape, l);
         CHECK_EQ(score_head(h.rows(), stage.rows(), shape, r, ws), g.n_cand());
-        CHECK_CLOSE(ws.s_max.data(), g.score_s_max.data(), g.n_cand(), SCORE_RTOL, PROB_FLOOR);
-        CHECK_CLOSE(ws.s_var.data(), g.score_s_var.data(), g.n_cand(), SCORE_RTOL, 0.0);
+        CHECK_CLOSE(ws.s_use.data(), g.score_s_use.data(), g.n_cand(), SCORE_RTOL, PROB_FLOOR);
+        CHECK_CLOSE(ws.s_dev.data(), g.score_s_dev.data(), g.n_cand(), SCORE_RTOL, 0.0);
         CHECK_CLOSE(ws.w.data(),     g.score_w.data(),     g.n_cand(), SCORE_RTOL, PROB_FLOOR);
     }
 
@@ -177,19 +175,17 @@ void check_case(const golden & g, const std::string & name, bool first, const la
 
     const int32_t s = g.n_sink;
     std::vector<int32_t> chunk, n_tok;
-    std::vector<float>   s_max, s_var;
+    std::vector<float>   s_use;
     for (int32_t i = s; i < h.n_used; ++i) {
         chunk.push_back((int32_t) h.meta[i].chunk);
         n_tok.push_back((int32_t) h.meta[i].n_tok);
-        s_max.push_back(h.meta[i].s_max);
-        s_var.push_back(h.meta[i].s_var);
+        s_use.push_back(h.meta[i].s_use);
     }
     CHECK_BITS(chunk.data(), g.out_chunk.data(), g.n_out);
     CHECK_BITS(n_tok.data(), g.out_n_tok.data(), g.n_out);
     CHECK_CLOSE(h.bias.data() + s, g.out_bias.data(), g.n_out, 0.0, BIAS_ATOL);
     if (params.how == method::semantic) { // the others do not read scores
-        CHECK_CLOSE(s_max.data(), g.out_s_max.data(), g.n_out, SCORE_RTOL, PROB_FLOOR);
-        CHECK_CLOSE(s_var.data(), g.out_s_var.data(), g.n_out, SCORE_RTOL, 0.0);
+        CHECK_CLOSE(s_use.data(), g.out_s_use.data(), g.n_out, SCORE_RTOL, PROB_FLOOR);
     }
     const auto out_k = to_f32(h.key(s), (size_t) g.n_out*g.d_k), out_v = to_f32(h.val(s), (size_t) g.n_out*g.d_v);
     CHECK_CLOSE(out_k.data(), g.out_k.data(), (int64_t) g.n_out*g.d_k, ROW_RTOL, ROW_ATOL);

@@ -97,7 +97,7 @@ struct text_source {
 
 struct slow_row {
     std::vector<double> k, v;
-    double   bias, s_max, s_var;
+    double   bias, s_use;
     uint32_t chunk, n_tok;
     bool     stored; // as it was before, so to the last bit
     int64_t  source; // candidate
@@ -122,7 +122,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         const int32_t c = i - t.n_sink;
         const bool is_cand = c >= 0 && c < t.n_new;
         (is_cand ? cand : rest).push_back({ to_f32(t.k.data() + (int64_t) i*d_k, d_k), to_f32(t.v.data() + (int64_t) i*d_v, d_v), 0.0,
-            { 0.0f, 0.0f, is_cand ? (uint32_t) t.chunk[c] : 0, 1 } });
+            { 0.0f, is_cand ? (uint32_t) t.chunk[c] : 0, 1 } });
     }
     const size_t n = cand.size(), budget = h.n_alloc - (h.n_sink + t.n_sink);
 
@@ -155,16 +155,12 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
     auto capped = [&](double y) { return sh.softcap > 0.0f ? sh.softcap*std::tanh(y/sh.softcap) : y; };
 
     std::vector<std::vector<double>> raw(q.size()), p(q.size());
-    std::vector<double> z(q.size()), s_max(n), s_var(n), w(n);
+    std::vector<double> z(q.size()), s_use(n), w(n);
     for (size_t i = 0; i < q.size(); ++i) {
         std::vector<double> x;
         for (const row & c : cand) {
             raw[i].push_back(dot64(q[i], c.k));
             x.push_back(capped(raw[i].back()) + c.bias);
-        }
-        double mean = 0.0;
-        for (double y : x) {
-            mean += y/(double) n;
         }
         double sum = 0.0;
         for (const row & c : rest) {
@@ -176,18 +172,26 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         z[i] = std::log(sum);
         for (size_t j = 0; j < n; ++j) {
             p[i].push_back(std::exp(x[j])/sum);
-            s_max[j]  = std::max(s_max[j], p[i][j]);
-            s_var[j] += (x[j] - mean)*(x[j] - mean)/(double) q.size();
+            s_use[j] += std::pow(p[i][j], 4)/(double) q.size();
             w[j]     += p[i][j]/(double) q.size();
         }
     }
-    std::vector<double> score(n);
-    for (size_t j = 0; j < n; ++j) {
-        if (j < n_core) {
-            s_max[j] = std::max(s_max[j], (double) cand[j].meta.s_max);
-            s_var[j] = 0.5*(s_var[j] + cand[j].meta.s_var);
+    std::vector<double> score(n), mean(d_v);
+    for (const row & c : cand) {
+        for (int32_t e = 0; e < d_v; ++e) {
+            mean[e] += c.v[e]/(double) n;
         }
-        score[j] = s_max[j]*s_var[j];
+    }
+    for (size_t j = 0; j < n; ++j) {
+        double distance = 0.0; // its unit does not change the order
+        for (int32_t e = 0; e < d_v; ++e) {
+            distance += (cand[j].v[e] - mean[e])*(cand[j].v[e] - mean[e]);
+        }
+        s_use[j] = std::pow(s_use[j], 0.25);
+        if (j < n_core) {
+            s_use[j] = std::max(s_use[j], 0.9*cand[j].meta.s_use);
+        }
+        score[j] = s_use[j]*std::sqrt(distance);
     }
 
     slow_result res;
@@ -229,7 +233,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
             ++(goes[j] < 0 ? res.n_dropped : res.n_merged);
             continue;
         }
-        slow_row out = { std::vector<double>(d_k), std::vector<double>(d_v), cand[j].bias, s_max[j], s_var[j], cand[j].meta.chunk, 0, true, (int64_t) j };
+        slow_row out = { std::vector<double>(d_k), std::vector<double>(d_v), cand[j].bias, s_use[j], cand[j].meta.chunk, 0, true, (int64_t) j };
         std::vector<size_t> members;
         double weight = 0.0;
         for (size_t i = 0; i < n; ++i) {
@@ -284,8 +288,7 @@ void check_against(const slow_result & want, const head_store & h, const pass_re
         CHECK_CLOSE(k.data(), x.k.data(), (int64_t) k.size(), tiny*4.95e-4, tiny*2e-5 + 1e-12);
         CHECK_CLOSE(v.data(), x.v.data(), (int64_t) v.size(), tiny*4.95e-4, tiny*2e-5 + 1e-12);
         CHECK_CLOSE(&h.bias[i], &x.bias, 1, 0.0, tiny*2e-5 + 1e-12);
-        CHECK_CLOSE(&h.meta[i].s_max, &x.s_max, 1, 2e-5, 1e-12);
-        CHECK_CLOSE(&h.meta[i].s_var, &x.s_var, 1, 2e-5, 0.0);
+        CHECK_CLOSE(&h.meta[i].s_use, &x.s_use, 1, 2e-5, 1e-12);
         CHECK_EQ((uint32_t) h.meta[i].chunk, x.chunk);
         CHECK_EQ((uint32_t) h.meta[i].n_tok, x.n_tok);
     }
@@ -486,14 +489,14 @@ void test_workspaces() {
         }), want);
         dirty.reserve(other.shape, 1000, 3000);
         CHECK_SAME_ROWS(both(dirty, [&]() {
-            for (auto * v : { &dirty.k, &dirty.panels, &dirty.q, &dirty.x, &dirty.bias, &dirty.s_max, &dirty.s_var, &dirty.w, &dirty.z,
-                    &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new, &dirty.bias_new, &dirty.row }) {
+            for (auto * v : { &dirty.k, &dirty.panels, &dirty.q, &dirty.x, &dirty.bias, &dirty.s_use, &dirty.s_dev, &dirty.w, &dirty.z,
+                    &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new, &dirty.bias_new, &dirty.row, &dirty.v_mean }) {
                 std::fill(v->begin(), v->end(), NAN);
             }
             for (auto * v : { &dirty.order, &dirty.rank, &dirty.winner, &dirty.members, &dirty.merged, &dirty.count }) {
                 std::fill(v->begin(), v->end(), 0x7fffffff);
             }
-            std::fill(dirty.meta.begin(), dirty.meta.end(), core_meta { NAN, NAN, 0xffffff, 0xff });
+            std::fill(dirty.meta.begin(), dirty.meta.end(), core_meta { NAN, 0xffffff, 0xff });
         }), want);
     }
 }
@@ -727,7 +730,7 @@ void test_q8_queries() {
             for (int32_t i = 0; i < a.n_used; ++i) {
                 CHECK(std::equal(a.key(i), a.key(i) + d_k, b.key(i)));
                 CHECK_EQ(a.bias[i], b.bias[i]);
-                CHECK_EQ(a.meta[i].s_max, b.meta[i].s_max);
+                CHECK_EQ(a.meta[i].s_use, b.meta[i].s_use);
             }
         }
     }

@@ -84,7 +84,7 @@ def test_logprobs(tiny, load):
     logprobs = answer["logprobs"]
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 100
     for value, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"]):
-        assert value <= 0 and 3 <= len(top) <= 4
+        assert value <= 0 and 1 <= len(top) <= 4  # upstream keys them by text, and different tokens may have the same
         assert sum(math.exp(x) for x in top.values()) <= 1.001
         assert value == pytest.approx(max(top.values()))  # greedy
     assert text_of(complete(llm, logprobs=3)) == text_of({"choices": [answer]})

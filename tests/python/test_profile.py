@@ -157,7 +157,7 @@ def test_shares_are_those_of_the_reference(tmp_path, load, cache):
             gqa = n_head // n_head_kv
             inp = ref.PassInput(
                 k=k[:, head], v=v[:, head], bias=np.zeros(n), n_sink=n_sink, n_win=n_window,
-                chunk=np.zeros(n_new, np.int32), s_max=np.zeros(0), s_var=np.zeros(0), n_tok=np.zeros(0, np.int64),
+                chunk=np.zeros(n_new, np.int32), s_use=np.zeros(0), n_tok=np.zeros(0, np.int64),
                 q=q[n_sink:, head * gqa : (head + 1) * gqa], pos_q=np.arange(n_sink, n),
             )  # fmt: skip
             params = ref.PassParams(
@@ -165,7 +165,7 @@ def test_shares_are_those_of_the_reference(tmp_path, load, cache):
                 budget=n_new, merge=True,
             )  # fmt: skip
             parts = ref.score(inp, params, ref.look_ahead(inp, params))
-            per_head.append(parts.s_max * parts.s_var)
+            per_head.append(parts.s_use * parts.s_dev)
         scores.append(np.array(per_head))
     expected = ref.calibrate(scores)
     # a candidate or two may change sides by rounding

@@ -41,7 +41,7 @@ def random_input(seed, n_sink=4, n_core=10, n_new=40, n_win=8, d_k=16, d_v=12, g
     bias[n_sink:n_sink + n_core] = np.log(n_tok) + 0.1 * rng.standard_normal(n_core)
     return ref.PassInput(
         k=rng.standard_normal((n_rows, d_k)), v=rng.standard_normal((n_rows, d_v)), bias=bias, n_sink=n_sink, n_win=n_win, chunk=chunk,
-        s_max=rng.random(n_core), s_var=4 * rng.random(n_core), n_tok=n_tok, q=rng.standard_normal((n_q, gqa, d_k)),
+        s_use=0.5 * rng.random(n_core), n_tok=n_tok, q=rng.standard_normal((n_q, gqa, d_k)),
         pos_q=np.arange(n_past - n_q, n_past))
 
 
@@ -54,7 +54,7 @@ def params_for(inp, budget, n_past=400, softcap=0.0, merge=True, neox=True, n_ro
 
 
 def assert_same_rows(a, b):
-    for name in ("k", "v", "bias", "chunk", "s_max", "s_var", "n_tok"):
+    for name in ("k", "v", "bias", "chunk", "s_use", "n_tok"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
@@ -249,7 +249,7 @@ def test_score_by_definition(seed, softcap, n_rot, neox):
     inp = random_input(seed)
     params = params_for(inp, 20, softcap=softcap, n_rot=n_rot, neox=neox)
     u = ref.horizon_positions(inp.pos_q, params.n_horizon, params.seed)
-    p, x = [], []
+    p = []
     for i in range(len(inp.q)):
         q = ref.rotate(inp.q[i:i + 1], [params.n_past + u[i] - inp.pos_q[i]], params.inv_freq, neox)[0]
         for h in range(inp.q.shape[1]):
@@ -257,24 +257,27 @@ def test_score_by_definition(seed, softcap, n_rot, neox):
             y = [softcap * math.tanh(t / softcap) for t in y] if softcap else y
             e = [math.exp(t + b) for t, b in zip(y, inp.bias)]
             p.append([t / sum(e) for t in e][4:-8])
-            x.append([t + b for t, b in zip(y, inp.bias)][4:-8])
-    p, x = np.array(p), np.array(x)
+    p = np.array(p)
     got = ref.score(inp, params, ref.look_ahead(inp, params))
-    np.testing.assert_allclose(got.s_max, p.max(axis=0), rtol=1e-10)
+    np.testing.assert_allclose(got.s_use, (p**4).mean(axis=0) ** 0.25, rtol=1e-10)
     np.testing.assert_allclose(got.w, p.mean(axis=0), rtol=1e-10)
-    np.testing.assert_allclose(got.s_var, ((x - x.mean(axis=1, keepdims=True)) ** 2).mean(axis=0), rtol=1e-10)
+    far = [math.dist(v, inp.v[4:-8].mean(axis=0)) for v in inp.v[4:-8]]
+    np.testing.assert_allclose(got.s_dev, np.array(far) / (sum(far) / len(far)), rtol=1e-10)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_cores_keep_their_scores(seed):
+def test_cores_keep_a_faded_score(seed):
     inp = random_input(seed)
     params = params_for(inp, inp.n_cand)
     now = ref.score(inp, params, ref.look_ahead(inp, params))
     rows = ref.compress_head(inp, params).rows
-    np.testing.assert_array_equal(rows.s_max[:10], np.maximum(now.s_max[:10], inp.s_max))
-    np.testing.assert_allclose(rows.s_var[:10], (now.s_var[:10] + inp.s_var) / 2, rtol=1e-14)
-    np.testing.assert_array_equal(rows.s_max[10:], now.s_max[10:])
-    np.testing.assert_array_equal(rows.s_var[10:], now.s_var[10:])
+    np.testing.assert_array_equal(rows.s_use[:10], np.maximum(now.s_use[:10], ref.FADE * inp.s_use))
+    assert np.any(rows.s_use[:10] > now.s_use[:10])
+    np.testing.assert_array_equal(rows.s_use[10:], now.s_use[10:])
+
+
+def test_equal_values_do_not_decide():
+    np.testing.assert_array_equal(ref.value_deviations(np.tile([1.0, -2.0], (5, 1))), np.ones(5))
 
 
 @pytest.mark.parametrize("extra", [0, 1, 1000])
@@ -333,8 +336,8 @@ def test_fitted_bias_is_clamped(core_bias, bound):
     bias, k = base.bias.copy(), base.k.copy()
     bias[4:6], k[5] = core_bias, k[4]
     chunk = np.array([0, 0, 1, 1, 1, 1])
-    s_max = np.array([1.0, 0.9])  # with s_var makes both cores outrank the new rows
-    inp = replace(base, k=k, bias=bias, chunk=chunk, s_max=s_max, s_var=np.full(2, 1e6))
+    s_use = np.array([1e6, 1e5])  # both cores outrank the new rows
+    inp = replace(base, k=k, bias=bias, chunk=chunk, s_use=s_use)
     result = ref.compress_head(inp, params_for(inp, 1))
     assert result.member_of.tolist() == [0, 0, -1, -1, -1, -1]
     assert result.rows.bias.tolist() == [bound]
@@ -346,10 +349,10 @@ def test_winners_are_the_best_scores(seed):
     params = params_for(inp, 17)
     result = ref.compress_head(inp, params)
     all_rows = ref.compress_head(inp, replace(params, budget=inp.n_cand)).rows
-    value = all_rows.s_max * all_rows.s_var
+    value = all_rows.s_use * ref.score(inp, params, ref.look_ahead(inp, params)).s_dev
     losers = np.setdiff1d(np.arange(inp.n_cand), result.winner)
     assert value[result.winner].min() > value[losers].max()
-    np.testing.assert_array_equal(result.rows.s_max * result.rows.s_var, value[result.winner])
+    np.testing.assert_array_equal(result.rows.s_use, all_rows.s_use[result.winner])
     assert np.all(np.diff(result.winner) > 0)
 
 
@@ -423,7 +426,7 @@ def test_sizes_and_members(seed, method, budget):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sinks_and_window_are_untouched(method, seed):
     inp = random_input(seed)
-    before = {name: getattr(inp, name).copy() for name in ("k", "v", "bias", "chunk", "s_max", "s_var", "n_tok", "q")}
+    before = {name: getattr(inp, name).copy() for name in ("k", "v", "bias", "chunk", "s_use", "n_tok", "q")}
     result = run_method(method, inp, 20)
     for name, value in before.items():
         np.testing.assert_array_equal(getattr(inp, name), value, err_msg=name)
@@ -475,7 +478,7 @@ def test_determinism(method):
 
 def test_the_seed_of_the_look_ahead_matters():
     inp = random_input(3)
-    a, b = (ref.compress_head(inp, params_for(inp, 20, seed=seed)).rows.s_max for seed in (1, 2))
+    a, b = (ref.compress_head(inp, params_for(inp, 20, seed=seed)).rows.s_use for seed in (1, 2))
     assert not np.array_equal(a, b)
 
 
@@ -489,8 +492,8 @@ def test_cores_can_be_compressed_again(method):
     next_id = int(inp.chunk[-1]) + 1
     second = ref.PassInput(
         k=np.concatenate([k, more.k[:40]]), v=np.concatenate([v, more.v[:40]]), bias=np.concatenate([bias, np.zeros(40)]), n_sink=4,
-        n_win=8, chunk=np.concatenate([first.rows.chunk, ref.chunk_ids([False] * 40, 32, next_id)]), s_max=first.rows.s_max,
-        s_var=first.rows.s_var, n_tok=first.rows.n_tok, q=np.concatenate([inp.q[-8:], more.q[:40]]), pos_q=np.arange(392, 440))
+        n_win=8, chunk=np.concatenate([first.rows.chunk, ref.chunk_ids([False] * 40, 32, next_id)]), s_use=first.rows.s_use,
+        n_tok=first.rows.n_tok, q=np.concatenate([inp.q[-8:], more.q[:40]]), pos_q=np.arange(392, 440))
     result = run_method(method, second, 20)
     assert second.n_core == len(first.rows) and second.n_new == 40
     assert 0 < len(result.rows) <= 20
@@ -526,7 +529,7 @@ def test_paper_rows(seed, budget):
     rows = inp.candidates()
     result = ref.compress_head_paper(inp, budget)
     np.testing.assert_allclose(result.rows.bias, np.log(result.rows.n_tok), atol=1e-15)
-    assert not np.any(result.rows.s_max) and not np.any(result.rows.s_var)
+    assert not np.any(result.rows.s_use)
     for j in range(len(result.rows)):
         members = result.member_of == j
         np.testing.assert_allclose(result.rows.k[j], np.average(rows.k[members], axis=0, weights=rows.n_tok[members]), atol=1e-12)
@@ -749,16 +752,16 @@ def read_case(path):
     keys = ("magic version method d_k d_v gqa n_rot rope_neox n_sink n_core n_new n_win n_past n_horizon seed_low seed_high budget merge "
             "n_out n_merged n_dropped attempt").split()
     c = dict(zip(keys, h))
-    assert (c["magic"], c["version"]) == (0x43474353, 1) and not any(h[22:])
+    assert (c["magic"], c["version"]) == (0x43474353, 2) and not any(h[22:])
     n_cand, n_q = c["n_core"] + c["n_new"], c["n_new"] + c["n_win"]
     n_rows, n_out = c["n_sink"] + n_cand + c["n_win"], c["n_out"]
     at = 128
     for name, code, *shape in (
             ("scale_softcap", "f", 2), ("inv_freq", "f", c["n_rot"] // 2), ("pos_q", "i", n_q), ("chunk", "i", n_cand), ("n_tok", "i", c["n_core"]),
-            ("s_max", "f", c["n_core"]), ("s_var", "f", c["n_core"]), ("bias", "f", n_rows), ("k", "f", n_rows, c["d_k"]),
-            ("v", "f", n_rows, c["d_v"]), ("q", "f", n_q, c["gqa"], c["d_k"]), ("u", "i", n_q), ("score_s_max", "f", n_cand),
-            ("score_s_var", "f", n_cand), ("score_w", "f", n_cand), ("winner", "i", n_out), ("member_of", "i", n_cand), ("out_chunk", "i", n_out),
-            ("out_n_tok", "i", n_out), ("out_s_max", "f", n_out), ("out_s_var", "f", n_out), ("out_bias", "f", n_out),
+            ("s_use", "f", c["n_core"]), ("bias", "f", n_rows), ("k", "f", n_rows, c["d_k"]),
+            ("v", "f", n_rows, c["d_v"]), ("q", "f", n_q, c["gqa"], c["d_k"]), ("u", "i", n_q), ("score_s_use", "f", n_cand),
+            ("score_s_dev", "f", n_cand), ("score_w", "f", n_cand), ("winner", "i", n_out), ("member_of", "i", n_cand), ("out_chunk", "i", n_out),
+            ("out_n_tok", "i", n_out), ("out_s_use", "f", n_out), ("out_bias", "f", n_out),
             ("out_k", "f", n_out, c["d_k"]), ("out_v", "f", n_out, c["d_v"])):
         n = math.prod(shape)
         c[name] = np.array(struct.unpack_from(f"<{n}{code}", data, at), dtype=np.float64 if code == "f" else np.int64).reshape(shape)
@@ -771,7 +774,7 @@ def read_case(path):
 def test_golden_case_reads_as_documented(name):
     c = read_case(GOLDEN / f"{name}.bin")
     seed = (c["seed_high"] & 0xFFFFFFFF) << 32 | c["seed_low"] & 0xFFFFFFFF
-    inp = ref.PassInput(c["k"], c["v"], c["bias"], c["n_sink"], c["n_win"], c["chunk"], c["s_max"], c["s_var"], c["n_tok"], c["q"], c["pos_q"])
+    inp = ref.PassInput(c["k"], c["v"], c["bias"], c["n_sink"], c["n_win"], c["chunk"], c["s_use"], c["n_tok"], c["q"], c["pos_q"])
     for x in (c["k"], c["v"], c["q"]):
         np.testing.assert_array_equal(x.astype(np.float16), x)
     params = ref.PassParams(*c["scale_softcap"], c["inv_freq"], bool(c["rope_neox"]), c["n_past"], c["n_horizon"], seed, c["budget"],
@@ -780,8 +783,8 @@ def test_golden_case_reads_as_documented(name):
         result = ref.compress_head(inp, params)
         scores = ref.score(inp, params, ref.look_ahead(inp, params))
         np.testing.assert_array_equal(c["u"], ref.horizon_positions(inp.pos_q, params.n_horizon, seed))
-        np.testing.assert_allclose(c["score_s_max"], scores.s_max, rtol=1e-6)
-        np.testing.assert_allclose(c["score_s_var"], scores.s_var, rtol=1e-6)
+        np.testing.assert_allclose(c["score_s_use"], scores.s_use, rtol=1e-6)
+        np.testing.assert_allclose(c["score_s_dev"], scores.s_dev, rtol=1e-6)
         np.testing.assert_allclose(c["score_w"], scores.w, rtol=1e-6)
     else:
         method = {1: ref.compress_head_paper, 2: ref.compress_head_streaming}[c["method"]]
@@ -789,7 +792,7 @@ def test_golden_case_reads_as_documented(name):
     np.testing.assert_array_equal(c["winner"], result.winner)
     np.testing.assert_array_equal(c["member_of"], result.member_of)
     assert (c["n_merged"], c["n_dropped"]) == (result.n_merged, result.n_dropped)
-    for field in ("chunk", "n_tok", "s_max", "s_var", "bias", "k", "v"):
+    for field in ("chunk", "n_tok", "s_use", "bias", "k", "v"):
         np.testing.assert_allclose(c[f"out_{field}"], getattr(result.rows, field), rtol=1e-6, err_msg=field)
 
 

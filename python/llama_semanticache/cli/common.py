@@ -120,7 +120,7 @@ _LOAD = (
     click.option(
         "--kv-window",
         type=click.IntRange(min=1),
-        default=64,
+        default=256,
         show_default=True,
         help="Newest tokens that a pass leaves alone.",
     ),

@@ -18,6 +18,7 @@ from .chunks import DELIMITERS, chunk_ids, delimiter_table
 from .compress import (
     BIAS_MAX,
     BIAS_MIN,
+    FADE,
     HeadRows,
     PassInput,
     PassParams,
@@ -33,6 +34,7 @@ from .compress import (
     rows_after,
     score,
     update_scores,
+    value_deviations,
 )
 from .lookahead import horizon_positions, rotate, splitmix64
 from .paper import chunk_budgets, compress_head_paper, compress_head_streaming, cosines, greedy_clusters, threshold_clusters
@@ -52,6 +54,7 @@ __all__ = [
     "BIAS_MAX",
     "BIAS_MIN",
     "DELIMITERS",
+    "FADE",
     "RATIOS",
     "HeadRows",
     "PassInput",
@@ -89,5 +92,6 @@ __all__ = [
     "splitmix64",
     "threshold_clusters",
     "update_scores",
+    "value_deviations",
     "write_profile",
 ]

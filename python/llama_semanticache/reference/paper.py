@@ -1,6 +1,6 @@
 """The baselines: the method as its paper describes it, and streaming (sinks and the newest tokens).
 
-Both read the same `PassInput` as the pass and need no queries. Their rows have no score: s_max = s_var = 0. With no more
+Both read the same `PassInput` as the pass and need no queries. Their rows have no score: s_use = 0. With no more
 candidates than the budget nothing changes.
 """
 
@@ -135,4 +135,4 @@ def _plain_means(rows: HeadRows, seeds, member_of) -> HeadRows:
 
 
 def _without_scores(rows: HeadRows) -> HeadRows:
-    return replace(rows, s_max=np.zeros(len(rows)), s_var=np.zeros(len(rows)))
+    return replace(rows, s_use=np.zeros(len(rows)))

@@ -202,7 +202,7 @@ def shares_of_scores(scores, ratios=RATIOS) -> np.ndarray:
     Parameters
     ----------
     scores : array_like, shape [n_head, n_cand]
-        s_max * s_var of `compress.score` with the whole text in the stage, nothing compressed. The candidates are all
+        s_use * s_dev of `compress.score` with the whole text in the stage, nothing compressed. The candidates are all
         tokens but the sinks and the last n_window.
     ratios : sequence of float, length n_ratio
         At each, the round(ratio * n_head * n_cand) best survive; of equal scores the lower (head, candidate).

@@ -106,7 +106,7 @@ def test_8b_by_hand():
     assert sizes["q4_0"] == f16 * 18 / 64
     compressed = estimate(SHAPE_8B, 32768, "semanticache", kv_ratio=0.25, kv_stage=512)
     rows = 32768 // 4 * 8 * 32
-    assert compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 16)
+    assert compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 12)
     assert compressed.stage_bytes == 32 * 2 * 512 * 8 * 128 * 2
     assert compressed.query_bytes == 32 * 512 * (32 * 128 // 32) * 34  # q8_0
     assert compressed.other_bytes == 0

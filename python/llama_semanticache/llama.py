@@ -225,10 +225,10 @@ class Llama(llama_cpp.Llama):
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """Generator of tokens, see llama_cpp.Llama.generate; a prefix that is in the cache already is not read again."""
-        reset = _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True)
-        if self.kv_compress is not None and reset and self.n_tokens > 0:
+        if self.kv_compress is not None and self.n_tokens > 0:
             tokens = list(tokens)
-            self._keep_prefix(tokens)
+            if _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True):
+                self._keep_prefix(tokens)
         return super().generate(tokens, *args, **kwargs)
 
     def _keep_prefix(self, tokens: list[int]) -> None:
@@ -309,7 +309,7 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
     if options["kv_stage"] <= options["kv_window"] + options["kv_sink"]:
         raise ArgumentError(
             f"kv_stage: expected more than kv_window + kv_sink = {options['kv_window'] + options['kv_sink']}, got {options['kv_stage']}; "
-            "raise kv_stage"
+            "raise kv_stage or lower kv_window"
         )
     unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "seed"}
     if unknown:

@@ -354,9 +354,9 @@ def estimate(
     if cache == "semanticache":
         if shape.refused:
             raise ArgumentError(f"expected a model whose cache can be compressed, got one where {shape.refused}")
-        rows = _check_budget(full, cells, kv_ratio, kv_stage)
+        rows = _check_budget(full, cells, kv_ratio, kv_stage, kv_window)
         if not swa_full:  # a batch is no larger than what a pass makes room for
-            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window)))
+            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window - _N_SINK)))
         d_of = [(layer.n_head_kv, layer.n_embd_head_k + layer.n_embd_head_v) for layer in full]
         core = round(sum(rows * n_head_kv * (2 * d + _BIAS_BYTES) for n_head_kv, d in d_of))
         meta = round(sum(rows * n_head_kv * _META_BYTES for n_head_kv, _ in d_of))
@@ -405,13 +405,18 @@ def _plain_bytes(layers: Sequence[LayerShape], cells: int, cache: str) -> int:
     return total
 
 
-def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_stage: int) -> float:
+def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_stage: int, kv_window: int) -> float:
     """Rows per kv head, on average."""
     if not 0 < kv_ratio <= 1:
         raise ArgumentError(f"expected 0 < kv_ratio <= 1, got {kv_ratio}")
     if not 0 < kv_stage <= cells:
         raise ArgumentError(
             f"expected 0 < kv_stage <= n_ctx, got kv_stage {kv_stage} and n_ctx {cells}; lower --kv-stage"
+        )
+    if kv_stage <= kv_window + _N_SINK:
+        raise ArgumentError(
+            f"expected kv_stage > kv_window + {_N_SINK} sinks = {kv_window + _N_SINK}, got kv_stage {kv_stage}; "
+            "raise --kv-stage or lower --kv-window"
         )
     n_head_kv = sum(layer.n_head_kv for layer in full)
     rows = round(kv_ratio * cells * n_head_kv)
@@ -474,6 +479,7 @@ def memory_report(
     *,
     kv_ratio: float = 0.25,
     kv_stage: int = 512,
+    kv_window: int = 256,
     cards_gb: Sequence[int] = CARDS_GB,
     swa_full: bool = False,
 ) -> MemoryReport:
@@ -485,7 +491,7 @@ def memory_report(
         GGUF file; only its metadata is read.
     n_ctx : sequence of int
         Context sizes, tokens.
-    kv_ratio, kv_stage, swa_full
+    kv_ratio, kv_stage, kv_window, swa_full
         See `estimate`.
     cards_gb : sequence of int
         Memory of the cards, GB of 1024^3 bytes.
@@ -498,7 +504,7 @@ def memory_report(
         A context size below 1.
     """
     shape = read_shape(path)
-    options = {"kv_ratio": kv_ratio, "kv_stage": kv_stage, "swa_full": swa_full}
+    options = {"kv_ratio": kv_ratio, "kv_stage": kv_stage, "kv_window": kv_window, "swa_full": swa_full}
     estimates: list[CacheEstimate] = []
     largest: dict[str, dict[int, int]] = {}
     notes: dict[str, None] = {}  # ordered set

@@ -148,7 +148,7 @@ def test_sliding_window_layers(folder):
     per_cell = 2 * 2 * 2 * 32  # f16, K and V, 2 kv heads of 32 values
     assert estimate(shape, 4096, "f16").kv_bytes == per_cell * (2 * 4096 + 10 * 768)  # 64 + 512 is padded to 768
     compressed = estimate(shape, 4096, "semanticache")
-    assert compressed.other_bytes == per_cell * 10 * 512  # batches of 512 - 256 tokens
+    assert compressed.other_bytes == per_cell * 10 * 512  # batches of 512 - 256 - 4 tokens
     assert compressed.stage_bytes == per_cell * 2 * 512
 
 
@@ -205,6 +205,8 @@ def test_heads_that_cannot_be_quantized_are_left_out(folder):
         (4096, {"kv_ratio": 0.001}),
         (256, {}),
         (4096, {"kv_stage": 0}),
+        (4096, {"kv_stage": 260}),
+        (4096, {"kv_stage": 128, "kv_window": 124}),
     ],
 )
 def test_arguments_are_checked(n_ctx, options):

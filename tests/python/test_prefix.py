@@ -193,6 +193,17 @@ def test_a_prompt_that_is_in_the_cache_already_costs_a_chunk_at_most(filled):
     assert llm.input_ids[:300].tolist() == TOKENS[:200] + MORE
 
 
+@pytest.mark.parametrize("positional", [False, True])
+def test_generation_without_reset_keeps_everything(positional, filled):
+    llm, twin = filled("llama"), filled("llama")
+    was = llm.n_tokens
+    reset = dict(args=(40, 0.95, 0.05, 1.0, 0.8, 1.0, False)) if positional else dict(kwargs=dict(reset=False))
+    next(llm.generate(MORE[:3], *reset.get("args", ()), **reset.get("kwargs", {})))
+    twin.eval(MORE[:3])
+    assert llm.n_tokens == was + 3
+    np.testing.assert_array_equal(last_logits(llm), last_logits(twin))
+
+
 def test_an_unrelated_prompt_begins_anew(filled, tiny, load):
     llm, fresh = filled(), load(tiny("llama"), **SMALL)
     prompt = [2, *MORE, *MORE]

@@ -48,13 +48,13 @@ def test_round_trip(arch, flash_attn, method, tiny, load):
     np.testing.assert_array_equal(*restored)
     # llama.cpp restores the cells in another order, so sums differ in the last bit from those without a restore; where the
     # sliding-window layers of gemma3 use its flash attention, which sums in f16, by a KL of 3e-4 without compression too.
-    # The next pass rounds queries to 8 bits and chooses: a last bit may change who wins, and only there.
+    # The next pass chooses, and a last bit may change who wins: only there may the tiny gemma3 differ by more.
     noise = 1e-3 if arch == "gemma3" and flash_attn else 1e-5
     n_exact = SMALL["kv_stage"] - was[1]  # tokens until the next pass
     assert n_exact > 10
     changes = kl(expected, restored[0])
     assert changes[:n_exact].max() < noise
-    assert changes.max() < (1e-2 if method == "semanticache" else noise)
+    assert changes.max() < (1e-3 if arch == "gemma3" and method == "semanticache" else noise)
 
 
 def test_saving_changes_nothing(tiny, load):

@@ -115,7 +115,7 @@ def run_case(llm: Llama, case: Case, outcome: Outcome, reference: np.ndarray | N
 
 
 def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
-    """'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal', '...:stage=256', '...:merge=0', '...:horizon=2048'."""
+    """'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal', '...:stage=1024', '...:merge=0', '...:horizon=2048'."""
     method, ratio, *options = text.split(":")
     kwargs: dict[str, Any] = {"kv_compress": method, "kv_ratio": float(ratio)}
     for option in options:

@@ -28,20 +28,28 @@ if TYPE_CHECKING:
     "--kv-ratio", type=click.FloatRange(0, 1, min_open=True), default=0.25, show_default=True, help="As in chat."
 )
 @click.option("--kv-stage", type=click.IntRange(min=1), default=512, show_default=True, help="As in chat.")
+@click.option("--kv-window", type=click.IntRange(min=1), default=256, show_default=True, help="As in chat.")
 @click.option(
     "--swa-full", is_flag=True, help="Count n_ctx tokens in sliding-window layers too (llama_cpp.Llama's default)."
 )
 @json_option
 @traceback_option
 def memory(
-    model: str, n_ctx: tuple[int, ...], kv_ratio: float, kv_stage: int, swa_full: bool, as_json: bool, verbose: bool
+    model: str,
+    n_ctx: tuple[int, ...],
+    kv_ratio: float,
+    kv_stage: int,
+    kv_window: int,
+    swa_full: bool,
+    as_json: bool,
+    verbose: bool,
 ) -> None:
     """Show the memory that MODEL needs, computed from its metadata; nothing is loaded."""
     from ..memory import memory_report, read_shape
 
     path = find_model(model, progress=not as_json)
     sizes = n_ctx or (read_shape(path).n_ctx_train or 8192,)
-    report = memory_report(path, sizes, kv_ratio=kv_ratio, kv_stage=kv_stage, swa_full=swa_full)
+    report = memory_report(path, sizes, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, swa_full=swa_full)
     if as_json:
         click.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
         return

@@ -100,12 +100,7 @@ void load_queries(const stage_rows & stage, const head_shape & shape, const rope
     const int64_t n_a = (int64_t) r.inv_freq.size();
     float * q = ws.q.data();
     for_rows(c.n_new + stage.n_window, [&](int32_t t) {
-        const int64_t cell = stage.cell[stage.n_sink + t];
-        if (stage.q8) {
-            q8_to_f32_row(stage.q8 + cell*stage.q8_cell, stage.q8_first, q, shape.n_gqa*d);
-        } else {
-            f16_to_f32_row(stage.q + cell*stage.q_cell, q, shape.n_gqa*d);
-        }
+        load_query(stage, shape, stage.n_sink + t, q);
         for (int32_t g = 0; g < shape.n_gqa; ++g, q += d) {
             r.turn(q, stage.cs + t*n_a*2);
             for (int32_t i = 0; i < d; ++i) {
@@ -451,6 +446,16 @@ pass_result compact(head_rows & rows, const stage_rows & stage, const head_shape
 }
 
 } // namespace
+
+void load_query(const stage_rows & stage, const head_shape & shape, int32_t t, float * q) {
+    const int32_t n    = shape.n_gqa*shape.n_embd_head_k;
+    const int64_t cell = stage.cell[t];
+    if (stage.q8) {
+        q8_to_f32_row(stage.q8 + cell*stage.q8_cell, stage.q8_first, q, n);
+    } else {
+        f16_to_f32_row(stage.q + cell*stage.q_cell, q, n);
+    }
+}
 
 void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n_query) {
     auto grow = [](auto & v, int64_t n) {

@@ -42,8 +42,8 @@ bool profile::read(const std::string & path, std::string & error) {
     };
     auto next = [&]() { ++n; return (bool) std::getline(in, line); };
 
-    if (!next() || line != "semcache-profile 1") {
-        return fail("\"semcache-profile 1\"");
+    if (!next() || line != "semcache-profile 2") {
+        return fail("\"semcache-profile 2\"");
     }
     if (!next() || line.compare(0, 9, "model_id ") != 0 || line.size() == 9) {
         return fail("\"model_id ID\"");
@@ -53,34 +53,34 @@ bool profile::read(const std::string & path, std::string & error) {
     if (!next() || sscanf(line.c_str(), "n_text %d%c", &p.n_text, &rest) != 1 || p.n_text < 1) {
         return fail("\"n_text N\", N >= 1");
     }
-    if (!next() || line.compare(0, 7, "ratios ") != 0) {
-        return fail("\"ratios R...\"");
+    if (!next() || line.compare(0, 6, "parts ") != 0) {
+        return fail("\"parts P...\"");
     }
-    std::istringstream ratios = fields(line.substr(7));
-    for (double r; ratios >> r;) {
-        if (!(r > 0.0 && r < 1.0) || (!p.ratios.empty() && r >= p.ratios.back())) {
-            return fail("descending ratios between 0 and 1");
+    std::istringstream parts = fields(line.substr(6));
+    for (double x; parts >> x;) {
+        if (!(x > 0.0 && x < 1.0) || (!p.parts.empty() && x <= p.parts.back())) {
+            return fail("ascending parts between 0 and 1");
         }
-        p.ratios.push_back(r);
+        p.parts.push_back(x);
     }
-    if (p.ratios.empty() || !ratios.eof()) {
-        return fail("\"ratios R...\"");
+    if (p.parts.empty() || !parts.eof()) {
+        return fail("\"parts P...\"");
     }
     while (next()) {
         std::istringstream s = fields(line);
         std::string word;
         head h;
         if (!(s >> word >> h.il >> h.ih) || word != "head") {
-            return fail("\"head LAYER HEAD SHARE...\"");
+            return fail("\"head LAYER HEAD ERROR...\"");
         }
         for (double x; s >> x;) {
-            if (!(x >= 0.0 && x <= 1.0)) {
-                return fail("shares between 0 and 1");
+            if (!(x >= 0.0 && std::isfinite(x))) {
+                return fail("errors of at least 0");
             }
-            h.share.push_back(x);
+            h.error.push_back(x);
         }
-        if (h.share.size() != p.ratios.size() || !s.eof()) {
-            return fail(std::to_string(p.ratios.size()) + " shares");
+        if (h.error.size() != p.parts.size() || !s.eof()) {
+            return fail(std::to_string(p.parts.size()) + " errors");
         }
         if (h.il < 0 || h.ih < 0 || (!p.heads.empty() && std::pair(h.il, h.ih) <= std::pair(p.heads.back().il, p.heads.back().ih))) {
             return fail("heads ordered by layer and head, each once");
@@ -98,15 +98,15 @@ bool profile::write(const std::string & path, std::string & error) const {
     const std::string part = path + "." + std::to_string(std::random_device()()) + ".partial"; // of this writer alone
     std::ofstream out(part, std::ios::binary);
     out.imbue(std::locale::classic());
-    out << "semcache-profile 1\nmodel_id " << model_id << "\nn_text " << n_text << "\nratios";
-    for (double r : ratios) {
-        out << ' ' << r;
+    out << "semcache-profile 2\nmodel_id " << model_id << "\nn_text " << n_text << "\nparts";
+    for (double x : parts) {
+        out << ' ' << x;
     }
-    out << '\n' << std::fixed << std::setprecision(6);
+    out << '\n' << std::scientific << std::setprecision(4);
     for (const head & h : heads) {
         out << "head " << h.il << ' ' << h.ih;
-        for (double s : h.share) {
-            out << ' ' << s;
+        for (double x : h.error) {
+            out << ' ' << x;
         }
         out << '\n';
     }
@@ -120,92 +120,115 @@ bool profile::write(const std::string & path, std::string & error) const {
     return true;
 }
 
-std::vector<double> profile::at(double ratio) const {
-    std::vector<double> res;
-    res.reserve(heads.size());
-    for (const head & h : heads) {
-        double x;
-        if (ratio <= ratios.back()) {
-            x = h.share.back()*ratio/ratios.back();
-        } else {
-            size_t i = 0;
-            while (ratios[i] > ratio) {
-                ++i;
-            }
-            const double r1 = i == 0 ? 1.0 : ratios[i - 1], s1 = i == 0 ? 1.0 : h.share[i - 1];
-            const double t  = (std::log2(ratio) - std::log2(ratios[i]))/(std::log2(r1) - std::log2(ratios[i]));
-            x = h.share[i] + t*(s1 - h.share[i]);
-        }
-        res.push_back(x);
-    }
-    return res;
+const std::vector<double> & profile_parts() {
+    static const std::vector<double> parts = { 0.0078125, 0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5 };
+    return parts;
 }
 
-const std::vector<double> & profile_ratios() {
-    static const std::vector<double> r = { 0.5, 0.25, 0.125, 0.0625, 0.03125 };
-    return r;
-}
-
-void profile_add(profile & p, const std::vector<std::pair<int32_t, int32_t>> & heads, const std::vector<std::vector<float>> & scores) {
-    if (p.n_text == 0) {
-        p.ratios = profile_ratios();
-        p.heads.clear();
+void profile::add(const std::vector<std::pair<int32_t, int32_t>> & heads, const std::vector<std::vector<double>> & errors) {
+    if (n_text == 0) {
+        parts = profile_parts();
+        this->heads.clear();
         for (const auto & [il, ih] : heads) {
-            p.heads.push_back({ il, ih, std::vector<double>(p.ratios.size(), 0.0) });
+            this->heads.push_back({ il, ih, std::vector<double>(parts.size(), 0.0) });
         }
     }
-    std::vector<float> all;
-    for (const auto & s : scores) {
-        all.insert(all.end(), s.begin(), s.end());
-    }
-    for (size_t r = 0; r < p.ratios.size(); ++r) {
-        const size_t keep = std::clamp<size_t>((size_t) std::llround(p.ratios[r]*(double) all.size()), 1, all.size());
-        std::nth_element(all.begin(), all.begin() + (keep - 1), all.end(), std::greater<float>());
-        const float threshold = all[keep - 1];
-        for (size_t h = 0; h < scores.size(); ++h) {
-            const auto n = std::count_if(scores[h].begin(), scores[h].end(), [&](float s) { return s >= threshold; });
-            double & mean = p.heads[h].share[r];
-            mean += ((double) n/(double) scores[h].size() - mean)/(p.n_text + 1);
+    ++n_text;
+    for (size_t h = 0; h < errors.size(); ++h) {
+        for (size_t i = 0; i < parts.size(); ++i) {
+            double & mean = this->heads[h].error[i];
+            mean += (errors[h][i] - mean)/n_text;
         }
     }
-    ++p.n_text;
 }
 
-std::vector<int32_t> budgets(const std::vector<double> & share, double ratio, int32_t n_ctx, int32_t lo) {
-    const int64_t total = std::llround(ratio*n_ctx*(double) share.size());
-    lo = std::min(lo, n_ctx);
-    if ((int64_t) lo*(int64_t) share.size() > total) {
+namespace {
+
+constexpr int32_t N_GRID = 64; // steps from lo to n_ctx in which rows are given out
+
+// Error at any part: a power law between the measured parts, that of the first below it, linear to none at 1.
+double error_at(const std::vector<double> & parts, const std::vector<double> & error, double x) {
+    if (x <= parts.front()) {
+        return error.front();
+    }
+    if (x >= parts.back()) {
+        return error.back()*std::max(0.0, 1.0 - x)/(1.0 - parts.back());
+    }
+    const size_t i = std::upper_bound(parts.begin(), parts.end(), x) - parts.begin();
+    const double a = error[i - 1], b = error[i];
+    if (a <= 0.0 || b <= 0.0) {
+        return b;
+    }
+    return a*std::pow(b/a, std::log(x/parts[i - 1])/std::log(parts[i]/parts[i - 1]));
+}
+
+// Some more rows for a head, and how much error each of them takes away.
+struct step {
+    double  gain;
+    size_t  head;
+    int32_t n_row;
+};
+
+// The lower convex hull of the error over the rows, as steps of falling gain.
+void add_steps(const std::vector<double> & parts, std::vector<double> error, size_t head, int32_t n_ctx, int32_t lo, std::vector<step> & steps) {
+    for (size_t i = 1; i < error.size(); ++i) {
+        error[i] = std::min(error[i], error[i - 1]); // more rows are never worse, but for noise
+    }
+    std::vector<std::pair<int32_t, double>> hull; // rows, error
+    for (int32_t j = 0; j <= N_GRID; ++j) {
+        const int32_t r = (int32_t) std::llround(lo*std::pow((double) n_ctx/lo, (double) j/N_GRID));
+        if (!hull.empty() && r <= hull.back().first) {
+            continue;
+        }
+        const double e = error_at(parts, error, (double) r/n_ctx);
+        auto gain = [&](const auto & from, int32_t rows, double err) { return (from.second - err)/(rows - from.first); };
+        while (hull.size() > 1 && gain(hull[hull.size() - 2], r, e) >= gain(hull[hull.size() - 2], hull.back().first, hull.back().second)) {
+            hull.pop_back();
+        }
+        hull.emplace_back(r, e);
+    }
+    for (size_t j = 1; j < hull.size(); ++j) {
+        const int32_t n = hull[j].first - hull[j - 1].first;
+        steps.push_back({ (hull[j - 1].second - hull[j].second)/n, head, n });
+    }
+}
+
+int64_t total_rows(double ratio, int32_t n_ctx, size_t n_head) {
+    return std::llround(ratio*n_ctx*(double) n_head);
+}
+
+} // namespace
+
+std::vector<int32_t> profile::budgets(double ratio, int32_t n_ctx, int32_t lo) const {
+    lo = std::min(std::max(lo, 1), n_ctx);
+    int64_t left = total_rows(ratio, n_ctx, heads.size()) - (int64_t) lo*(int64_t) heads.size();
+    if (left < 0) {
         return {};
     }
-    auto rows = [&](double lambda, size_t h) { return std::clamp(lambda*share[h]*n_ctx, (double) lo, (double) n_ctx); };
-    double a = 0.0, b = 1e6;
-    for (int step = 0; step < 200; ++step) {
-        const double mid = 0.5*(a + b);
-        double sum = 0.0;
-        for (size_t h = 0; h < share.size(); ++h) {
-            sum += rows(mid, h);
-        }
-        (sum > (double) total ? b : a) = mid;
+    std::vector<step> steps;
+    for (size_t h = 0; h < heads.size(); ++h) {
+        add_steps(parts, heads[h].error, h, n_ctx, lo, steps);
     }
-    std::vector<int32_t> res(share.size());
-    std::vector<size_t>  order(share.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::vector<double> frac(share.size());
-    int64_t left = total;
-    for (size_t h = 0; h < share.size(); ++h) {
-        const double x = rows(a, h);
-        res[h]  = (int32_t) std::floor(x);
-        frac[h] = x - res[h];
-        left   -= res[h];
+    std::stable_sort(steps.begin(), steps.end(), [](const step & a, const step & b) { return a.gain > b.gain; });
+    std::vector<int32_t> rows(heads.size(), lo);
+    for (const step & s : steps) {
+        const int32_t n = (int32_t) std::min<int64_t>(s.n_row, left);
+        rows[s.head] += n;
+        left         -= n;
     }
-    std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return frac[x] > frac[y]; });
-    for (size_t i = 0; left > 0; i = (i + 1)%order.size()) {
-        if (res[order[i]] < n_ctx) {
-            ++res[order[i]];
-            --left;
-        }
+    return rows;
+}
+
+std::vector<int32_t> equal_budgets(size_t n_head, double ratio, int32_t n_ctx, int32_t lo) {
+    const int64_t total = total_rows(ratio, n_ctx, n_head);
+    if ((int64_t) std::min(lo, n_ctx)*(int64_t) n_head > total) {
+        return {};
     }
-    return res;
+    std::vector<int32_t> rows(n_head, (int32_t) (total/(int64_t) n_head));
+    for (size_t h = 0; h < (size_t) (total%(int64_t) n_head); ++h) {
+        ++rows[h];
+    }
+    return rows;
 }
 
 } // namespace semcache

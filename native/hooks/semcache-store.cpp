@@ -8,6 +8,7 @@
 #include "llama-memory-hybrid.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-model.h"
+#include "sc-calibrate.h"
 
 #include <algorithm>
 #include <array>
@@ -236,8 +237,11 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
             heads.emplace_back(kl.il, ih);
         }
     }
-    std::vector<double> share(heads.size(), params.ratio);
-    if (!config.profile.heads.empty() && params.method == SEMCACHE_METHOD_SEMANTIC) {
+    const int32_t lo = params.n_sink + params.n_chunk;
+    std::vector<int32_t> rows;
+    if (config.profile.heads.empty() || params.method != SEMCACHE_METHOD_SEMANTIC) {
+        rows = semcache::equal_budgets(heads.size(), params.ratio, n_ctx, lo);
+    } else {
         bool same = config.profile.heads.size() == heads.size();
         for (size_t i = 0; same && i < heads.size(); ++i) {
             same = config.profile.heads[i].il == heads[i].first && config.profile.heads[i].ih == heads[i].second;
@@ -247,10 +251,8 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
                     " kv heads of this model's compressed layers, got " + std::to_string(config.profile.heads.size()) +
                     " of other layers or counts; calibrate this model");
         }
-        share = config.profile.at(params.ratio);
+        rows = config.profile.budgets(params.ratio, n_ctx, lo);
     }
-    const int32_t lo = params.n_sink + params.n_chunk;
-    const std::vector<int32_t> rows = semcache::budgets(share, params.ratio, n_ctx, lo);
     if (rows.empty()) {
         throw semcache_error(SEMCACHE_ERR_ARGUMENT, "ratio: expected at least " + std::to_string((float) lo/n_ctx) + " at n_ctx = " +
                 std::to_string(n_ctx) + " (sinks and one chunk per head), got " + std::to_string(params.ratio) + "; raise the ratio or n_ctx");
@@ -299,6 +301,11 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
         delimiter[i] = vocab.is_control(i) || semcache::is_delimiter(vocab.token_to_piece(i));
     }
     chunker.n_chunk = params.n_chunk;
+
+    if (params.calibrate) {
+        scope.cparams.cb_eval           = semcache_residual::observe;
+        scope.cparams.cb_eval_user_data = &residual;
+    }
 }
 
 void llama_semcache::allocate(const llama_semcache_scope & scope) {
@@ -907,22 +914,32 @@ int32_t llama_semcache::head_stats(semcache_head_stats * heads, int32_t n) const
 }
 
 void llama_semcache::calibrate_add(llama_context * lctx) {
-    const int32_t n_tokens = (int32_t) kv.v_cells[0].get_used();
-    if (has_cores() || n_tokens <= params.n_sink + params.n_window) {
-        throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected one text of more than " + std::to_string(params.n_sink + params.n_window) +
-                " tokens that lies wholly in the stage, got " + std::to_string(n_tokens) + (has_cores() ? " after a pass" : "") +
-                "; clear the cache and use a context with n_stage as large as the text");
+    // probes lie behind the window, and one pass at least comes before it
+    const int32_t n_probe = params.n_window, n_tokens = (int32_t) kv.v_cells[0].get_used();
+    const int32_t n_stop  = n_tokens - params.n_window - n_probe;
+    if (!params.calibrate || has_cores() || n_stop <= params.n_sink) {
+        throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected one text of more than " +
+                std::to_string(params.n_sink + params.n_window + n_probe) + " tokens that lies wholly in the stage, in a context made with calibrate = 1, got " +
+                std::to_string(n_tokens) + " tokens" + (has_cores() ? " after a pass" : "") + (params.calibrate ? "" : " and calibrate = 0") +
+                "; clear the cache and use a stage as large as the text");
     }
     lctx->synchronize();
     const stage_tokens st = collect();
-    std::vector<std::vector<float>> tables;
-    turn_tables(st, params.n_sink, st.pos.back() + 1, tables);
-    const std::vector<int32_t> chunk; // scores know no chunks
+    const std::vector<float> no_table; // every pass makes its own
+    std::vector<int32_t> chunk;
+    semcache::chunker cut = chunker;
+    cut.run(delimiters_of(st, params.n_sink, n_stop), chunk);
+
+    semcache::calibrate_params cp;
+    cp.pass.merge = params.merge != 0;
+    cp.n_window   = params.n_window;
+    cp.n_horizon  = params.n_horizon;
+    cp.seed       = params.seed;
 
     const int32_t n_threads = std::max(1, lctx->get_cparams().n_threads_batch);
     std::vector<semcache::pass_workspace> ws(n_threads);
     std::vector<std::pair<int32_t, int32_t>> heads;
-    std::vector<std::vector<float>> scores;
+    std::vector<std::vector<double>> errors;
     host_layer::arena arena;
     for (const layer & l : layers) {
         host_layer::reserve(arena, l);
@@ -934,34 +951,34 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
         for (uint32_t i : group) {
             layer & l = layers[i];
             host.emplace_back(l, arena);
-            for (auto & w : ws) {
-                w.reserve(l.shape, n_tokens, (n_tokens - params.n_sink)*l.shape.n_gqa);
-            }
             for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
                 job j = {};
                 j.l     = &l;
                 j.ih    = ih;
-                j.stage = stage_of(l, ih, host.back(), st, params.n_sink, params.n_window, tables[l.rope], chunk);
+                j.stage = stage_of(l, ih, host.back(), st, params.n_sink, params.n_window + n_probe, no_table, chunk);
                 jobs.push_back(j);
                 heads.emplace_back(l.il, ih);
             }
         }
-        const size_t at = scores.size();
-        scores.resize(at + jobs.size(), std::vector<float>(n_tokens - params.n_sink - params.n_window));
+        const size_t at = errors.size();
+        errors.resize(at + jobs.size());
         run_jobs(jobs.size(), n_threads, [&](size_t i, int32_t ith) {
             const job & j = jobs[i];
-            const int32_t n = semcache::score_head(j.rows, j.stage, j.l->shape, ropes[j.l->rope], ws[ith]);
-            for (int32_t c = 0; c < n; ++c) {
-                scores[at + i][c] = ws[ith].s_use[c]*ws[ith].s_dev[c];
-            }
+            errors[at + i] = semcache::output_errors({ j.stage, st.pos.data(), n_probe }, j.l->shape, ropes[j.l->rope], cp, semcache::profile_parts(), ws[ith]);
         });
     }
-    for (const auto & head : scores) {
-        if (!std::all_of(head.begin(), head.end(), [](float x) { return std::isfinite(x); })) {
-            throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected finite attention scores, got others; the model file is damaged or the text unfit");
+    for (size_t h = 0; h < heads.size(); ++h) {
+        const double size = residual.size(heads[h].first);
+        for (double & x : errors[h]) {
+            x /= size;
+            if (!std::isfinite(x)) {
+                throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected finite attention and a residual stream, got others in layer " +
+                        std::to_string(heads[h].first) + "; the model file is damaged or of an unknown kind");
+            }
         }
     }
-    semcache::profile_add(measured, heads, scores);
+    measured.add(heads, errors);
+    residual.clear();
 }
 
 //

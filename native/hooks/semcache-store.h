@@ -13,6 +13,7 @@
 #include "sc-chunk.h"
 #include "sc-pass.h"
 #include "sc-profile.h"
+#include "semcache-residual.h"
 #include "semcache.h"
 
 #include "ggml-cpp.h"
@@ -61,8 +62,8 @@ public:
     // Throws if a configuration was set but no cache took it.
     void finish() const;
 
-    const llama_model   & model;
-    const llama_cparams & cparams;
+    const llama_model & model;
+    llama_cparams     & cparams;
 
     std::unique_ptr<semcache_config> config; // NULL: nothing to do
     bool attached = false;
@@ -167,7 +168,8 @@ private:
     std::vector<int32_t> chunk_start;  // [n_chunk] first position of each chunk
 
     int64_t rows_merged = 0, rows_dropped = 0, n_pass = 0, pass_us = 0, pass_last_us = 0;
-    semcache::profile measured;
+    semcache::profile measured; // calibration: the texts so far,
+    semcache_residual residual; // and what was seen of the present one
 };
 
 // Cells for a cache that is about to be built: those of the stage inside a scope, else kv_size.

@@ -68,6 +68,7 @@ struct semcache_params {
     int32_t      n_horizon;     // the look-ahead rotates queries to n_past + [0, n_horizon); >= 1
     int32_t      n_chunk;       // longest chunk, tokens; 1 to 255
     int32_t      merge;         // 1: losers are merged into winners of their chunk; 0: they are dropped
+    int32_t      calibrate;     // 1: the context is for semcache_calibrate_add() and also watches the residual stream
     uint64_t     seed;          // of the look-ahead positions
     const char * profile_path;  // budgets per (layer, kv head); NULL: equal budgets
     const char * model_id;      // the profile must carry the same id; NULL: not checked
@@ -132,8 +133,8 @@ int32_t semcache_get_head_stats(const struct llama_context * ctx, struct semcach
 // start of a chunk, else 0. Negative: -semcache_status.
 int32_t semcache_floor(const struct llama_context * ctx, int32_t pos);
 
-// Calibration. The context should have ratio 1 and must hold one text that still lies wholly in the stage. Every call scores the
-// text that is in the cache now and adds it to the context's running profile.
+// Calibration. The context must have calibrate = 1 and hold one text that still lies wholly in the stage. The text is compressed
+// in a copy, every head at several budgets, and what the heads' outputs are off by then is added to the running profile.
 int32_t semcache_calibrate_add(struct llama_context * ctx);
 
 // Writes the profile of all texts added so far.

@@ -83,7 +83,8 @@ class Llama(llama_cpp.Llama):
         Which head gets how many rows. "auto": the model's profile, measured on first use; None: all heads the same, which
         loses far more.
     kv_params : mapping, optional
-        Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, seed.
+        Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, seed; calibrate
+        is for `profile.calibrate`.
 
     Raises
     ------
@@ -311,7 +312,7 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
             f"kv_stage: expected more than kv_window + kv_sink = {options['kv_window'] + options['kv_sink']}, got {options['kv_stage']}; "
             "raise kv_stage or lower kv_window"
         )
-    unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "seed"}
+    unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "seed", "calibrate"}
     if unknown:
         raise ArgumentError(f"kv_params: expected n_horizon, n_chunk, merge or seed, got {', '.join(sorted(unknown))}; see semcache.h")
     n_ctx = kwargs.get("n_ctx", 512)

@@ -1,4 +1,4 @@
-"""Which share of the rows each kv head gets: found once per model, kept in the user's cache directory."""
+"""How the rows are given out to the kv heads: measured once per model, kept in the user's cache directory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from . import _native, memory, models
 from .errors import ArgumentError
 
 N_TEXT_TOKENS = 2048
+HEADER = b"semcache-profile 2\n"
 TEXTS = Path(__file__).parent / "texts"  # one file per text, public domain, see its README.md
 SHIPPED = Path(__file__).parent / "profiles"
 
@@ -39,7 +40,15 @@ def profile_path(id: str) -> Path:
 def find(model_path: str | os.PathLike[str]) -> Path | None:
     """The profile of a model that was calibrated here or came with the package, or None."""
     id = model_id(model_path)
-    return next((p for p in (profile_path(id), SHIPPED / f"{id}.profile") if p.is_file()), None)
+    return next((p for p in (profile_path(id), SHIPPED / f"{id}.profile") if _is_current(p)), None)
+
+
+def _is_current(path: Path) -> bool:
+    """Whether there is a profile of the present format; an older one is measured again."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.readline() == HEADER
 
 
 def read_texts(paths: Sequence[str | os.PathLike[str]] | None = None) -> list[str]:
@@ -60,9 +69,10 @@ def calibrate(
     force: bool = False,
     n_threads: int | None = None,
 ) -> Path:
-    """Measure which kv heads of a model need how many rows, and write it to a file.
+    """Measure how far each kv head of a model is off with how many rows, and write it to a file.
 
-    Every text is read uncompressed up to `n_ctx` tokens; see `reference.profile` for the definition.
+    Every text is read uncompressed up to `n_ctx` tokens; then a copy of every head is compressed at several budgets. See
+    `reference.profile` for the definition.
 
     Parameters
     ----------
@@ -86,7 +96,7 @@ def calibrate(
     ArgumentError
         No texts, or `out` is there already.
     StateError
-        A text is shorter than sinks and window together, or the file could not be written.
+        A text has too few tokens (517 at least), or the file could not be written.
     """
     from tqdm import tqdm
 
@@ -95,16 +105,17 @@ def calibrate(
     id = model_id(model_path)
     path = Path(out) if out is not None else profile_path(id)
     if path.is_file() and not force:
-        if out is None:
+        if out is not None:
+            raise ArgumentError(f"out: expected a new file, got {path}, which is there; pass force=True to replace it")
+        if _is_current(path):
             return path
-        raise ArgumentError(f"out: expected a new file, got {path}, which is there; pass force=True to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = read_texts() if texts is None else list(texts)
     n_ctx = min(n_ctx, max(256, (memory.read_shape(model_path).n_ctx_train or n_ctx) // 256 * 256))
     ffi, lib = _native.load()
     llm = Llama(
-        str(model_path), kv_compress="semanticache", kv_ratio=1.0, kv_stage=n_ctx, kv_window=64, kv_profile=None, n_ctx=n_ctx,
-        n_threads=n_threads, n_threads_batch=n_threads, flash_attn=True, verbose=False,
+        str(model_path), kv_compress="semanticache", kv_ratio=1.0, kv_stage=n_ctx, kv_profile=None,
+        kv_params={"calibrate": 1}, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, flash_attn=True, verbose=False,
     )  # fmt: skip
     try:
         steps = [llm.tokenize(text.encode("utf-8"), special=False)[:n_ctx] for text in texts]

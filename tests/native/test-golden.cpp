@@ -1,5 +1,6 @@
 // The core against the files of tests/golden, which the numpy reference wrote; their layouts are in make_golden.py.
 
+#include "sc-calibrate.h"
 #include "sc-chunk.h"
 #include "sc-profile.h"
 #include "sc-rows.h"
@@ -225,6 +226,48 @@ void test_cases() {
 
 // ---- tables.txt
 
+// A text's values are multiples of 1/64, which f16 holds exactly.
+template <typename F> void check_errors(std::istream & in, F && many) {
+    int32_t n_sink, n_past, n_window, n_probe, d_k, d_v, n_gqa, n_part;
+    calibrate_params cp;
+    in >> n_sink >> n_past >> n_window >> n_probe >> cp.n_pass >> cp.n_skip >> cp.n_horizon >> cp.seed >> d_k >> d_v >> n_gqa >> n_part;
+    cp.n_window = n_window;
+    const int32_t n = n_past + n_window + n_probe;
+    auto as = [&](size_t count, auto convert) {
+        std::vector<decltype(convert(0.0))> x;
+        for (double y : many(count)) {
+            x.push_back(convert(y));
+        }
+        return x;
+    };
+    auto half = [](double x) { return f32_to_f16((float) x); };
+    const std::vector<double> parts = many(n_part);
+    const auto chunk = as(n_past - n_sink, [](double x) { return (int32_t) x; });
+    const auto k = as((size_t) n*d_k, half), v = as((size_t) n*d_v, half), q = as((size_t) n*n_gqa*d_k, half);
+    const std::vector<double> want = many(n_part);
+
+    std::vector<int32_t> cell(n);
+    std::iota(cell.begin(), cell.end(), 0);
+    text_rows text = {};
+    text.pos     = cell.data();
+    text.n_probe = n_probe;
+    stage_rows & s = text.rows;
+    s.k = k.data(); s.k_cell = d_k;
+    s.v = v.data(); s.v_cell = d_v; s.v_elem = 1;
+    s.q = q.data(); s.q_cell = n_gqa*d_k;
+    s.cell = cell.data(); s.chunk = chunk.data();
+    s.n_sink = n_sink; s.n_new = n_past - n_sink; s.n_window = n_window + n_probe;
+    const head_shape shape = { d_k, d_v, n_gqa, 1.0f/std::sqrt((float) d_k), 0.0f };
+    rope r;
+    for (int32_t i = 0; i < d_k/2; ++i) {
+        r.inv_freq.push_back(std::ldexp(1.0f, -i));
+    }
+    pass_workspace ws;
+    const std::vector<double> got = output_errors(text, shape, r, cp, parts, ws);
+    CHECK_EQ(got.size(), want.size());
+    CHECK_CLOSE(got.data(), want.data(), (int64_t) want.size(), 1e-3, 0.0); // merged rows are rounded to f16 after every pass
+}
+
 void check_table(const std::string & line, const profile & p, std::istream & in, const std::string & what) {
     CASE(line.substr(0, 60));
     auto many = [&](size_t n) {
@@ -269,40 +312,19 @@ void check_table(const std::string & line, const profile & p, std::istream & in,
         const std::vector<double> want = many(n);
         CHECK_CLOSE(ids.data(), want.data(), n, 0.0, 0.0);
         CHECK_EQ(c.next_id, n ? ids.back() + 1 : first_id);
-    } else if (what == "interpolate") {
-        double ratio;
-        size_t n;
-        in >> ratio >> n;
-        const std::vector<double> got = p.at(ratio), want = many(n);
-        CHECK_EQ(got.size(), n);
-        CHECK_CLOSE(got.data(), want.data(), (int64_t) std::min(n, got.size()), 0.0, 1e-11);
-    } else if (what == "budgets") {
+    } else if (what == "budgets" || what == "equal") {
         double  ratio;
-        int32_t n_ctx, n_sink, n_chunk;
-        size_t  n;
-        in >> ratio >> n_ctx >> n_sink >> n_chunk >> n;
-        const std::vector<double>  share = many(n), want = many(n);
-        const std::vector<int32_t> got   = budgets(share, ratio, n_ctx, n_sink + n_chunk);
-        CHECK_EQ(got.size(), n);
-        CHECK_CLOSE(got.data(), want.data(), (int64_t) std::min(n, got.size()), 0.0, 0.0);
-    } else if (what == "shares") {
-        size_t n_head, n_cand, n_ratio;
-        in >> n_head >> n_cand >> n_ratio;
-        const std::vector<double> ratios = many(n_ratio);
-        CHECK(ratios == profile_ratios());
-        std::vector<std::pair<int32_t, int32_t>> heads;
-        std::vector<std::vector<float>> scores;
-        for (size_t h = 0; h < n_head; ++h) {
-            const std::vector<double> s = many(n_cand);
-            heads.push_back({ 0, (int32_t) h });
-            scores.emplace_back(s.begin(), s.end());
+        int32_t n_head = (int32_t) p.heads.size(), n_ctx, n_sink, n_chunk;
+        if (what == "equal") {
+            in >> n_head;
         }
-        profile one;
-        profile_add(one, heads, scores);
-        for (size_t h = 0; h < n_head; ++h) {
-            const std::vector<double> want = many(n_ratio);
-            CHECK_CLOSE(one.heads[h].share.data(), want.data(), (int64_t) n_ratio, 0.0, 1e-12);
-        }
+        in >> ratio >> n_ctx >> n_sink >> n_chunk;
+        const std::vector<double>  want = many(n_head);
+        const std::vector<int32_t> got  = what == "equal" ? equal_budgets(n_head, ratio, n_ctx, n_sink + n_chunk) : p.budgets(ratio, n_ctx, n_sink + n_chunk);
+        CHECK_EQ(got.size(), want.size());
+        CHECK_CLOSE(got.data(), want.data(), (int64_t) std::min(want.size(), got.size()), 0.0, 0.0);
+    } else if (what == "errors") {
+        check_errors(in, many);
     } else {
         CHECK(what == "one of the tables that make_golden.py writes");
     }
@@ -328,55 +350,60 @@ void test_tables() {
     CHECK(n >= 60);
 }
 
-// What the tables cannot hold: impossible budgets, sums, means over texts.
-void test_budgets_and_shares() {
+// What the tables cannot hold: impossible budgets, sums, the best of all ways to give rows out, means over texts.
+void test_budgets() {
     CASE("budgets");
-    CHECK(budgets({ 0.5, 0.5 }, 0.1, 100, 36).empty());
-    CHECK(budgets(std::vector<double>(9, 0.3), 0.036, 1000, 36).size() == 9);
-    const std::vector<int32_t> equal = budgets(std::vector<double>(40, 0.25), 0.25, 1023, 36); // 255.75 each
-    for (size_t h = 0; h < equal.size(); ++h) {
-        CHECK_EQ(equal[h], h < 30 ? 256 : 255);
-    }
+    CHECK(equal_budgets(2, 0.1, 100, 36).empty());
+    CHECK_EQ(equal_budgets(9, 0.036, 1000, 36).size(), 9u);
     rng r(11);
     for (int i = 0; i < 200; ++i) {
-        std::vector<double> share(1 + r.below(40));
-        for (double & s : share) {
-            s = r.below(4) ? std::pow(r.uniform(), 3.0) : r.below(2);
+        profile p;
+        p.parts = profile_parts();
+        for (int32_t h = 0, n = 1 + r.below(40); h < n; ++h) {
+            const double size = std::pow(10.0, -4.0*r.uniform()), slope = -2.0*r.uniform();
+            p.heads.push_back({ 0, h, {} });
+            for (double x : p.parts) {
+                p.heads.back().error.push_back(r.below(20) ? size*std::pow(x, slope)*(0.8 + 0.4*r.uniform()) : 0.0);
+            }
         }
         const int32_t n_ctx = 64 + r.below(5000);
         const double  ratio = 0.05 + 0.95*r.uniform();
         const int32_t lo    = std::min(36, n_ctx);
-        const int64_t total = (int64_t) std::floor(ratio*n_ctx*(double) share.size() + 0.5);
-        const std::vector<int32_t> rows = budgets(share, ratio, n_ctx, lo);
-        CHECK_EQ(rows.empty(), (int64_t) (lo*share.size()) > total);
+        const int64_t total = (int64_t) std::floor(ratio*n_ctx*(double) p.heads.size() + 0.5);
+        const std::vector<int32_t> rows = p.budgets(ratio, n_ctx, lo);
+        CHECK_EQ(rows.empty(), (int64_t) (lo*p.heads.size()) > total);
         if (!rows.empty()) {
             CHECK_EQ(std::accumulate(rows.begin(), rows.end(), (int64_t) 0), total);
             CHECK(*std::min_element(rows.begin(), rows.end()) >= lo && *std::max_element(rows.begin(), rows.end()) <= n_ctx);
-            for (size_t a = 0; a < rows.size(); ++a) {
-                for (size_t b = 0; b < a; ++b) {
-                    if (share[a] > share[b] ? rows[a] < rows[b] - 1 : share[a] < share[b] && rows[a] > rows[b] + 1) {
-                        CHECK(!"a greater share got fewer rows");
-                    }
-                }
-            }
         }
     }
 
-    CASE("shares of two texts");
-    const std::vector<std::pair<int32_t, int32_t>> heads = { { 1, 0 }, { 1, 1 } };
+    // convex and equal at every part but for the size: the greater error never gets fewer rows
     profile p;
-    profile_add(p, heads, { { 8, 7, 6, 5 }, { 4, 3, 2, 1 } });
-    CHECK_EQ(p.n_text, 1);
-    CHECK_EQ(p.heads[0].share[0], 1.0);
-    CHECK_EQ(p.heads[1].share[0], 0.0);
-    profile_add(p, heads, { { 1, 2 }, { 3, 4 } }); // texts may differ in length
-    CHECK_EQ(p.n_text, 2);
-    CHECK_EQ(p.heads[0].share[0], 0.5);
-    CHECK_EQ(p.heads[1].share[0], 0.5);
-    CHECK_EQ(p.heads[0].share[1], 0.25); // 2 of 4, then 0 of 2
-    CHECK_EQ(p.heads[1].share[1], 0.25); // 0 of 4, then 1 of 2
-    CHECK_EQ(p.heads[1].il, 1);
-    CHECK_EQ(p.heads[1].ih, 1);
+    p.parts = profile_parts();
+    for (int32_t h = 0; h < 5; ++h) {
+        p.heads.push_back({ 0, h, {} });
+        for (double x : p.parts) {
+            p.heads[h].error.push_back((h + 1)*(1.0 - x)/x);
+        }
+    }
+    const std::vector<int32_t> rows = p.budgets(0.2, 4096, 36);
+    CHECK(std::is_sorted(rows.begin(), rows.end()));
+    CHECK(rows.front() < rows.back());
+
+    CASE("mean of two texts");
+    const std::vector<std::pair<int32_t, int32_t>> heads = { { 1, 0 }, { 1, 1 } };
+    const size_t n = profile_parts().size();
+    profile mean;
+    mean.add(heads, { std::vector<double>(n, 1.0), std::vector<double>(n, 2.0) });
+    CHECK_EQ(mean.n_text, 1);
+    CHECK_EQ(mean.heads[1].error[0], 2.0);
+    mean.add(heads, { std::vector<double>(n, 3.0), std::vector<double>(n, 0.0) });
+    CHECK_EQ(mean.n_text, 2);
+    CHECK_EQ(mean.heads[0].error[n - 1], 2.0);
+    CHECK_EQ(mean.heads[1].error[n - 1], 1.0);
+    CHECK_EQ(mean.heads[1].il, 1);
+    CHECK_EQ(mean.heads[1].ih, 1);
 }
 
 // ---- profile.txt
@@ -401,11 +428,11 @@ void test_profile() {
     CHECK(p.read(golden_dir + "/profile.txt", error));
     CHECK_EQ(p.model_id, "golden model 135M");
     CHECK_EQ(p.n_text, 4);
-    CHECK_EQ(p.ratios.size(), 5u);
+    CHECK_EQ(p.parts.size(), 7u);
     CHECK_EQ(p.heads.size(), 6u);
     CHECK_EQ(p.heads[3].il, 2);
     CHECK_EQ(p.heads[3].ih, 0);
-    CHECK_EQ(p.heads[3].share[4], 0.029125);
+    CHECK_EQ(p.heads[3].error[4], 1.1407e-02);
     CHECK(p.write(path, error));
     CHECK_EQ(error, "");
     CHECK(read_file(path) == golden);
@@ -421,16 +448,16 @@ void test_profile() {
 
     // one line of the golden file replaced, or the file cut off before it
     struct { int line; const char * text; } const bad[] = {
-        { 1, "" }, { 1, "semcache-profile 2" }, { 1, "semcache-profile 1\r" }, { 1, nullptr },
+        { 1, "" }, { 1, "semcache-profile 1" }, { 1, "semcache-profile 2\r" }, { 1, nullptr },
         { 2, "model_id" }, { 2, "model_id " }, { 2, "name x" }, { 2, nullptr },
         { 3, "n_text 0" }, { 3, "n_text -1" }, { 3, "n_text" }, { 3, "n_text four" }, { 3, "n_text 4 texts" }, { 3, nullptr },
-        { 4, "ratios" }, { 4, "ratios 0.5 0.5 0.25 0.125 0.0625" }, { 4, "ratios 0.25 0.5 0.125 0.0625 0.03125" },
-        { 4, "ratios 1 0.5 0.25 0.125 0.0625" }, { 4, "ratios 0.5 0.25 0.125 0.0625 0" }, { 4, "ratios 0.5 nan 0.125 0.0625 0.03125" },
-        { 4, "ratios 0.5 0.25 0.125 0.0625 x" }, { 4, nullptr },
-        { 5, nullptr }, { 6, "" }, { 6, "head 0" }, { 6, "head 0 x 0.1 0.1 0.1 0.1 0.1" }, { 6, "row 0 1 0.1 0.1 0.1 0.1 0.1" },
-        { 6, "head 0 1 0.1 0.1 0.1 0.1" }, { 6, "head 0 1 0.1 0.1 0.1 0.1 0.1 0.1" }, { 6, "head 0 1 0.1 0.1 0.1 0.1 1.1" },
-        { 6, "head 0 1 0.1 0.1 -0.1 0.1 0.1" }, { 6, "head 0 1 0.1 nan 0.1 0.1 0.1" }, { 6, "head 0 1 0.1 0.1 0.1 0.1 0.1 x" },
-        { 6, "head 0 0 0.1 0.1 0.1 0.1 0.1" }, { 8, "head 0 1 0.1 0.1 0.1 0.1 0.1" }, { 10, "head -1 2 0.1 0.1 0.1 0.1 0.1" },
+        { 4, "parts" }, { 4, "parts 0.1 0.1 0.2 0.3 0.4 0.5 0.6" }, { 4, "parts 0.2 0.1 0.3 0.4 0.5 0.6 0.7" },
+        { 4, "parts 0.1 0.2 0.3 0.4 0.5 0.6 1" }, { 4, "parts 0 0.2 0.3 0.4 0.5 0.6 0.7" }, { 4, "parts 0.1 nan 0.3 0.4 0.5 0.6 0.7" },
+        { 4, "parts 0.1 0.2 0.3 0.4 0.5 0.6 x" }, { 4, nullptr },
+        { 5, nullptr }, { 6, "" }, { 6, "head 0" }, { 6, "head 0 x 1 1 1 1 1 1 1" }, { 6, "row 0 1 1 1 1 1 1 1 1" },
+        { 6, "head 0 1 1 1 1 1 1 1" }, { 6, "head 0 1 1 1 1 1 1 1 1 1" }, { 6, "head 0 1 1 1 1 1 1 1 inf" },
+        { 6, "head 0 1 1 1 -0.1 1 1 1 1" }, { 6, "head 0 1 1 nan 1 1 1 1 1" }, { 6, "head 0 1 1 1 1 1 1 1 1 x" },
+        { 6, "head 0 0 1 1 1 1 1 1 1" }, { 8, "head 0 1 1 1 1 1 1 1 1" }, { 10, "head -1 2 1 1 1 1 1 1 1" },
     };
     for (const auto & b : bad) {
         std::istringstream in(golden);
@@ -457,7 +484,7 @@ int main(int argc, char ** argv) {
     golden_dir = argc > 1 ? argv[1] : SEMCACHE_GOLDEN_DIR;
     test_cases();
     test_tables();
-    test_budgets_and_shares();
+    test_budgets();
     test_profile();
     return finish();
 }

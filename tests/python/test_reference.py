@@ -594,39 +594,40 @@ def test_baselines_below_budget_change_nothing(method):
 
 def random_profile(seed=0, n_head=6):
     rng = np.random.default_rng(seed)
-    shares = np.round(np.sort(rng.random((n_head, 5)), axis=1)[:, ::-1], 6)
-    return ref.Profile("a model, 135M:abc", 4, ref.RATIOS, tuple((il, h) for il in range(n_head // 2) for h in range(2)), shares)
+    errors = np.sort(10.0 ** -rng.uniform(1, 4, (n_head, len(ref.PARTS))), axis=1)[:, ::-1]
+    errors = [[float(f"{x:.4e}") for x in row] for row in errors]
+    return ref.Profile("a model, 135M:abc", 4, ref.PARTS, tuple((il, h) for il in range(n_head // 2) for h in range(2)), errors)
 
 
 def test_profile_file_round_trip(tmp_path):
     profile = random_profile()
     ref.write_profile(tmp_path / "p.txt", profile)
     back = ref.read_profile(tmp_path / "p.txt")
-    assert (back.model_id, back.n_text, back.ratios, back.heads) == (profile.model_id, profile.n_text, profile.ratios, profile.heads)
-    np.testing.assert_array_equal(back.shares, profile.shares)
+    assert (back.model_id, back.n_text, back.parts, back.heads) == (profile.model_id, profile.n_text, profile.parts, profile.heads)
+    np.testing.assert_array_equal(back.errors, profile.errors)
     ref.write_profile(tmp_path / "q.txt", back)
     assert (tmp_path / "p.txt").read_bytes() == (tmp_path / "q.txt").read_bytes()
 
 
 def test_profile_file_text(tmp_path):
-    ref.write_profile(tmp_path / "p.txt", ref.Profile("m", 2, (0.5, 0.03125), ((0, 0), (3, 1)), [[0.5, 0.25], [1, 0]]))
-    assert (tmp_path / "p.txt").read_bytes() == (b"semcache-profile 1\nmodel_id m\nn_text 2\nratios 0.5 0.03125\n"
-                                                 b"head 0 0 0.500000 0.250000\nhead 3 1 1.000000 0.000000\n")
+    ref.write_profile(tmp_path / "p.txt", ref.Profile("m", 2, (0.03125, 0.5), ((0, 0), (3, 1)), [[0.5, 0.25], [1, 0]]))
+    assert (tmp_path / "p.txt").read_bytes() == (b"semcache-profile 2\nmodel_id m\nn_text 2\nparts 0.03125 0.5\n"
+                                                 b"head 0 0 5.0000e-01 2.5000e-01\nhead 3 1 1.0000e+00 0.0000e+00\n")
 
 
 @pytest.mark.parametrize("old, new, message", [
-    ("semcache-profile 1", "semcache-profile 2", "line 1: expected 'semcache-profile 1'"),
-    ("semcache-profile 1\n", "", "line 1: expected"),
+    ("semcache-profile 2", "semcache-profile 1", "line 1: expected 'semcache-profile 2'"),
+    ("semcache-profile 2\n", "", "line 1: expected"),
     ("model_id a", "model a", "line 2: expected 'model_id"),
     ("n_text 4", "n_text four", "line 3: expected 'n_text"),
     ("n_text 4", "n_text 0", "expected n_text >= 1"),
-    ("ratios 0.5", "ratios x", "line 4: expected 'ratios"),
-    ("ratios 0.5 0.25", "ratios 0.25 0.5", "expected ratios that fall"),
-    ("ratios 0.5", "ratios 1", "expected ratios that fall"),
+    ("parts 0.0078125", "parts x", "line 4: expected 'parts"),
+    ("parts 0.0078125 0.015625", "parts 0.015625 0.0078125", "expected parts that rise"),
+    ("0.25 0.5", "0.25 1", "expected parts that rise"),
     ("head 0 1", "head 0 0", "each once and ordered"),
-    ("head 1 0", "head 1", "line 7: expected 'head <il> <head> <5 shares>'"),
-    ("head 1 0 0", "head 1 0 7", "expected shares in"),
-    ("head 1 0 0.", "head 1 0 x0.", "line 7"),
+    ("head 1 0", "head 1", "line 7: expected 'head <il> <head> <7 errors>'"),
+    ("head 1 0 ", "head 1 0 -", "expected errors of at least 0"),
+    ("head 1 0 ", "head 1 0 x", "line 7"),
 ])
 def test_malformed_profiles_are_refused(tmp_path, old, new, message):
     path = tmp_path / "p.txt"
@@ -639,35 +640,45 @@ def test_malformed_profiles_are_refused(tmp_path, old, new, message):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("share", [math.nan, -0.1, 1.1])
-def test_shares_out_of_range_are_refused(share):
-    with pytest.raises(ValueError, match="expected shares in"):
-        replace(random_profile(), shares=np.full((6, 5), share))
+@pytest.mark.parametrize("error", [math.nan, -0.1, math.inf])
+def test_errors_out_of_range_are_refused(error):
+    with pytest.raises(ValueError, match="expected errors of at least 0"):
+        replace(random_profile(), errors=np.full((6, len(ref.PARTS)), error))
 
 
 def test_a_profile_without_heads_is_refused(tmp_path):
-    (tmp_path / "p.txt").write_text("semcache-profile 1\nmodel_id m\nn_text 1\nratios 0.5\n")
+    (tmp_path / "p.txt").write_text("semcache-profile 2\nmodel_id m\nn_text 1\nparts 0.5\n")
     with pytest.raises(ValueError, match="expected at least one head"):
         ref.read_profile(tmp_path / "p.txt")
 
 
-def test_interpolation_at_the_knots():
-    profile = random_profile()
-    for i, ratio in enumerate(ref.RATIOS):
-        np.testing.assert_array_equal(ref.interpolate(profile, ratio), profile.shares[:, i])
-    np.testing.assert_array_equal(ref.interpolate(profile, 1.0), np.ones(6))
+def test_error_at_and_between_the_knots():
+    parts, errors = (0.125, 0.25, 0.5), (8.0, 2.0, 1.0)
+    assert [ref.error_at(parts, errors, x) for x in parts] == pytest.approx(errors, rel=1e-12)
+    assert ref.error_at(parts, errors, 0.01) == 8.0
+    assert ref.error_at(parts, errors, math.sqrt(0.125 * 0.25)) == pytest.approx(4.0)
+    assert ref.error_at(parts, errors, 0.75) == pytest.approx(0.5)
+    assert ref.error_at(parts, errors, 1.0) == 0.0
+    assert ref.error_at(parts, (8.0, 0.0, 0.0), 0.2) == 0.0
 
 
-def test_interpolation_between_and_below_the_knots():
-    profile = random_profile()
-    np.testing.assert_allclose(ref.interpolate(profile, math.sqrt(0.5 * 0.25)), profile.shares[:, :2].mean(axis=1), rtol=1e-12)
-    np.testing.assert_allclose(ref.interpolate(profile, math.sqrt(0.5)), (1 + profile.shares[:, 0]) / 2, rtol=1e-12)
-    np.testing.assert_allclose(ref.interpolate(profile, 0.03125 / 4), profile.shares[:, 4] / 4, rtol=1e-12)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_steps_are_a_convex_hull(seed):
+    rng = np.random.default_rng(seed)
+    errors = rng.random(len(ref.PARTS)) * np.array(ref.PARTS) ** -0.7
+    hull = ref.steps(ref.PARTS, errors, 4096, 36)
+    rows, below = np.array(hull).T
+    assert (rows[0], rows[-1], below[-1]) == (36, 4096, 0)
+    gains = -np.diff(below) / np.diff(rows)
+    assert (np.diff(gains) < 0).all() and (gains >= 0).all()
+    falling = np.minimum.accumulate(errors)
+    for n in range(36, 4097, 97):  # nowhere above the curve
+        assert np.interp(n, rows, below) <= ref.error_at(ref.PARTS, falling, n / 4096) * 1.05 + 1e-12
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5, math.nan])
 def test_ratios_out_of_range_are_refused(ratio):
-    for call in (lambda: ref.interpolate(random_profile(), ratio), lambda: ref.equal_shares(ratio, 3), lambda: ref.budgets([1.0], ratio, 100, 4)):
+    for call in (lambda: ref.equal_budgets(3, ratio, 100, 4), lambda: ref.budgets(random_profile(), ratio, 100, 4)):
         with pytest.raises(ValueError, match="expected 0 < ratio <= 1"):
             call()
 
@@ -675,16 +686,29 @@ def test_ratios_out_of_range_are_refused(ratio):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("ratio, n_ctx", [(0.25, 8192), (0.1, 1000), (0.5, 777), (0.9, 512), (1.0, 300), (0.04, 2000)])
 def test_budgets_sum_up_and_respect_their_bounds(seed, ratio, n_ctx):
-    rng = np.random.default_rng(seed)
-    shares = np.clip(ratio * np.exp(rng.standard_normal(23)), 0, 1)
-    rows = ref.budgets(shares, ratio, n_ctx, 4)
-    assert rows.sum() == math.floor(ratio * n_ctx * 23 + 0.5)
+    rows = ref.budgets(random_profile(seed, 24), ratio, n_ctx, 4)
+    assert rows.sum() == math.floor(ratio * n_ctx * 24 + 0.5)
     assert rows.min() >= 36 and rows.max() <= n_ctx
-    inside = (rows > 36) & (rows < n_ctx)
-    if inside.sum() > 1:  # one lambda for all: rows are proportional to shares but for the rounding
-        scale = rows[inside] / shares[inside]
-        assert np.all(np.abs(rows[inside] - np.median(scale) * shares[inside]) <= 2 + 2 * shares[inside] / shares[inside].min())
-    assert np.all(np.diff(rows[np.argsort(shares)]) >= -1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_exchange_of_rows_between_two_heads_is_better(seed):
+    profile = random_profile(seed, 10)
+    n_ctx = 2048
+    hulls = [np.array(ref.steps(profile.parts, errors, n_ctx, 36)).T for errors in profile.errors]
+    rows = ref.budgets(profile, 0.3, n_ctx, 4)
+    for a in range(10):
+        for b in range(10):
+            for n in (1, 50, 400):
+                if a != b and rows[a] - n >= 36 and rows[b] + n <= n_ctx:
+                    more = np.interp(rows[a] - n, *hulls[a]) + np.interp(rows[b] + n, *hulls[b])
+                    assert more >= np.interp(rows[a], *hulls[a]) + np.interp(rows[b], *hulls[b]) - 1e-12
+
+
+def test_a_head_without_error_gets_the_least():
+    parts = ref.PARTS
+    profile = ref.Profile("m", 1, parts, ((0, 0), (0, 1)), [np.zeros(len(parts)), 1 / np.array(parts)])
+    assert ref.budgets(profile, 0.5, 1000, 4).tolist() == [36, 964]
 
 
 @pytest.mark.parametrize("ratio, n_ctx, n_head, expected", [
@@ -693,32 +717,57 @@ def test_budgets_sum_up_and_respect_their_bounds(seed, ratio, n_ctx):
     (1.0, 20, 2, [20] * 2),                  # n_ctx below n_sink + n_chunk
 ])
 def test_equal_budgets(ratio, n_ctx, n_head, expected):
-    assert ref.budgets(ref.equal_shares(ratio, n_head), ratio, n_ctx, 4).tolist() == expected
-
-
-def test_heads_without_a_share_still_use_up_the_rows():
-    assert ref.budgets([0.0, 0.0, 0.0], 0.5, 201, 0).tolist() == [101, 101, 100]
-    assert ref.budgets([1.0, 0.0, 0.0], 0.9, 100, 4).tolist() == [100, 85, 85]
+    assert ref.equal_budgets(n_head, ratio, n_ctx, 4).tolist() == expected
 
 
 def test_budgets_too_small_are_refused():
-    with pytest.raises(ValueError, match="expected at least 36 rows per kv head"):
-        ref.budgets([0.1, 0.1], 0.1, 350, 4)
+    for call in (lambda: ref.equal_budgets(2, 0.1, 350, 4), lambda: ref.budgets(random_profile(), 0.1, 350, 4)):
+        with pytest.raises(ValueError, match="expected at least 36 rows per kv head"):
+            call()
 
 
-def test_shares_of_scores_by_hand():
-    scores = [[9.0, 8.0, 7.0, 1.0], [6.0, 0.5, 0.4, 0.3]]
-    np.testing.assert_array_equal(ref.shares_of_scores(scores, (0.5, 0.25)), [[0.75, 0.5], [0.25, 0.0]])
-    np.testing.assert_array_equal(ref.shares_of_scores(np.ones((2, 2)), (0.75, 0.5)), [[1.0, 1.0], [0.5, 0.0]])
+# ----------------------------------------------------------------------------------------------------------- calibration
+
+
+def random_text(seed, n_past=60, n_exact=24, n_probe=12, n_sink=2, same=False):
+    rng = np.random.default_rng(seed)
+    n = n_past + n_exact
+    k, v, q = 1.5 * rng.standard_normal((n, 8)), rng.standard_normal((n, 6)), 1.5 * rng.standard_normal((n, 2, 8))
+    if same:
+        k[:], v[:] = k[0], v[0]
+    chunk = ref.chunk_ids(rng.random(n_past - n_sink) < 0.2, 8, 0)
+    return ref.TextInput(k, v, q, np.arange(n), chunk, n_sink, n_exact, n_probe)
+
+
+TEXT_PARAMS = ref.PassParams(scale=8**-0.5, softcap=0.0, inv_freq=np.zeros(0), rope_neox=True, n_past=0, n_horizon=64, seed=0, budget=0)
+
+
+def test_no_error_with_all_rows_or_identical_ones():
+    errors = ref.output_errors(random_text(0), TEXT_PARAMS, (0.2, 1.0), n_pass=25, n_window=12, n_skip=2)
+    assert errors[0] > 1e-4 and errors[1] < 1e-25
+    assert ref.output_errors(random_text(0, same=True), TEXT_PARAMS, (0.2,), n_pass=25, n_window=12)[0] < 1e-20
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_calibration_is_the_mean_over_texts(seed):
-    rng = np.random.default_rng(seed)
-    texts = [rng.random((5, n)) * rng.random((5, 1)) for n in (64, 96)]
-    shares = ref.calibrate(texts)
-    np.testing.assert_allclose(shares, (ref.shares_of_scores(texts[0]) + ref.shares_of_scores(texts[1])) / 2)
-    np.testing.assert_allclose(shares.mean(axis=0), ref.RATIOS, rtol=1e-12)  # 64 and 96 candidates: no rounding
+def test_errors_of_one_pass_by_hand(seed):
+    """A single pass, one probe: attention over what the pass leaves against attention over all."""
+    text = random_text(seed, n_probe=1)
+    n, past = len(text.k), text.n_past
+    got = ref.output_errors(text, TEXT_PARAMS, (0.3,), n_pass=100, n_window=24)
+    inp = ref.PassInput(text.k, text.v, np.zeros(n), text.n_sink, n - past, text.chunk, [], [], text.q[text.n_sink :], text.pos[text.n_sink :])
+    result = ref.compress_head(inp, replace(TEXT_PARAMS, n_past=n, budget=18 - text.n_sink))
+    k, v, bias = ref.rows_after(inp, result)
+    out = ref.attend(text.q[-1:], k, v, bias, TEXT_PARAMS.scale) - ref.attend(text.q[-1:], text.k, text.v, np.zeros(n), TEXT_PARAMS.scale)
+    assert got == pytest.approx([np.mean(np.sum(out**2, axis=-1))], rel=1e-9)
+
+
+def test_passes_cover_the_text_once():
+    text = random_text(3)
+    cores = ref.read_in_passes(text, replace(TEXT_PARAMS, budget=20), 25, 12)
+    assert len(cores) == 20 and (np.diff(cores.chunk) >= 0).all()
+    assert cores.n_tok.sum() <= text.n_past - text.n_sink
+    everything = ref.read_in_passes(text, replace(TEXT_PARAMS, budget=1000), 25, 12)
+    np.testing.assert_array_equal(everything.k, text.k[text.n_sink : text.n_past])
 
 
 # ---------------------------------------------------------------------------------------------------------- golden files

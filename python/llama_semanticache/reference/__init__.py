@@ -10,10 +10,12 @@ lookahead  positions of the look-ahead and the rotation of queries to them
 attention  proportional attention: softmax over rows that carry a bias
 compress   one pass over one kv head: score, winners, clusters, merged rows, fitted bias
 paper      the baselines: the paper's method and streaming (sinks and newest tokens)
-profile    share of the budget per kv head: file format, interpolation, rows per head, calibration
+profile    errors of every kv head over its rows: file format, rows per head
+calibrate  measuring these errors
 """
 
 from .attention import attend, logits, logsumexp
+from .calibrate import TextInput, output_errors, read_in_passes
 from .chunks import DELIMITERS, chunk_ids, delimiter_table
 from .compress import (
     BIAS_MAX,
@@ -38,33 +40,23 @@ from .compress import (
 )
 from .lookahead import horizon_positions, rotate, splitmix64
 from .paper import chunk_budgets, compress_head_paper, compress_head_streaming, cosines, greedy_clusters, threshold_clusters
-from .profile import (
-    RATIOS,
-    Profile,
-    budgets,
-    calibrate,
-    equal_shares,
-    interpolate,
-    read_profile,
-    shares_of_scores,
-    write_profile,
-)
+from .profile import PARTS, Profile, budgets, equal_budgets, error_at, read_profile, steps, write_profile
 
 __all__ = [
     "BIAS_MAX",
     "BIAS_MIN",
     "DELIMITERS",
     "FADE",
-    "RATIOS",
+    "PARTS",
     "HeadRows",
     "PassInput",
     "PassParams",
     "PassResult",
     "Profile",
     "Scores",
+    "TextInput",
     "attend",
     "budgets",
-    "calibrate",
     "choose_winners",
     "chunk_budgets",
     "chunk_ids",
@@ -74,22 +66,24 @@ __all__ = [
     "compress_head_streaming",
     "cosines",
     "delimiter_table",
-    "equal_shares",
+    "equal_budgets",
+    "error_at",
     "fit_bias",
     "greedy_clusters",
     "horizon_positions",
-    "interpolate",
     "logits",
     "logsumexp",
     "look_ahead",
     "merge_rows",
+    "output_errors",
     "query_metric",
+    "read_in_passes",
     "read_profile",
     "rotate",
     "rows_after",
     "score",
-    "shares_of_scores",
     "splitmix64",
+    "steps",
     "threshold_clusters",
     "update_scores",
     "value_deviations",

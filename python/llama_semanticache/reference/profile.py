@@ -1,15 +1,17 @@
-"""Profile: the share of the budget that each kv head gets, a property of the model that is measured once.
+"""Profile: how far each kv head is off with how many rows, a property of the model that is measured once.
 
-A share is the part of a head's candidates that survive when one threshold on the score is applied to all heads. It is
-measured at a few ratios (the knots) and interpolated between them.
+Errors are measured at a few parts of the rows (the knots) by `calibrate.output_errors`, divided by the size of the layer's
+residual stream (the median over the tokens of the norm of the layer's output), and meaned over texts. Squared and divided by
+the plain, not the squared size, they follow what the compression of the single head does to the model's distribution; see
+docs/decisions.md, 21.
 
 File format, text with LF line ends::
 
-    semcache-profile 1
+    semcache-profile 2
     model_id <id>
     n_text <number of texts>
-    ratios 0.5 0.25 0.125 0.0625 0.03125
-    head <il> <head> <share at each ratio, %.6f>
+    parts 0.0078125 0.015625 0.03125 0.0625 0.125 0.25 0.5
+    head <il> <head> <error at each part, %.4e>
 
 with one line per kv head, ordered by il and head. The id is the rest of its line.
 """
@@ -22,58 +24,59 @@ from pathlib import Path
 
 import numpy as np
 
-RATIOS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
-"""Ratios at which a profile is measured."""
+PARTS = (0.0078125, 0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5)
+"""Parts of the rows at which a profile is measured."""
 
-N_BISECT, SCALE_MAX = 200, 1e6
+N_GRID = 64
+"""Steps from the least to the greatest budget in which rows are given out."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured shares.
+    """Measured errors.
 
     Attributes
     ----------
     model_id : str
         One line, not empty.
     n_text : int
-        Texts that the shares are the mean of.
-    ratios : tuple of float, length n_ratio
-        1 > ratios > 0, strictly decreasing.
+        Texts that the errors are the mean of.
+    parts : tuple of float, length n_part
+        0 < parts < 1, strictly increasing.
     heads : tuple of (il, head)
         Increasing.
-    shares : ndarray of float64, shape [n_head, n_ratio]
-        Each in [0, 1].
+    errors : ndarray of float64, shape [n_head, n_part]
+        Each at least 0.
     """
 
     model_id: str
     n_text: int
-    ratios: tuple[float, ...]
+    parts: tuple[float, ...]
     heads: tuple[tuple[int, int], ...]
-    shares: np.ndarray
+    errors: np.ndarray
 
     def __post_init__(self):
-        object.__setattr__(self, "shares", np.asarray(self.shares, dtype=np.float64))
+        object.__setattr__(self, "errors", np.asarray(self.errors, dtype=np.float64))
         if not self.model_id or self.model_id != self.model_id.strip() or "\n" in self.model_id:
             raise ValueError(f"expected a model_id on one line without spaces around it, got {self.model_id!r}; calibrate again")
         if self.n_text < 1:
             raise ValueError(f"expected n_text >= 1, got {self.n_text}; calibrate on at least one text")
-        if not self.ratios or not all(1 > a > b for a, b in zip(self.ratios, (*self.ratios[1:], 0.0))):
-            raise ValueError(f"expected ratios that fall from below 1 to above 0, got {self.ratios}; calibrate again")
+        if not self.parts or not all(0 < a < b for a, b in zip(self.parts, (*self.parts[1:], 1.0))):
+            raise ValueError(f"expected parts that rise from above 0 to below 1, got {self.parts}; calibrate again")
         if not self.heads or any(a >= b for a, b in zip(self.heads, self.heads[1:])):
             raise ValueError("expected at least one head, each once and ordered by (il, head), got another order; calibrate again")
-        if self.shares.shape != (len(self.heads), len(self.ratios)):
-            raise ValueError(f"expected shares [{len(self.heads)}, {len(self.ratios)}], got {list(self.shares.shape)}; calibrate again")
-        if not np.all((self.shares >= 0) & (self.shares <= 1)):
-            raise ValueError("expected shares in [0, 1], got one outside; calibrate again")
+        if self.errors.shape != (len(self.heads), len(self.parts)):
+            raise ValueError(f"expected errors [{len(self.heads)}, {len(self.parts)}], got {list(self.errors.shape)}; calibrate again")
+        if not np.all((self.errors >= 0) & np.isfinite(self.errors)):
+            raise ValueError("expected errors of at least 0, got another; calibrate again")
 
 
 def write_profile(path, profile: Profile) -> None:
-    """Write the file; shares are rounded to 6 digits."""
-    lines = ["semcache-profile 1", f"model_id {profile.model_id}", f"n_text {profile.n_text}",
-             "ratios " + " ".join(f"{r:g}" for r in profile.ratios)]
-    for (il, head), shares in zip(profile.heads, profile.shares):
-        lines.append(f"head {il} {head} " + " ".join(f"{s:.6f}" for s in shares))
+    """Write the file; errors are rounded to 5 digits."""
+    lines = ["semcache-profile 2", f"model_id {profile.model_id}", f"n_text {profile.n_text}",
+             "parts " + " ".join(f"{x:g}" for x in profile.parts)]
+    for (il, head), errors in zip(profile.heads, profile.errors):
+        lines.append(f"head {il} {head} " + " ".join(f"{x:.4e}" for x in errors))
     Path(path).write_bytes(("\n".join(lines) + "\n").encode())
 
 
@@ -83,7 +86,7 @@ def read_profile(path) -> Profile:
     Raises
     ------
     ValueError
-        The file is not a profile of version 1, or a line of it is malformed; the message names the line.
+        The file is not a profile of version 2, or a line of it is malformed; the message names the line.
     """
     lines = Path(path).read_bytes().decode(errors="replace").removesuffix("\n").split("\n")
 
@@ -97,63 +100,82 @@ def read_profile(path) -> Profile:
             pass
         raise ValueError(f"{path}, line {number + 1}: expected '{key} {form}', got {line!r}; calibrate again")
 
-    def version_1(value: str):
-        if value != "1":
+    def version_2(value: str):
+        if value != "2":
             raise ValueError
 
     def head_line(value: str):
         il, head, *values = value.split()
-        if len(values) != len(ratios):
+        if len(values) != len(parts):
             raise ValueError
         return (int(il), int(head)), [float(s) for s in values]
 
-    field(0, "semcache-profile", "1", version_1)
+    field(0, "semcache-profile", "2", version_2)
     model_id = field(1, "model_id", "<id>", str)
     n_text = field(2, "n_text", "<number of texts>", int)
-    ratios = field(3, "ratios", "<numbers>", lambda value: tuple(float(r) for r in value.split()))
-    heads = [field(i, "head", f"<il> <head> <{len(ratios)} shares>", head_line) for i in range(4, len(lines))]
+    parts = field(3, "parts", "<numbers>", lambda value: tuple(float(x) for x in value.split()))
+    heads = [field(i, "head", f"<il> <head> <{len(parts)} errors>", head_line) for i in range(4, len(lines))]
     try:
-        return Profile(model_id, n_text, ratios, tuple(h for h, _ in heads), np.array([s for _, s in heads]))
+        return Profile(model_id, n_text, parts, tuple(h for h, _ in heads), np.array([s for _, s in heads]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def interpolate(profile: Profile, ratio: float) -> np.ndarray:
-    """Shares at any ratio: linear in log2(ratio) between the knots.
-
-    The knot (ratio 1, share 1) is implied. Below the smallest knot r_min the shares fall as ratio / r_min.
-
-    Returns
-    -------
-    ndarray of float64, shape [n_head]
-    """
-    _check_ratio(ratio)
-    knots = (1.0, *profile.ratios)
-    shares = np.concatenate([np.ones((len(profile.heads), 1)), profile.shares], axis=1)
-    if ratio <= knots[-1]:
-        return shares[:, -1] * (ratio / knots[-1])
-    i = next(i for i in range(len(knots) - 1) if ratio >= knots[i + 1])
-    t = (math.log2(ratio) - math.log2(knots[i + 1])) / (math.log2(knots[i]) - math.log2(knots[i + 1]))
-    return t * shares[:, i] + (1 - t) * shares[:, i + 1]
-
-
-def equal_shares(ratio: float, n_head: int) -> np.ndarray:
-    """Shares without a profile: the ratio for every head."""
-    _check_ratio(ratio)
-    return np.full(n_head, ratio)
-
-
-def budgets(shares, ratio: float, n_ctx: int, n_sink: int, n_chunk: int = 32) -> np.ndarray:
-    """Rows of every kv head, sinks included; their sum is round(ratio * n_ctx * n_head).
-
-    rows = clamp(lambda * share * n_ctx, lo, hi) with lo = min(n_ctx, n_sink + n_chunk), hi = n_ctx and one lambda for all
-    heads, found by bisection so that the sum fits. The rows are rounded down and the missing ones handed out one by one,
-    to the largest fraction first (ties: lower index), round after round if need be, never above hi.
+def error_at(parts, errors, part: float) -> float:
+    """Error of one head at any part of its rows: a power law between the knots, below the first as there, and from the last
+    one linear to none at part 1. Where a knot has no error, so has what lies before it, back to the next knot.
 
     Parameters
     ----------
-    shares : array_like, shape [n_head]
-        All kv heads of all compressed layers.
+    parts, errors : sequence of float, length n_part
+    """
+    if part <= parts[0]:
+        return errors[0]
+    if part >= parts[-1]:
+        return errors[-1] * max(0.0, 1 - part) / (1 - parts[-1])
+    i = next(i for i in range(1, len(parts)) if part < parts[i])
+    a, b = errors[i - 1], errors[i]
+    if a <= 0 or b <= 0:
+        return b
+    return a * (b / a) ** (math.log(part / parts[i - 1]) / math.log(parts[i] / parts[i - 1]))
+
+
+def steps(parts, errors, n_ctx: int, lo: int) -> list[tuple[int, float]]:
+    """Lower convex hull of a head's error over its rows, as (rows, error) from `lo` to `n_ctx` rows.
+
+    The error is taken at rows that rise geometrically in `N_GRID` steps, and never rises with the rows (if it was measured
+    so, that is noise).
+
+    Returns
+    -------
+    list of (rows, error)
+        Every step takes away less error per row than the one before it.
+    """
+    errors = np.minimum.accumulate(errors)
+    hull: list[tuple[int, float]] = []
+
+    def gain(a, b):
+        return (a[1] - b[1]) / (b[0] - a[0])
+
+    for j in range(N_GRID + 1):
+        rows = _round(lo * (n_ctx / lo) ** (j / N_GRID))
+        if hull and rows <= hull[-1][0]:
+            continue
+        point = (rows, error_at(parts, errors, rows / n_ctx))
+        while len(hull) > 1 and gain(hull[-2], point) >= gain(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def budgets(profile: Profile, ratio: float, n_ctx: int, n_sink: int, n_chunk: int = 32) -> np.ndarray:
+    """Rows of every kv head, sinks included: the smallest sum of errors with round(ratio * n_ctx * n_head) rows in all.
+
+    Every head starts with lo = min(n_ctx, n_sink + n_chunk) rows. The steps of all heads' hulls are taken in the order of what
+    a row takes away (ties: lower head first) until the rows are used up; the last step is taken in part.
+
+    Parameters
+    ----------
     ratio : float
         0 < ratio <= 1.
     n_ctx, n_sink, n_chunk : int
@@ -168,69 +190,44 @@ def budgets(shares, ratio: float, n_ctx: int, n_sink: int, n_chunk: int = 32) ->
     ValueError
         There are not even lo rows for every head.
     """
-    _check_ratio(ratio)
-    shares = np.asarray(shares, dtype=np.float64)
-    n_rows = _round(ratio * n_ctx * len(shares))
-    lo, hi = min(n_ctx, n_sink + n_chunk), n_ctx
-    if lo * len(shares) > n_rows:
-        raise ValueError(f"expected at least {lo} rows per kv head (n_sink + n_chunk), got {n_rows} rows for {len(shares)} heads; "
-                         "raise the ratio or n_ctx")
-
-    def rows(scale):
-        return np.clip(scale * shares * n_ctx, lo, hi)
-
-    below, above = 0.0, SCALE_MAX
-    for _ in range(N_BISECT):
-        mid = (below + above) / 2
-        if np.sum(rows(mid)) > n_rows:
-            above = mid
-        else:
-            below = mid
-    wanted = rows(below)
-    out = np.floor(wanted).astype(np.int64)
-    order = np.argsort(-(wanted - out), kind="stable")
-    while np.sum(out) < n_rows:
-        for h in order:
-            if np.sum(out) < n_rows and out[h] < hi:
-                out[h] += 1
+    n_head = len(profile.heads)
+    lo = _least(ratio, n_ctx, n_sink, n_chunk, n_head)
+    taken = []
+    for head, errors in enumerate(profile.errors):
+        hull = steps(profile.parts, errors, n_ctx, lo)
+        taken += [((a[1] - b[1]) / (b[0] - a[0]), head, b[0] - a[0]) for a, b in zip(hull, hull[1:])]
+    out = np.full(n_head, lo, dtype=np.int64)
+    left = _round(ratio * n_ctx * n_head) - lo * n_head
+    for _, head, n_rows in sorted(taken, key=lambda step: -step[0]):
+        out[head] += min(n_rows, left)
+        left -= min(n_rows, left)
     return out
 
 
-def shares_of_scores(scores, ratios=RATIOS) -> np.ndarray:
-    """Shares on one text: the part of each head's candidates among the best of all heads together.
+def equal_budgets(n_head: int, ratio: float, n_ctx: int, n_sink: int, n_chunk: int = 32) -> np.ndarray:
+    """Rows without a profile: the same for every head, one more for the first ones until round(ratio * n_ctx * n_head) are out.
 
-    Parameters
-    ----------
-    scores : array_like, shape [n_head, n_cand]
-        s_use * s_dev of `compress.score` with the whole text in the stage, nothing compressed. The candidates are all
-        tokens but the sinks and the last n_window.
-    ratios : sequence of float, length n_ratio
-        At each, the round(ratio * n_head * n_cand) best survive; of equal scores the lower (head, candidate).
-
-    Returns
-    -------
-    ndarray of float64, shape [n_head, n_ratio]
+    Raises
+    ------
+    ValueError
+        As in `budgets`.
     """
-    scores = np.asarray(scores, dtype=np.float64)
-    n_head, n_cand = scores.shape
-    order = np.argsort(-scores.ravel(), kind="stable")
-    shares = np.empty((n_head, len(ratios)))
-    for i, ratio in enumerate(ratios):
-        best = order[:_round(ratio * n_head * n_cand)]
-        shares[:, i] = np.bincount(best // n_cand, minlength=n_head) / n_cand
-    return shares
+    _least(ratio, n_ctx, n_sink, n_chunk, n_head)
+    n_rows = _round(ratio * n_ctx * n_head)
+    return n_rows // n_head + (np.arange(n_head) < n_rows % n_head)
 
 
-def calibrate(texts, ratios=RATIOS) -> np.ndarray:
-    """Shares of a model: the mean over texts of `shares_of_scores`; texts may differ in length."""
-    return np.mean([shares_of_scores(scores, ratios) for scores in texts], axis=0)
+def _least(ratio: float, n_ctx: int, n_sink: int, n_chunk: int, n_head: int) -> int:
+    """Least rows of a head."""
+    if not 0 < ratio <= 1:
+        raise ValueError(f"expected 0 < ratio <= 1, got {ratio}; 0.25 keeps a quarter of the rows")
+    lo, n_rows = min(n_ctx, n_sink + n_chunk), _round(ratio * n_ctx * n_head)
+    if lo * n_head > n_rows:
+        raise ValueError(f"expected at least {lo} rows per kv head (n_sink + n_chunk), got {n_rows} rows for {n_head} heads; "
+                         "raise the ratio or n_ctx")
+    return lo
 
 
 def _round(x: float) -> int:
     """Nearest integer, halves up."""
     return math.floor(x + 0.5)
-
-
-def _check_ratio(ratio: float) -> None:
-    if not 0 < ratio <= 1:
-        raise ValueError(f"expected 0 < ratio <= 1, got {ratio}; 0.25 keeps a quarter of the rows")

@@ -16,6 +16,7 @@ constexpr float EPS_MASS   = 1e-20f;
 constexpr float FADE       = 0.9f;   // of a core's use from one pass to the next
 constexpr float BIAS_MIN   = -6.0f;
 constexpr float BIAS_MAX   =  8.0f;
+constexpr float RIDGE      = 10.0f;  // of the fitted values, see fit_values
 constexpr float PAD_LOGIT  = -1e30f; // of the columns that only fill a panel
 
 // How the candidates' outcome is written in pass_workspace::winner.
@@ -110,29 +111,45 @@ void load_queries(const stage_rows & stage, const head_shape & shape, const rope
     });
 }
 
-// Value of candidate i as f32, into ws.row.
-const float * load_value(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, int32_t i, pass_workspace & ws) {
-    const int32_t d = shape.n_embd_head_v;
-    if (i < c.n_core) {
-        f16_to_f32_row(rows.v + (int64_t) (rows.n_sink + i)*d, ws.row.data(), d);
-    } else {
-        const f16 * v = stage.v + stage.cell[stage.n_sink + i - c.n_core]*stage.v_cell;
-        for_rows(d, [&](int32_t e) { ws.row[e] = f16_to_f32(v[e*stage.v_elem]); });
-    }
-    return ws.row.data();
+// Floats from one row of ws.v, ws.v_new and ws.r to the next: whole tiles, the rest is zero.
+int64_t value_stride(const head_shape & shape) {
+    return pad_to(shape.n_embd_head_v, NR);
+}
+
+// Values as f32, in the order of the keys.
+void load_values(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, pass_workspace & ws) {
+    const int32_t d = shape.n_embd_head_v, ld = (int32_t) value_stride(shape);
+    float * v = ws.v.data();
+    auto end_row = [&] {
+        std::fill(v + d, v + ld, 0.0f);
+        v += ld;
+    };
+    auto core = [&](int32_t i) {
+        f16_to_f32_row(rows.v + (int64_t) i*d, v, d);
+        end_row();
+    };
+    auto token = [&](int32_t t) {
+        const f16 * x = stage.v + stage.cell[t]*stage.v_cell;
+        for_rows(d, [&](int32_t e) { v[e] = f16_to_f32(x[e*stage.v_elem]); });
+        end_row();
+    };
+    for_rows(c.n_core,       [&](int32_t i) { core(rows.n_sink + i); });
+    for_rows(c.n_new,        [&](int32_t i) { token(stage.n_sink + i); });
+    for_rows(rows.n_sink,    [&](int32_t i) { core(i); });
+    for_rows(stage.n_sink,   [&](int32_t i) { token(i); });
+    for_rows(stage.n_window, [&](int32_t i) { token(stage.n_sink + c.n_new + i); });
 }
 
 // s_dev: distance of each candidate's value from the mean value, in units of the mean distance.
-void deviations(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, pass_workspace & ws) {
-    const int32_t d = shape.n_embd_head_v;
-    const float inv = 1.0f/(float) c.n_cand;
+void deviations(const head_shape & shape, const counts & c, pass_workspace & ws) {
+    const int32_t d   = shape.n_embd_head_v;
+    const int64_t ld  = value_stride(shape);
+    const float   inv = 1.0f/(float) c.n_cand;
     std::fill(ws.v_mean.begin(), ws.v_mean.begin() + d, 0.0f);
-    for_rows(c.n_cand, [&](int32_t i) { axpy(inv, load_value(rows, stage, shape, c, i, ws), ws.v_mean.data(), d); });
+    for_rows(c.n_cand, [&](int32_t i) { axpy(inv, ws.v.data() + i*ld, ws.v_mean.data(), d); });
     double sum = 0.0;
     for_rows(c.n_cand, [&](int32_t i) {
-        load_value(rows, stage, shape, c, i, ws);
-        axpy(-1.0f, ws.v_mean.data(), ws.row.data(), d);
-        ws.s_dev[i] = std::sqrt(dot(ws.row.data(), ws.row.data(), d));
+        ws.s_dev[i] = std::sqrt(distance2(ws.v.data() + i*ld, ws.v_mean.data(), d));
         sum += ws.s_dev[i];
     });
     for_rows(c.n_cand, [&](int32_t i) { ws.s_dev[i] = sum > 0.0 ? ws.s_dev[i]*(float) (c.n_cand/sum) : 1.0f; });
@@ -243,8 +260,7 @@ void assign_losers(const head_shape & shape, const counts & c, bool merge, pass_
 
 // Weighted means of the clusters with at least two members, in order of their winners: ws.merged holds the winners,
 // rank[winner] the index of its merged row; k_new, v_new and ws.meta[winner].n_tok are the result.
-int32_t merge_clusters(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c,
-                       const float * weight, pass_workspace & ws) {
+int32_t merge_clusters(const head_shape & shape, const counts & c, const float * weight, pass_workspace & ws) {
     std::fill(ws.count.begin(), ws.count.begin() + c.n_cand, 0);
     for_rows(c.n_cand, [&](int32_t i) {
         if (ws.winner[i] != DROPPED) {
@@ -259,8 +275,9 @@ int32_t merge_clusters(const head_rows & rows, const stage_rows & stage, const h
         }
     });
     const int32_t d_k = shape.n_embd_head_k, d_v = shape.n_embd_head_v;
+    const int64_t ld = value_stride(shape);
     std::fill(ws.k_new.begin(), ws.k_new.begin() + pad_to(n_merged, NR)*d_k, 0.0f);
-    std::fill(ws.v_new.begin(), ws.v_new.begin() + (int64_t) n_merged*d_v, 0.0f);
+    std::fill(ws.v_new.begin(), ws.v_new.begin() + n_merged*ld, 0.0f);
     std::fill(ws.bias_new.begin(), ws.bias_new.begin() + n_merged, 0.0f); // sum of weights for now
     for_rows(c.n_cand, [&](int32_t i) {
         const int32_t j = ws.winner[i];
@@ -269,7 +286,7 @@ int32_t merge_clusters(const head_rows & rows, const stage_rows & stage, const h
         }
         const int32_t t = ws.rank[j];
         axpy(weight[i], ws.k.data() + (int64_t) i*d_k, ws.k_new.data() + (int64_t) t*d_k, d_k);
-        axpy(weight[i], load_value(rows, stage, shape, c, i, ws), ws.v_new.data() + (int64_t) t*d_v, d_v);
+        axpy(weight[i], ws.v.data() + i*ld, ws.v_new.data() + t*ld, d_v);
         ws.bias_new[t] += weight[i];
         if (i != j) {
             ws.meta[j].n_tok = ws.meta[j].n_tok + ws.meta[i].n_tok;
@@ -278,63 +295,148 @@ int32_t merge_clusters(const head_rows & rows, const stage_rows & stage, const h
     for_rows(n_merged, [&](int32_t t) {
         const float inv = 1.0f/ws.bias_new[t];
         for_rows(d_k, [&](int32_t e) { ws.k_new[(int64_t) t*d_k + e] *= inv; });
-        for_rows(d_v, [&](int32_t e) { ws.v_new[(int64_t) t*d_v + e] *= inv; });
+        for_rows(d_v, [&](int32_t e) { ws.v_new[t*ld + e] *= inv; });
     });
     return n_merged;
 }
 
+// Leaves about N_FIT tokens' queries, evenly spread, and their log-sum-exps at the front. Returns the number of queries.
+int32_t thin_queries(const head_shape & shape, const counts & c, pass_workspace & ws) {
+    const int64_t d = shape.n_embd_head_k, n = (int64_t) shape.n_gqa*d;
+    const int32_t n_tok = c.n_query/shape.n_gqa, stride = std::max(1, n_tok/N_FIT);
+    int32_t t = 0;
+    for (int32_t from = 0; from < n_tok; from += stride, ++t) {
+        std::copy_n(ws.q.data() + from*n, n, ws.q.data() + t*n);
+        std::copy_n(ws.z.data() + from*shape.n_gqa, shape.n_gqa, ws.z.data() + t*shape.n_gqa);
+    }
+    return t*shape.n_gqa;
+}
+
 // Fitted bias of the merged rows: on the average of the logs they receive the mass that their members received.
-void fit_bias(const stage_rows & stage, const head_shape & shape, const counts & c, int32_t n_merged, int32_t n_fit, pass_workspace & ws) {
+void fit_bias(const head_shape & shape, const counts & c, int32_t n_merged, int32_t n_query, pass_workspace & ws) {
     const int32_t d      = shape.n_embd_head_k;
-    const int32_t n_tok  = c.n_new + stage.n_window;
-    const int32_t stride = std::max(1, n_tok/n_fit);
     const int32_t n_cols = (int32_t) pad_to(n_merged, NR);
+    const int32_t ldx    = (int32_t) pad_to(c.n_cand, NR);
 
-    // members of merged clusters, sorted by cluster: their columns are gathered from the score matrix
-    std::fill(ws.bias_new.begin(), ws.bias_new.begin() + n_cols, 0.0f);
-
-    // the keys' panels are read once more, the merged keys' take the place of mk
+    // the merged keys' panels take the place of mk
     float * panels_new = ws.mk.data();
     pack_panels(ws.k_new.data(), d, n_merged, d, panels_new);
 
-    const int32_t n_block = std::max(1, std::min(block_rows(c.n_cols), block_rows(c.n_cols + 2*n_cols))/shape.n_gqa);
+    std::fill(ws.bias_new.begin(), ws.bias_new.begin() + n_cols, 0.0f);
+    const int32_t n_block = block_rows(ldx + 2*n_cols);
     float * x     = ws.x.data();
-    float * y_new = x + (int64_t) n_block*shape.n_gqa*c.n_cols;
-    float * mass  = y_new + (int64_t) n_block*shape.n_gqa*n_cols;
-    float * q     = mass + n_cols;
-
-    int32_t n = 0;
-    for (int32_t t0 = 0; t0 < n_tok; t0 += n_block*stride) {
-        int32_t n_q = 0;
-        for (int32_t b = 0; b < n_block && t0 + b*stride < n_tok; ++b) {
-            const float * src = ws.q.data() + (int64_t) (t0 + b*stride)*shape.n_gqa*d;
-            std::copy(src, src + (int64_t) shape.n_gqa*d, q + (int64_t) n_q*d);
-            n_q += shape.n_gqa;
-        }
-        logits(q, n_q, ws.panels.data(), (int32_t) pad_to(c.n_cand, NR), shape, x);
+    float * y_new = x + (int64_t) n_block*ldx;
+    float * mass  = y_new + (int64_t) n_block*n_cols;
+    for (int32_t q0 = 0; q0 < n_query; q0 += n_block) {
+        const int32_t n_q = std::min(n_block, n_query - q0);
+        const float * q   = ws.q.data() + (int64_t) q0*d;
+        logits(q, n_q, ws.panels.data(), ldx, shape, x);
         logits(q, n_q, panels_new, n_cols, shape, y_new);
-        const int64_t ldx = pad_to(c.n_cand, NR);
         for_rows(n_q, [&](int32_t i) {
-            const int32_t t  = t0 + i/shape.n_gqa*stride;
-            const float   z  = ws.z[t*shape.n_gqa + i%shape.n_gqa];
-            float       * xi = x + i*ldx;
+            const float   z  = ws.z[q0 + i];
+            float       * xi = x + (int64_t) i*ldx;
             for (int32_t j = 0; j < ldx; j += VL) {
                 vstore(xi + j, vexp(vload(xi + j) + vload(ws.bias.data() + j) - z));
             }
             std::fill(mass, mass + n_cols, 0.0f);
-            for (int32_t m = 0; m < ws.count[c.n_cand]; ++m) {
-                const int32_t j = ws.members[m];
-                mass[ws.rank[ws.winner[j]]] += xi[j];
-            }
+            for_rows(ws.count[c.n_cand], [&](int32_t m) { mass[ws.rank[ws.winner[ws.members[m]]]] += xi[ws.members[m]]; });
             const float * yi = y_new + (int64_t) i*n_cols;
             for (int32_t j = 0; j < n_cols; j += VL) {
                 const vf lm = vlog(vmax(vload(mass + j), vset(EPS_MASS)));
                 vstore(ws.bias_new.data() + j, vload(ws.bias_new.data() + j) + (lm - (vload(yi + j) - z)));
             }
         });
-        n += n_q;
     }
-    for_rows(n_merged, [&](int32_t t) { ws.bias_new[t] = std::clamp(ws.bias_new[t]/(float) n, BIAS_MIN, BIAS_MAX); });
+    for_rows(n_merged, [&](int32_t t) { ws.bias_new[t] = std::clamp(ws.bias_new[t]/(float) n_query, BIAS_MIN, BIAS_MAX); });
+}
+
+// Solves (A + ridge I) X = B for a symmetric, positive semidefinite A [n, n] (rows lda apart) by Cholesky's factors, which take
+// the place of A's lower half; B [n, n_b] (rows ldb apart) becomes X.
+void solve_ridge(float * a, int64_t lda, int32_t n, float ridge, float * b, int64_t ldb, int32_t n_b) {
+    for (int32_t i = 0; i < n; ++i) {
+        float * ai = a + i*lda;
+        for (int32_t j = 0; j < i; ++j) {
+            const float * aj = a + j*lda;
+            ai[j] = (ai[j] - dot(ai, aj, j))/aj[j];
+        }
+        ai[i] = std::sqrt(std::max(ai[i] - dot(ai, ai, i), 0.0f) + ridge); // in exact arithmetic the first part is not negative
+        for (int32_t j = 0; j < i; ++j) {
+            axpy(-ai[j], b + j*ldb, b + i*ldb, n_b);
+        }
+        for_rows(n_b, [&](int32_t e) { b[i*ldb + e] /= ai[i]; });
+    }
+    for (int32_t i = n; i-- > 0;) {
+        const float * ai = a + i*lda;
+        for_rows(n_b, [&](int32_t e) { b[i*ldb + e] /= ai[i]; });
+        for (int32_t j = 0; j < i; ++j) {
+            axpy(-ai[j], b + i*ldb, b + j*ldb, n_b);
+        }
+    }
+}
+
+// Moves the merged values so that the queries' outputs come out as before the pass: least squares over the queries, with a
+// ridge as large as the outputs' mean squared residual asks for in comparison with the values' scatter about their means.
+void fit_values(const head_shape & shape, const counts & c, int32_t n_merged, int32_t n_query, pass_workspace & ws) {
+    const int32_t d_k    = shape.n_embd_head_k, d_v = shape.n_embd_head_v;
+    const int32_t n_cols = (int32_t) pad_to(n_merged, NR), ld = (int32_t) value_stride(shape);
+
+    double scatter = 0.0;
+    for_rows(ws.count[c.n_cand], [&](int32_t m) {
+        const int32_t i = ws.members[m], t = ws.rank[ws.winner[i]];
+        scatter += distance2(ws.v.data() + (int64_t) i*ld, ws.v_new.data() + (int64_t) t*ld, d_v);
+    });
+    scatter /= ws.count[c.n_cand];
+
+    float * keep = ws.keep.data(); // 1 for a row that stays as it is
+    std::fill(keep, keep + c.n_cols, 1.0f);
+    for_rows(c.n_cand, [&](int32_t i) { keep[i] = ws.winner[i] == i && ws.count[i] == 1 ? 1.0f : 0.0f; });
+    std::fill(ws.bias_new.begin() + n_merged, ws.bias_new.begin() + n_cols, PAD_LOGIT);
+
+    // the equations: shares of the merged rows at [n_merged, n_query], with their sign changed, and what is missing r [n_query, d_v]
+    const int32_t n_block = block_rows(c.n_cols + n_cols);
+    float * x = ws.x.data();
+    float * y = x + (int64_t) n_block*c.n_cols;
+    double missing = 0.0;
+    for (int32_t q0 = 0; q0 < n_query; q0 += n_block) {
+        const int32_t n_q = std::min(n_block, n_query - q0);
+        const float * q   = ws.q.data() + (int64_t) q0*d_k;
+        float       * r   = ws.r.data() + (int64_t) q0*ld;
+        logits(q, n_q, ws.panels.data(), c.n_cols, shape, x);
+        logits(q, n_q, ws.mk.data(), n_cols, shape, y); // panels of the merged keys, see fit_bias
+        for_rows(n_q, [&](int32_t i) {
+            const float z = ws.z[q0 + i];
+            float * xi = x + (int64_t) i*c.n_cols, * yi = y + (int64_t) i*n_cols;
+            vf sum = {};
+            for (int32_t j = 0; j < c.n_cols; j += VL) {
+                const vf p = vexp(vload(xi + j) + vload(ws.bias.data() + j) - z);
+                vstore(xi + j, p);
+                sum += p*vload(keep + j);
+            }
+            for (int32_t j = 0; j < n_cols; j += VL) {
+                const vf p = vexp(vload(yi + j) + vload(ws.bias_new.data() + j) - z);
+                vstore(yi + j, p);
+                sum += p;
+            }
+            const float inv = 1.0f/vsum(sum);
+            for (int32_t j = 0; j < c.n_cols; j += VL) {
+                vstore(xi + j, vload(xi + j)*(1.0f - inv*vload(keep + j)));
+            }
+            for_rows(n_merged, [&](int32_t t) { ws.at[(int64_t) t*n_query + q0 + i] = yi[t] *= -inv; });
+        });
+        gemm_rows(x, c.n_cols, n_q, ws.v.data(),     ld, c.n_rows, ld, r, ld, false);
+        gemm_rows(y, n_cols,   n_q, ws.v_new.data(), ld, n_merged, ld, r, ld, true);
+        for_rows(n_q, [&](int32_t i) { missing += dot(r + (int64_t) i*ld, r + (int64_t) i*ld, d_v); });
+    }
+    missing /= n_query;
+    const float ridge = (float) (RIDGE*missing/scatter);
+    if (!(ridge > 0.0f) || !std::isfinite(ridge)) {
+        return; // nothing is missing, or the members are all alike
+    }
+    pack_panels(ws.at.data(), n_query, n_merged, n_query, ws.at_panels.data());
+    gemm_panels(ws.at.data(), n_query, n_merged, ws.at_panels.data(), n_query, n_cols, ws.normal.data(), n_cols);
+    gemm_rows(ws.at.data(), n_query, n_merged, ws.r.data(), ld, n_query, ld, ws.move.data(), ld, false);
+    solve_ridge(ws.normal.data(), n_cols, n_merged, ridge, ws.move.data(), ld, d_v);
+    for_rows(n_merged, [&](int32_t t) { axpy(-1.0f, ws.move.data() + (int64_t) t*ld, ws.v_new.data() + (int64_t) t*ld, d_v); });
 }
 
 // Greedy clusters of candidates [begin, end) in reading order: a row joins the first seed whose key is at least `tau`
@@ -409,12 +511,11 @@ void put_core(head_rows & rows, int32_t dst, const head_shape & shape, const flo
 pass_result compact(head_rows & rows, const stage_rows & stage, const head_shape & shape, const counts & c, pass_workspace & ws) {
     pass_result res;
     const int32_t d_k = shape.n_embd_head_k, d_v = shape.n_embd_head_v;
+    const int64_t ld = value_stride(shape);
     if (stage.n_sink > 0) {
         for_rows(stage.n_sink, [&](int32_t i) {
             const int32_t key = c.n_cand + rows.n_sink + i;
-            const f16 * v = stage.v + stage.cell[i]*stage.v_cell;
-            for_rows(d_v, [&](int32_t e) { ws.row[e] = f16_to_f32(v[e*stage.v_elem]); });
-            put_core(rows, i, shape, ws.k.data() + (int64_t) key*d_k, ws.row.data());
+            put_core(rows, i, shape, ws.k.data() + (int64_t) key*d_k, ws.v.data() + key*ld);
             rows.bias[i] = 0.0f;
             rows.meta[i] = {};
         });
@@ -429,10 +530,10 @@ pass_result compact(head_rows & rows, const stage_rows & stage, const head_shape
         const bool merged = ws.count[i] > 1;
         if (merged) {
             const int32_t t = ws.rank[i];
-            put_core(rows, dst, shape, ws.k_new.data() + (int64_t) t*d_k, ws.v_new.data() + (int64_t) t*d_v);
+            put_core(rows, dst, shape, ws.k_new.data() + (int64_t) t*d_k, ws.v_new.data() + t*ld);
             rows.bias[dst] = ws.bias_new[t];
         } else if (i >= c.n_core) {
-            put_core(rows, dst, shape, ws.k.data() + (int64_t) i*d_k, load_value(rows, stage, shape, c, i, ws));
+            put_core(rows, dst, shape, ws.k.data() + (int64_t) i*d_k, ws.v.data() + i*ld);
             rows.bias[dst] = 0.0f;
         } else if (const int32_t src = rows.n_sink + i; src != dst) {
             std::copy_n(rows.k + (int64_t) src*d_k, d_k, rows.k + (int64_t) dst*d_k);
@@ -464,20 +565,27 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
         }
     };
     const int64_t n  = pad_to(n_rows, NR);
-    const int64_t dk = shape.n_embd_head_k, dv = shape.n_embd_head_v;
-    const int64_t nq = std::max<int64_t>(8*MR, shape.n_gqa);
-    grow(k,      n*dk);
-    grow(panels, n*dk);
-    grow(q,      (int64_t) n_query*dk);
-    grow(x,      nq*(3*n + dk) + n);
-    grow(mk,     n*dk);
-    grow(k_new,  n*dk);
-    grow(v_new,  n*dv);
-    grow(m,      dk*dk);
-    grow(row,    dv);
-    grow(v_mean, dv);
-    grow(z,      n_query);
-    for (auto * v : { &bias, &s_use, &s_dev, &w, &bias_new }) {
+    const int64_t dk = shape.n_embd_head_k, ld = value_stride(shape);
+    const int64_t n_tok    = n_query/shape.n_gqa;
+    const int64_t n_fit    = std::min<int64_t>(n_tok, 2*N_FIT)*shape.n_gqa;
+    const int64_t n_merged = pad_to(std::min<int64_t>(n_rows/2, n_tok), NR); // each has a loser; there is at most one for a new token
+    grow(k,         n*dk);
+    grow(panels,    n*dk);
+    grow(v,         n*ld);
+    grow(q,         (int64_t) n_query*dk);
+    grow(x,         8*MR*3*n + n);
+    grow(mk,        n*dk);
+    grow(k_new,     n*dk);
+    grow(v_new,     n*ld);
+    grow(move,      n_merged*ld);
+    grow(normal,    n_merged*n_merged);
+    grow(at,        n_merged*n_fit);
+    grow(at_panels, n_merged*n_fit);
+    grow(r,         n_fit*ld);
+    grow(m,         dk*dk);
+    grow(v_mean,    ld);
+    grow(z,         n_query);
+    for (auto * v : { &bias, &s_use, &s_dev, &w, &bias_new, &keep }) {
         grow(*v, n);
     }
     for (auto * v : { &order, &rank, &winner, &members, &merged, &count }) {
@@ -489,6 +597,7 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
 int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r, pass_workspace & ws) {
     const counts c(rows, stage, shape);
     load_keys(rows, stage, shape, c, ws);
+    load_values(rows, stage, shape, c, ws);
     load_queries(stage, shape, r, c, ws);
     for (auto * v : { &ws.s_use, &ws.w }) {
         std::fill(v->begin(), v->begin() + c.n_cols, 0.0f);
@@ -510,7 +619,7 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_
         ws.s_use[i]  = std::sqrt(std::sqrt(ws.s_use[i]*inv));
         ws.w[i]     *= inv;
     });
-    deviations(rows, stage, shape, c, ws);
+    deviations(shape, c, ws);
     return c.n_cand;
 }
 
@@ -522,6 +631,7 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const head
         score_head(rows, stage, shape, r, ws);
     } else {
         load_keys(rows, stage, shape, c, ws);
+        load_values(rows, stage, shape, c, ws);
         std::fill(ws.s_use.begin(), ws.s_use.begin() + c.n_cand, 0.0f);
     }
     for_rows(c.n_cand, [&](int32_t i) {
@@ -559,7 +669,7 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const head
         } break;
     }
 
-    const int32_t n_merged = merge_clusters(rows, stage, shape, c, ws.w.data(), ws);
+    const int32_t n_merged = merge_clusters(shape, c, ws.w.data(), ws);
     if (n_merged > 0 && params.how == method::semantic) {
         int32_t n_member = 0;
         for_rows(c.n_cand, [&](int32_t i) {
@@ -568,7 +678,9 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const head
             }
         });
         ws.count[c.n_cand] = n_member;
-        fit_bias(stage, shape, c, n_merged, params.n_fit, ws);
+        const int32_t n_query = thin_queries(shape, c, ws);
+        fit_bias(shape, c, n_merged, n_query, ws);
+        fit_values(shape, c, n_merged, n_query, ws);
     } else {
         for_rows(n_merged, [&](int32_t t) { ws.bias_new[t] = std::log((float) ws.meta[ws.merged[t]].n_tok); });
     }

@@ -13,6 +13,8 @@
 
 namespace semcache {
 
+constexpr int32_t N_FIT = 96; // biases and values of merged rows are fitted to the queries of about so many tokens
+
 enum class method { semantic = 0, paper = 1, streaming = 2 };
 
 // What a pass remembers of a core besides its row.
@@ -62,7 +64,6 @@ struct head_shape {
 struct pass_params {
     enum method how = method::semantic;
     bool    merge = true;   // false: losers are dropped
-    int32_t n_fit = 96;     // about so many queries fit a bias
 };
 
 struct pass_result {
@@ -79,7 +80,8 @@ struct pass_workspace {
     std::vector<float>   bias, s_use, s_dev, w, z; // per row; z per query
     std::vector<float>   m, mk;                    // mean of q q', and its product with keys
     std::vector<float>   k_new, v_new, bias_new;   // merged winners
-    std::vector<float>   row, v_mean;              // one value; mean value of the candidates
+    std::vector<float>   v, v_mean;                // values, and the candidates' mean
+    std::vector<float>   at, at_panels, r, normal, move, keep; // see fit_values
     std::vector<int32_t> order, rank, winner, members, merged, count;
     std::vector<core_meta> meta;
 };

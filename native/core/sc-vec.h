@@ -242,6 +242,21 @@ static inline float dot(const float * a, const float * b, int n) {
     return s;
 }
 
+// |a - b|^2
+static inline float distance2(const float * a, const float * b, int n) {
+    vf acc = {};
+    int i = 0;
+    for (; i + VL <= n; i += VL) {
+        const vf d = vload(a + i) - vload(b + i);
+        acc += d*d;
+    }
+    float s = vsum(acc);
+    for (; i < n; ++i) {
+        s += (a[i] - b[i])*(a[i] - b[i]);
+    }
+    return s;
+}
+
 // y += a*x
 static inline void axpy(float a, const float * x, float * y, int n) {
     int i = 0;
@@ -292,6 +307,19 @@ static inline void gemm_panels(const float * a, int64_t lda, int n_m, const floa
         }
         for (; m < n_m; ++m) {
             gemm_tile<1>(a + m*lda, lda, b, NR, n_k, c + m*ldc + n, ldc, false);
+        }
+    }
+}
+
+// c[m][n] (+)= sum_k a[m][k]*b[k][n], n_m rows, n_n columns (a multiple of NR)
+static inline void gemm_rows(const float * a, int64_t lda, int n_m, const float * b, int64_t ldb, int n_k, int n_n, float * c, int64_t ldc, bool add) {
+    for (int n = 0; n < n_n; n += NR) {
+        int m = 0;
+        for (; m + MR <= n_m; m += MR) {
+            gemm_tile<MR>(a + m*lda, lda, b + n, ldb, n_k, c + m*ldc + n, ldc, add);
+        }
+        for (; m < n_m; ++m) {
+            gemm_tile<1>(a + m*lda, lda, b + n, ldb, n_k, c + m*ldc + n, ldc, add);
         }
     }
 }

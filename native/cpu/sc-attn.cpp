@@ -162,15 +162,7 @@ void add_tile(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n,
         s.l[r] += vsum(vl);
     }
 
-    for (int64_t e = 0; e < s.ld_v; e += NR) {
-        int32_t r = 0;
-        for (; r + MR <= n_row; r += MR) {
-            gemm_tile<MR>(s.x.data() + r*N_TILE, N_TILE, s.v.data() + e, s.ld_v, n, s.o.data() + r*s.ld_v + e, s.ld_v, true);
-        }
-        for (; r < n_row; ++r) {
-            gemm_tile<1>(s.x.data() + r*N_TILE, N_TILE, s.v.data() + e, s.ld_v, n, s.o.data() + r*s.ld_v + e, s.ld_v, true);
-        }
-    }
+    gemm_rows(s.x.data(), N_TILE, n_row, s.v.data(), s.ld_v, n, (int) s.ld_v, s.o.data(), s.ld_v, true);
 }
 
 // Query rows [token0, token0 + n_tokens) x group of head p.head over the rows of the piece.

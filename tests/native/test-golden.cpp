@@ -145,7 +145,7 @@ void check_case(const golden & g, const std::string & name, bool first, const la
     CASE(name + (first ? ", first" : "") + (l.v_trans ? ", transposed" : "") + (l.shuffle ? ", shuffled" : ""));
     const head_shape  shape  = { g.d_k, g.d_v, g.gqa, g.scale, g.softcap };
     const rope        r      = { g.inv_freq, g.neox != 0 };
-    const pass_params params = { (method) g.how, g.merge != 0, 96 };
+    const pass_params params = { (method) g.how, g.merge != 0 };
     head_store h = head_of(g, shape, first);
     const tokens t = stage_of(g, r, first);
     pass_workspace ws;

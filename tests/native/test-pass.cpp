@@ -22,6 +22,9 @@ struct spec {
     int32_t n_sink  = N_SINK;
 };
 
+// Exact in f16, and small beside the rest of a key.
+float chunk_mark(int32_t chunk) { return (float) (chunk + 1)/256.0f; }
+
 struct text_source {
     spec       s;
     rng        r;
@@ -40,8 +43,8 @@ struct text_source {
 
     f16 normal(double scale, double mean = 0.0) { return f32_to_f16((float) (mean + scale*r.normal())); }
 
-    // Tokens of a chunk have like keys. Their value begins with the number of the chunk, the same in all of them, so a row
-    // that mixes two chunks shows it.
+    // Tokens of a chunk have like keys that end with the number of the chunk, the same in all of them, so a row that mixes two
+    // chunks shows it. Queries are 0 there, and where RoPE would turn something to it.
     tokens draw(bool first, int32_t n_new) {
         tokens t;
         t.n_sink   = first ? s.n_sink : 0;
@@ -63,13 +66,15 @@ struct text_source {
                 --left;
             }
             for (int32_t e = 0; e < s.d_k; ++e) {
-                t.k.push_back(normal(1.0, cand ? mean[e] : 0.0));
+                t.k.push_back(cand && e == s.d_k - 1 ? f32_to_f16(chunk_mark(chunk)) : normal(1.0, cand ? mean[e] : 0.0));
             }
             for (int32_t e = 0; e < s.d_v; ++e) {
-                t.v.push_back(cand && e == 0 ? f32_to_f16((float) (chunk + 1)) : normal(1.0));
+                t.v.push_back(normal(1.0));
             }
             for (int32_t e = 0; e < s.n_gqa*s.d_k; ++e) {
-                t.q.push_back(normal(1.5));
+                const int32_t at = e%s.d_k;
+                const f16     x  = normal(1.5);
+                t.q.push_back(at >= s.d_k - 2 || at == s.d_k/2 - 1 ? f32_to_f16(0.0f) : x);
             }
         }
         std::vector<int64_t> delta;
@@ -90,7 +95,7 @@ struct text_source {
         }
     }
 
-    pass_params params() const { return { s.how, s.merge, 96 }; }
+    pass_params params() const { return { s.how, s.merge }; }
 };
 
 // ---- the slow pass
@@ -195,6 +200,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
     }
 
     slow_result res;
+    std::vector<std::vector<size_t>> members_of; // of res.rows
     std::vector<int64_t> goes(n, -1); // winner that a candidate becomes a part of
     if (n <= budget) {
         std::iota(goes.begin(), goes.end(), 0);
@@ -227,7 +233,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         }
     }
 
-    const size_t stride = std::max<size_t>(1, (t.n_new + t.n_window)/params.n_fit);
+    const size_t stride = std::max<size_t>(1, (t.n_new + t.n_window)/N_FIT);
     for (size_t j = 0; j < n; ++j) {
         if (goes[j] != (int64_t) j) {
             ++(goes[j] < 0 ? res.n_dropped : res.n_merged);
@@ -268,6 +274,87 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
             out.stored = false;
         }
         res.rows.push_back(out);
+        members_of.push_back(members);
+    }
+
+    // values of merged rows: least squares over the queries, with a ridge
+    std::vector<size_t> merged;
+    double scatter = 0.0, missing = 0.0;
+    size_t n_member = 0;
+    for (size_t j = 0; j < res.rows.size(); ++j) {
+        if (members_of[j].size() > 1) {
+            merged.push_back(j);
+            for (size_t i : members_of[j]) {
+                for (int32_t e = 0; e < d_v; ++e) {
+                    scatter += (cand[i].v[e] - res.rows[j].v[e])*(cand[i].v[e] - res.rows[j].v[e]);
+                }
+                ++n_member;
+            }
+        }
+    }
+    const size_t m = merged.size();
+    if (m == 0 || scatter == 0.0) {
+        return res;
+    }
+    std::vector<std::vector<double>> normal(m, std::vector<double>(m + d_v)); // [A'A + ridge I | A'r]
+    size_t n_fit = 0;
+    for (size_t i = 0; i < q.size(); ++i) {
+        if (i/sh.n_gqa % stride != 0) {
+            continue;
+        }
+        std::vector<double> before(d_v), after(d_v), share;
+        double sum = 0.0;
+        auto add = [&](std::vector<double> & to, double x, const auto & v) {
+            for (int32_t e = 0; e < d_v; ++e) {
+                to[e] += x*v[e];
+            }
+        };
+        for (const row & c : rest) {
+            const double x = std::exp(capped(dot64(q[i], c.k)) + c.bias - z[i]);
+            add(before, x, c.v);
+            add(after, x, c.v);
+            sum += x;
+        }
+        for (size_t j = 0; j < n; ++j) {
+            add(before, p[i][j], cand[j].v);
+        }
+        for (size_t j = 0; j < res.rows.size(); ++j) {
+            const slow_row & out = res.rows[j];
+            const double x = std::exp(capped(dot64(q[i], out.k)) + out.bias - z[i]);
+            add(after, x, out.v);
+            sum += x;
+            if (members_of[j].size() > 1) {
+                share.push_back(x);
+            }
+        }
+        for (size_t a = 0; a < m; ++a) {
+            for (size_t b = 0; b < m; ++b) {
+                normal[a][b] += share[a]*share[b]/(sum*sum);
+            }
+            for (int32_t e = 0; e < d_v; ++e) {
+                normal[a][m + e] += share[a]/sum*(before[e] - after[e]/sum);
+            }
+        }
+        for (int32_t e = 0; e < d_v; ++e) {
+            missing += (before[e] - after[e]/sum)*(before[e] - after[e]/sum);
+        }
+        ++n_fit;
+    }
+    for (size_t a = 0; a < m; ++a) {
+        normal[a][a] += 10.0*(missing/(double) n_fit)/(scatter/(double) n_member);
+    }
+    for (size_t a = 0; a < m; ++a) { // Gauss and Jordan; positive definite, so no pivots
+        for (size_t b = 0; b < m; ++b) {
+            const double f = normal[b][a]/normal[a][a];
+            for (size_t c = a; b != a && c < m + d_v; ++c) {
+                normal[b][c] -= f*normal[a][c];
+            }
+        }
+    }
+    for (size_t a = 0; a < m; ++a) {
+        for (int32_t e = 0; e < d_v; ++e) {
+            res.rows[merged[a]].v[e] += normal[a][m + e]/normal[a][a];
+        }
     }
     return res;
 }
@@ -319,7 +406,7 @@ void check_invariants(const text_source & text, const head_store & h, const sink
         CHECK(i == h.n_sink || m.chunk >= h.meta[i - 1].chunk); // text order
         CHECK(m.n_tok >= 1);
         CHECK(std::isfinite(h.bias[i]) && h.bias[i] >= -6.0f && h.bias[i] <= 8.0f);
-        CHECK_EQ(f16_to_f32(h.val(i)[0]), (float) (m.chunk + 1)); // all members are of this chunk
+        CHECK_EQ(f16_to_f32(h.key(i)[text.s.d_k - 1]), chunk_mark(m.chunk)); // all members are of this chunk
         tok[(int32_t) m.chunk] += m.n_tok;
         n_tok += m.n_tok;
     }
@@ -490,7 +577,7 @@ void test_workspaces() {
         dirty.reserve(other.shape, 1000, 3000);
         CHECK_SAME_ROWS(both(dirty, [&]() {
             for (auto * v : { &dirty.k, &dirty.panels, &dirty.q, &dirty.x, &dirty.bias, &dirty.s_use, &dirty.s_dev, &dirty.w, &dirty.z,
-                    &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new, &dirty.bias_new, &dirty.row, &dirty.v_mean }) {
+                    &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new, &dirty.bias_new, &dirty.v, &dirty.v_mean }) {
                 std::fill(v->begin(), v->end(), NAN);
             }
             for (auto * v : { &dirty.order, &dirty.rank, &dirty.winner, &dirty.members, &dirty.merged, &dirty.count }) {

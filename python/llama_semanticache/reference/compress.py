@@ -29,8 +29,11 @@ MASS_FLOOR = 1e-20
 BIAS_MIN, BIAS_MAX = -6.0, 8.0
 """Range of a fitted bias."""
 
+RIDGE = 10.0
+"""Weight of the ridge on the fitted values."""
+
 N_FIT = 96
-"""The bias is fitted on about this many of the tokens' queries."""
+"""Biases and values are fitted on the queries of about this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +253,10 @@ def compress_head(inp: PassInput, params: PassParams) -> PassResult:
         return PassResult(rows.take(winner), winner, member_of)
     member_of = cluster(rows.k, rows.chunk, winner, query_metric(q))
     out = merge_rows(rows, winner, member_of, scores.w)
-    bias = fit_bias(inp, params, q, out, member_of)
-    return PassResult(replace(out, bias=bias), winner, member_of)
+    q = q[::max(1, len(q) // N_FIT)].reshape(-1, q.shape[-1])
+    out = replace(out, bias=fit_bias(inp, params, q, out, member_of))
+    out = replace(out, v=fit_values(inp, params, q, out, member_of))
+    return PassResult(out, winner, member_of)
 
 
 def look_ahead(inp: PassInput, params: PassParams) -> np.ndarray:
@@ -375,8 +380,8 @@ def fit_bias(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) ->
 
     Parameters
     ----------
-    q : ndarray, shape [n_q, gqa, d_k]
-        Look-ahead queries. The tokens 0, s, 2 s, ... with s = max(1, n_q // 96) are used, with all their query heads.
+    q : ndarray, shape [n, d_k]
+        Look-ahead queries of the tokens 0, s, 2 s, ... with s = max(1, n_q // 96), all their query heads.
     out : HeadRows
         Merged rows. The bias of those with one member stays.
     member_of : ndarray of int, shape [n_cand]
@@ -385,7 +390,6 @@ def fit_bias(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) ->
     -------
     ndarray of float64, shape [n_out]
     """
-    q = q[::max(1, len(q) // N_FIT)].reshape(-1, q.shape[-1])
     x = logits(q, inp.k, params.scale, params.softcap) + inp.bias
     z = logsumexp(x)
     p = np.exp(x - z[:, None])[:, inp.cand]
@@ -397,6 +401,47 @@ def fit_bias(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) ->
             mass = np.maximum(np.sum(p[:, members], axis=1), MASS_FLOOR)
             bias[j] = np.clip(np.mean(np.log(mass) - (y[:, j] - z)), BIAS_MIN, BIAS_MAX)
     return bias
+
+
+def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) -> np.ndarray:
+    """Step 6, values. Move the merged values so that the outputs of the queries come out as before the pass.
+
+    What a cluster's mean cannot say, and what dropped rows took with them, the merged rows make good together: least squares
+    over the queries, min |r - A d|^2 + ridge |d|^2 with the residual r of the outputs, the shares A of the merged rows in the
+    new softmax, and the moves d. The ridge is that of equally likely moves and residuals, mean |r|^2 over the members' mean
+    squared distance from their cluster's value, times `RIDGE`: the queries of the text to come are others.
+
+    Parameters
+    ----------
+    q : ndarray, shape [n, d_k]
+        As in `fit_bias`.
+    out : HeadRows
+        Merged rows with their biases.
+
+    Returns
+    -------
+    ndarray of float64, shape [n_out, d_v]
+    """
+    size = np.bincount(member_of[member_of >= 0], minlength=len(out))
+    merged = size > 1
+    inside = np.flatnonzero(member_of >= 0)
+    members = inside[merged[member_of[inside]]]
+    scatter = np.mean(np.sum((inp.v[inp.cand][members] - out.v[member_of[members]]) ** 2, axis=1)) if len(members) else 0.0
+    if scatter == 0:
+        return out.v
+    x = logits(q, inp.k, params.scale, params.softcap) + inp.bias
+    z = logsumexp(x)[:, None]
+    k, v, bias = rows_after(inp, PassResult(out, np.zeros(0), member_of))
+    p = np.exp(logits(q, k, params.scale, params.softcap) + bias - z)
+    p /= np.sum(p, axis=1, keepdims=True)
+    r = np.exp(x - z) @ inp.v - p @ v
+    a = p[:, inp.n_sink:inp.n_sink + len(out)][:, merged]
+    ridge = RIDGE * np.mean(np.sum(r**2, axis=1)) / scatter
+    if ridge == 0:
+        return out.v
+    moved = out.v.copy()
+    moved[merged] += np.linalg.solve(a.T @ a + ridge * np.eye(a.shape[1]), a.T @ r)
+    return moved
 
 
 def rows_after(inp: PassInput, result: PassResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,7 +16,6 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
-#include <functional>
 #include <map>
 #include <numeric>
 #include <thread>
@@ -121,25 +120,38 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
     }
 }
 
-void run_jobs(size_t n_jobs, int32_t n_threads, const std::function<void(size_t job, int32_t thread)> & f) {
+// Calls f(job, thread) for every job, and at the end throws again what one of them threw. Does not fail for want of memory
+// itself: rows may have been written already.
+template <typename F> void run_jobs(size_t n_jobs, int32_t n_threads, F && f) {
     std::atomic<size_t> next { 0 };
+    std::atomic_flag    failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr  error;
     auto work = [&](int32_t ith) {
-        for (size_t i; (i = next.fetch_add(1)) < n_jobs;) {
-            f(i, ith);
+        try {
+            for (size_t i; (i = next.fetch_add(1)) < n_jobs;) {
+                f(i, ith);
+            }
+        } catch (...) {
+            if (!failed.test_and_set()) {
+                error = std::current_exception();
+            }
         }
     };
     std::vector<std::thread> threads;
-    threads.reserve(n_threads);
-    for (int32_t i = 1; i < n_threads; ++i) {
-        try {
+    try {
+        threads.reserve(n_threads);
+        for (int32_t i = 1; i < n_threads; ++i) {
             threads.emplace_back(work, i);
-        } catch (const std::exception &) {
-            break; // fewer threads do the same work
         }
+    } catch (const std::exception &) {
+        // fewer threads do the same work
     }
     work(0);
     for (auto & t : threads) {
         t.join();
+    }
+    if (error) {
+        std::rethrow_exception(error);
     }
 }
 

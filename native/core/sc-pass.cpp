@@ -575,8 +575,8 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
     grow(q,         (int64_t) n_query*dk);
     grow(x,         8*MR*3*n + n);
     grow(mk,        n*dk);
-    grow(k_new,     n*dk);
-    grow(v_new,     n*ld);
+    grow(k_new,     pad_to(n_rows/2, NR)*dk); // a merged row has two members at least
+    grow(v_new,     pad_to(n_rows/2, NR)*ld);
     grow(move,      n_merged*ld);
     grow(normal,    n_merged*n_merged);
     grow(at,        n_merged*n_fit);

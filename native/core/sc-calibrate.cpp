@@ -17,12 +17,8 @@ struct exact_rows {
     exact_rows(const head_shape & shape, int32_t n_max) : k((size_t) n_max*shape.n_embd_head_k), v((size_t) n_max*shape.n_embd_head_v), bias(n_max) {}
 
     void add_token(const stage_rows & stage, const head_shape & shape, int32_t t) {
-        const f16 * v_cell = stage.v + stage.cell[t]*stage.v_cell;
-        float     * v_row  = v.data() + (size_t) n*shape.n_embd_head_v;
         f16_to_f32_row(stage.k + stage.cell[t]*stage.k_cell, k.data() + (size_t) n*shape.n_embd_head_k, shape.n_embd_head_k);
-        for (int32_t e = 0; e < shape.n_embd_head_v; ++e) {
-            v_row[e] = f16_to_f32(v_cell[e*stage.v_elem]);
-        }
+        load_value(stage, shape, t, v.data() + (size_t) n*shape.n_embd_head_v);
         bias[n++] = 0.0f;
     }
 
@@ -52,6 +48,38 @@ void attend(const float * q, const exact_rows & rows, int32_t n_see, const head_
     for (int32_t i = 0; i < n_see; ++i) {
         axpy(p[i]/sum, rows.v.data() + (size_t) i*d_v, out, d_v);
     }
+}
+
+// What one pass over the text sees, and the turn of its queries that stage.cs points to.
+struct text_pass {
+    stage_rows         stage;
+    std::vector<float> cs;
+};
+
+std::vector<text_pass> passes_of(const text_rows & text, const rope & r, const calibrate_params & params) {
+    const stage_rows & all = text.rows;
+    const int32_t n_past = all.n_sink + all.n_new;
+    std::vector<text_pass> res;
+    std::vector<int64_t>   delta;
+    for (int32_t begin = 0, end; begin < n_past; begin = end) {
+        text_pass pass = { all, {} };
+        stage_rows & stage = pass.stage;
+        stage.n_sink   = begin == 0 ? all.n_sink : 0;
+        end            = std::min(begin + stage.n_sink + params.n_pass, n_past);
+        stage.n_new    = end - begin - stage.n_sink;
+        stage.n_window = params.n_window;
+        stage.cell     = all.cell  + begin;
+        stage.chunk    = all.chunk + begin + stage.n_sink - all.n_sink;
+        const int64_t now = (int64_t) text.pos[end + params.n_window - 1] + 1;
+        delta.clear();
+        for (int32_t t = begin + stage.n_sink; t < end + params.n_window; ++t) {
+            delta.push_back(now + look_ahead(params.seed, text.pos[t], params.n_horizon) - text.pos[t]);
+        }
+        r.table(delta, pass.cs);
+        stage.cs = pass.cs.data();
+        res.push_back(std::move(pass)); // moving a vector leaves its data where it is
+    }
+    return res;
 }
 
 } // namespace
@@ -85,31 +113,18 @@ std::vector<double> output_errors(const text_rows & text, const head_shape & sha
         attend(q.data() + i*d_k, rows, n_see(i), shape, p.data(), exact.data() + i*d_v);
     }
 
-    std::vector<double>  res;
-    std::vector<int64_t> delta;
-    std::vector<float>   cs;
+    const std::vector<text_pass> passes = passes_of(text, r, params);
+    std::vector<double> res;
     for (const double part : parts) {
         const int32_t n_alloc = std::max(all.n_sink + 1, (int32_t) std::llround(part*n_past));
         std::vector<f16>       k((size_t) n_alloc*d_k), v((size_t) n_alloc*d_v);
         std::vector<float>     bias(n_alloc);
         std::vector<core_meta> meta(n_alloc);
         head_rows cores = { k.data(), v.data(), bias.data(), meta.data(), n_alloc, 0, 0 };
-        for (int32_t begin = 0, end; begin < n_past; begin = end) {
-            stage_rows stage = all;
-            stage.n_sink   = begin == 0 ? all.n_sink : 0;
-            end            = std::min(begin + stage.n_sink + params.n_pass, n_past);
-            stage.n_new    = end - begin - stage.n_sink;
-            stage.n_window = params.n_window;
-            stage.cell     = all.cell  + begin;
-            stage.chunk    = all.chunk + begin + stage.n_sink - all.n_sink;
-            delta.clear();
-            for (int32_t t = begin + stage.n_sink; t < end + params.n_window; ++t) {
-                delta.push_back((int64_t) text.pos[end + params.n_window - 1] + 1 + look_ahead(params.seed, text.pos[t], params.n_horizon) - text.pos[t]);
-            }
-            r.table(delta, cs);
-            stage.cs = cs.data();
-            ws.reserve(shape, cores.n_used + stage.n_sink + stage.n_new + stage.n_window, (stage.n_new + stage.n_window)*shape.n_gqa);
-            compress_head(cores, stage, shape, r, params.pass, ws);
+        for (const text_pass & pass : passes) {
+            const int32_t n_query_tok = pass.stage.n_new + pass.stage.n_window;
+            ws.reserve(shape, cores.n_used + pass.stage.n_sink + n_query_tok, n_query_tok*shape.n_gqa);
+            compress_head(cores, pass.stage, shape, r, params.pass, ws);
         }
         rows.n = 0;
         for (int32_t i = 0; i < cores.n_used; ++i) {

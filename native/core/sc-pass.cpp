@@ -129,8 +129,7 @@ void load_values(const head_rows & rows, const stage_rows & stage, const head_sh
         end_row();
     };
     auto token = [&](int32_t t) {
-        const f16 * x = stage.v + stage.cell[t]*stage.v_cell;
-        for_rows(d, [&](int32_t e) { v[e] = f16_to_f32(x[e*stage.v_elem]); });
+        load_value(stage, shape, t, v);
         end_row();
     };
     for_rows(c.n_core,       [&](int32_t i) { core(rows.n_sink + i); });
@@ -556,6 +555,11 @@ void load_query(const stage_rows & stage, const head_shape & shape, int32_t t, f
     } else {
         f16_to_f32_row(stage.q + cell*stage.q_cell, q, n);
     }
+}
+
+void load_value(const stage_rows & stage, const head_shape & shape, int32_t t, float * v) {
+    const f16 * x = stage.v + stage.cell[t]*stage.v_cell;
+    for_rows(shape.n_embd_head_v, [&](int32_t e) { v[e] = f16_to_f32(x[e*stage.v_elem]); });
 }
 
 void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n_query) {

@@ -89,6 +89,9 @@ struct pass_workspace {
 // Queries of token t as f32 q [n_gqa, n_embd_head_k], neither turned nor scaled.
 void load_query(const stage_rows & stage, const head_shape & shape, int32_t t, float * q);
 
+// Value of token t as f32 v [n_embd_head_v].
+void load_value(const stage_rows & stage, const head_shape & shape, int32_t t, float * v);
+
 // Scores of the candidates (cores, then new tokens): ws.s_use, ws.s_dev and ws.w [n_cand], as in the reference's score().
 // Leaves keys, turned queries and log-sum-exps in the workspace. Returns the number of candidates.
 int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r, pass_workspace & ws);

@@ -665,6 +665,7 @@ void llama_semcache::clear() {
     chunk_start.clear();
     rows_merged  = 0;
     rows_dropped = 0;
+    residual.clear();
 }
 
 llama_pos llama_semcache::floor(llama_pos pos) const {
@@ -990,7 +991,6 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
         }
     }
     measured.add(heads, errors);
-    residual.clear();
 }
 
 //

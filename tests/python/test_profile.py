@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 from conftest import SMALL
 
-from llama_semanticache import ArgumentError, ProfileError, models, profile
+from llama_semanticache import ArgumentError, ProfileError, _native, models, profile
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "llama_semanticache"
 
@@ -115,6 +115,30 @@ def test_model_id(tiny, tmp_path):
     data[-1] ^= 1
     copy.write_bytes(data)
     assert profile.model_id(copy) != id
+
+
+def test_a_text_that_was_refused_leaves_nothing_behind(tiny, cache, load, tmp_path):
+    ffi, lib = _native.load()
+    options = dict(kv_compress="semanticache", kv_ratio=1.0, kv_stage=1024, kv_profile=None, kv_params={"calibrate": 1}, n_ctx=1024)
+    llm = load(tiny("llama"), **options, flash_attn=True, n_threads=1)
+
+    def read(text):
+        llm.reset()
+        tokens = llm.tokenize(text.encode(), special=False)[:1024]
+        for i in range(0, len(tokens), 256):
+            llm.eval(tokens[i : i + 256])
+
+    read(LETTERS.upper())
+    with pytest.raises(Exception, match="expected one text of more than"):
+        _native.check(lib.semcache_calibrate_add(_native.context(llm)))
+    read(TEXTS[0])
+    for _ in range(2):  # and the same text counts again as it did
+        _native.check(lib.semcache_calibrate_add(_native.context(llm)))
+    _native.check(lib.semcache_calibrate_write(_native.context(llm), str(tmp_path / "a.profile").encode(), b"x"))
+    alone = ref.read_profile(profile.calibrate(tiny("llama"), texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1))
+    got = ref.read_profile(tmp_path / "a.profile")
+    assert got.n_text == 2
+    np.testing.assert_array_equal(got.errors, alone.errors)
 
 
 def test_a_profile_of_an_older_format_is_measured_again(tiny, cache):

@@ -1,6 +1,6 @@
 #include "sc-calibrate.h"
 
-#include "sc-vec.h"
+#include "sc-quant.h"
 
 #include <algorithm>
 #include <cmath>
@@ -24,8 +24,8 @@ struct exact_rows {
 
     void add_core(const head_rows & rows, const head_shape & shape, int32_t i) {
         const int32_t d_k = shape.n_embd_head_k, d_v = shape.n_embd_head_v;
-        f16_to_f32_row(rows.k + (int64_t) i*d_k, k.data() + (size_t) n*d_k, d_k);
-        f16_to_f32_row(rows.v + (int64_t) i*d_v, v.data() + (size_t) n*d_v, d_v);
+        load_row(rows.k_type, rows.k + i*row_size(rows.k_type, d_k), k.data() + (size_t) n*d_k, d_k);
+        load_row(rows.v_type, rows.v + i*row_size(rows.v_type, d_v), v.data() + (size_t) n*d_v, d_v);
         bias[n++] = rows.bias[i];
     }
 };
@@ -50,33 +50,46 @@ void attend(const float * q, const exact_rows & rows, int32_t n_see, const head_
     }
 }
 
-// What one pass over the text sees, and the turn of its queries that stage.cs points to.
+// What one pass over the text sees, and what its queries and stage point to.
 struct text_pass {
-    stage_rows         stage;
-    std::vector<float> cs;
+    stage_rows           stage;
+    query_rows           queries;
+    std::vector<float>   cs;
+    std::vector<int32_t> n_voted; // of the stage's tokens
 };
 
 std::vector<text_pass> passes_of(const text_rows & text, const rope & r, const calibrate_params & params) {
     const stage_rows & all = text.rows;
-    const int32_t n_past = all.n_sink + all.n_new;
+    const int32_t n_read = all.n_sink + all.n_new + params.n_window; // probes are not read
     std::vector<text_pass> res;
     std::vector<int64_t>   delta;
-    for (int32_t begin = 0, end; begin < n_past; begin = end) {
-        text_pass pass = { all, {} };
+    std::vector<int32_t>   n_voted(n_read, 0); // by token
+    int32_t done = 0; // tokens that went into the cores
+    for (int32_t begin = 0, end; begin < n_read; begin = end) {
+        text_pass pass = { all, text.queries, {}, {} };
+        end = std::min(begin + params.n_pass, n_read);
+        const int32_t n_sink = done == 0 ? all.n_sink : 0, stop = std::max(done, end - params.n_window);
         stage_rows & stage = pass.stage;
-        stage.n_sink   = begin == 0 ? all.n_sink : 0;
-        end            = std::min(begin + stage.n_sink + params.n_pass, n_past);
-        stage.n_new    = end - begin - stage.n_sink;
-        stage.n_window = params.n_window;
-        stage.cell     = all.cell  + begin;
-        stage.chunk    = all.chunk + begin + stage.n_sink - all.n_sink;
-        const int64_t now = (int64_t) text.pos[end + params.n_window - 1] + 1;
+        stage.n_sink   = stop > done + n_sink ? n_sink : 0;
+        stage.n_new    = stop > done + n_sink ? stop - done - n_sink : 0;
+        stage.n_window = end - done - stage.n_sink - stage.n_new;
+        stage.cell     = all.cell + done;
+        stage.chunk    = all.chunk + std::max(done - all.n_sink, 0);
+        pass.n_voted.assign(n_voted.begin() + done, n_voted.begin() + end);
+        stage.n_voted  = pass.n_voted.data();
+        pass.queries.row = text.queries.row + begin;
+        pass.queries.n   = end - begin;
+        const int64_t now = (int64_t) text.pos[end - 1] + 1 + params.n_window;
         delta.clear();
-        for (int32_t t = begin + stage.n_sink; t < end + params.n_window; ++t) {
+        for (int32_t t = begin; t < end; ++t) {
             delta.push_back(now + look_ahead(params.seed, text.pos[t], params.n_horizon) - text.pos[t]);
         }
         r.table(delta, pass.cs);
-        stage.cs = pass.cs.data();
+        pass.queries.cs = pass.cs.data();
+        done += stage.n_sink + stage.n_new;
+        for (int32_t t = done; t < end; ++t) {
+            n_voted[t] += pass.queries.n;
+        }
         res.push_back(std::move(pass)); // moving a vector leaves its data where it is
     }
     return res;
@@ -99,7 +112,7 @@ std::vector<double> output_errors(const text_rows & text, const head_shape & sha
     const size_t n_query = probes.size()*shape.n_gqa;
     std::vector<float> q(n_query*d_k), exact(n_query*d_v), p(n_text), out(d_v);
     for (size_t i = 0; i < probes.size(); ++i) {
-        load_query(all, shape, probes[i], q.data() + i*shape.n_gqa*d_k);
+        load_query(text.queries, shape, probes[i], q.data() + i*shape.n_gqa*d_k);
     }
     for (float & x : q) {
         x *= shape.scale;
@@ -114,17 +127,20 @@ std::vector<double> output_errors(const text_rows & text, const head_shape & sha
     }
 
     const std::vector<text_pass> passes = passes_of(text, r, params);
+    std::vector<token_votes> votes(1 + *std::max_element(all.cell, all.cell + n_text));
     std::vector<double> res;
     for (const double part : parts) {
         const int32_t n_alloc = std::max(all.n_sink + 1, (int32_t) std::llround(part*n_past));
-        std::vector<f16>       k((size_t) n_alloc*d_k), v((size_t) n_alloc*d_v);
+        constexpr row_type type = row_type::f16; // a profile is of the model, not of the type of the rows
+        std::vector<uint8_t>   k(n_alloc*row_size(type, d_k)), v(n_alloc*row_size(type, d_v));
         std::vector<float>     bias(n_alloc);
         std::vector<core_meta> meta(n_alloc);
-        head_rows cores = { k.data(), v.data(), bias.data(), meta.data(), n_alloc, 0, 0 };
+        head_rows cores = { k.data(), v.data(), bias.data(), meta.data(), n_alloc, 0, 0, type, type };
         for (const text_pass & pass : passes) {
-            const int32_t n_query_tok = pass.stage.n_new + pass.stage.n_window;
-            ws.reserve(shape, cores.n_used + pass.stage.n_sink + n_query_tok, n_query_tok*shape.n_gqa);
-            compress_head(cores, pass.stage, shape, r, params.pass, ws);
+            stage_rows stage = pass.stage;
+            stage.votes = votes.data();
+            ws.reserve(shape, cores.n_used + stage.n_sink + stage.n_new + stage.n_window, pass.queries.n*shape.n_gqa);
+            compress_head(cores, stage, pass.queries, shape, r, params.pass, ws);
         }
         rows.n = 0;
         for (int32_t i = 0; i < cores.n_used; ++i) {

@@ -10,15 +10,16 @@ namespace semcache {
 
 // A text that lies wholly in the stage, as one kv head sees it.
 struct text_rows {
-    stage_rows      rows;     // n_sink sinks, n_new tokens that passes compress, n_window tokens that stay exact
+    stage_rows      rows;     // n_sink sinks, n_new tokens that passes compress, n_window tokens that stay exact; no votes
+    query_rows      queries;  // of all tokens
     const int32_t * pos;      // [n_sink + n_new + n_window] ascending
     int32_t         n_probe;  // of the exact tokens, the last: their queries tell the error
 };
 
 struct calibrate_params {
     pass_params pass;
-    int32_t  n_pass    = 252; // tokens that one pass takes, and
-    int32_t  n_window  = 256; // those behind them whose queries look on: what a stage of 512 does
+    int32_t  n_pass    = 252; // tokens from one pass to the next, and
+    int32_t  n_window  = 512; // those that a pass leaves in the stage
     int32_t  n_skip    = 8;   // every so many'th probe is used
     int32_t  n_horizon = 512;
     uint64_t seed      = 0;

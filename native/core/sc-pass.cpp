@@ -1,6 +1,6 @@
 #include "sc-pass.h"
 
-#include "sc-vec.h"
+#include "sc-quant.h"
 
 #include <algorithm>
 #include <cmath>
@@ -25,13 +25,13 @@ constexpr int32_t DROPPED = -1;
 struct counts {
     int32_t n_core, n_new, n_cand, n_rows, n_cols, n_query;
 
-    counts(const head_rows & rows, const stage_rows & stage, const head_shape & shape) {
+    counts(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape) {
         n_core  = rows.n_used - rows.n_sink;
         n_new   = stage.n_new;
         n_cand  = n_core + n_new;
         n_rows  = n_cand + rows.n_sink + stage.n_sink + stage.n_window;
         n_cols  = (int32_t) pad_to(n_rows, NR);
-        n_query = (n_new + stage.n_window)*shape.n_gqa;
+        n_query = queries.n*shape.n_gqa;
     }
 };
 
@@ -66,7 +66,7 @@ void load_keys(const head_rows & rows, const stage_rows & stage, const head_shap
     float * k = ws.k.data();
     float * b = ws.bias.data();
     auto core = [&](int32_t i) {
-        f16_to_f32_row(rows.k + (int64_t) i*d, k, d);
+        load_row(rows.k_type, rows.k + i*row_size(rows.k_type, d), k, d);
         k += d;
         *b++ = rows.bias[i];
     };
@@ -84,26 +84,15 @@ void load_keys(const head_rows & rows, const stage_rows & stage, const head_shap
     pack_panels(ws.k.data(), d, c.n_rows, d, ws.panels.data());
 }
 
-// n values of a row of blocks from `first` on
-void q8_to_f32_row(const q8_block * x, int32_t first, float * y, int32_t n) {
-    for (int32_t i = 0; i < n;) {
-        const q8_block & b = x[(first + i)/Q8_BLOCK];
-        const float d = f16_to_f32(b.d);
-        for (int32_t e = (first + i)%Q8_BLOCK; e < Q8_BLOCK && i < n; ++e, ++i) {
-            y[i] = d*b.qs[e];
-        }
-    }
-}
-
 // Queries as f32, turned forward, with the scale of the logits in them.
-void load_queries(const stage_rows & stage, const head_shape & shape, const rope & r, const counts & c, pass_workspace & ws) {
+void load_queries(const query_rows & queries, const head_shape & shape, const rope & r, pass_workspace & ws) {
     const int32_t d   = shape.n_embd_head_k;
     const int64_t n_a = (int64_t) r.inv_freq.size();
     float * q = ws.q.data();
-    for_rows(c.n_new + stage.n_window, [&](int32_t t) {
-        load_query(stage, shape, stage.n_sink + t, q);
+    for_rows(queries.n, [&](int32_t t) {
+        load_query(queries, shape, t, q);
         for (int32_t g = 0; g < shape.n_gqa; ++g, q += d) {
-            r.turn(q, stage.cs + t*n_a*2);
+            r.turn(q, queries.cs + t*n_a*2);
             for (int32_t i = 0; i < d; ++i) {
                 q[i] *= shape.scale;
             }
@@ -125,7 +114,7 @@ void load_values(const head_rows & rows, const stage_rows & stage, const head_sh
         v += ld;
     };
     auto core = [&](int32_t i) {
-        f16_to_f32_row(rows.v + (int64_t) i*d, v, d);
+        load_row(rows.v_type, rows.v + i*row_size(rows.v_type, d), v, d);
         end_row();
     };
     auto token = [&](int32_t t) {
@@ -143,7 +132,7 @@ void load_values(const head_rows & rows, const stage_rows & stage, const head_sh
 void deviations(const head_shape & shape, const counts & c, pass_workspace & ws) {
     const int32_t d   = shape.n_embd_head_v;
     const int64_t ld  = value_stride(shape);
-    const float   inv = 1.0f/(float) c.n_cand;
+    const float   inv = c.n_cand > 0 ? 1.0f/(float) c.n_cand : 0.0f;
     std::fill(ws.v_mean.begin(), ws.v_mean.begin() + d, 0.0f);
     for_rows(c.n_cand, [&](int32_t i) { axpy(inv, ws.v.data() + i*ld, ws.v_mean.data(), d); });
     double sum = 0.0;
@@ -190,6 +179,25 @@ template <int N> void add_queries(float * y, const counts & c, float * z, pass_w
         vstore(s_use + i, u);
         vstore(w + i, s);
     }
+}
+
+// The stage's tokens take this pass's votes, and those of the candidates are from now on all that they have had.
+void add_votes(const stage_rows & stage, const counts & c, int32_t n_sink_before, pass_workspace & ws) {
+    if (!stage.votes) {
+        return;
+    }
+    auto add = [&](int32_t t, int32_t i) { // token and row, in the order of load_keys
+        token_votes & v = stage.votes[stage.cell[t]];
+        if (stage.n_voted[t] > 0) {
+            ws.s_use[i] += v.p4;
+            ws.w[i]     += v.p;
+        }
+        v = { ws.s_use[i], ws.w[i] };
+    };
+    const int32_t sinks = c.n_cand + n_sink_before;
+    for_rows(c.n_new,        [&](int32_t i) { add(stage.n_sink + i, c.n_core + i); });
+    for_rows(stage.n_sink,   [&](int32_t i) { add(i, sinks + i); });
+    for_rows(stage.n_window, [&](int32_t i) { add(stage.n_sink + c.n_new + i, sinks + stage.n_sink + i); });
 }
 
 // Marks the `budget` best candidates: rank[i] = 1.
@@ -500,9 +508,10 @@ void cluster_paper(const head_shape & shape, const counts & c, int32_t budget, p
     });
 }
 
-void put_core(head_rows & rows, int32_t dst, const head_shape & shape, const float * k, const float * v) {
-    f32_to_f16_row(k, rows.k + (int64_t) dst*shape.n_embd_head_k, shape.n_embd_head_k);
-    f32_to_f16_row(v, rows.v + (int64_t) dst*shape.n_embd_head_v, shape.n_embd_head_v);
+// k and v are scratch afterwards.
+void put_core(head_rows & rows, int32_t dst, const head_shape & shape, float * k, float * v) {
+    store_row(rows.k_type, k, rows.k + dst*row_size(rows.k_type, shape.n_embd_head_k), shape.n_embd_head_k);
+    store_row(rows.v_type, v, rows.v + dst*row_size(rows.v_type, shape.n_embd_head_v), shape.n_embd_head_v);
 }
 
 // Writes sinks and winners to their places, in text order. A row's place is never behind the row itself, so going forward
@@ -535,8 +544,9 @@ pass_result compact(head_rows & rows, const stage_rows & stage, const head_shape
             put_core(rows, dst, shape, ws.k.data() + (int64_t) i*d_k, ws.v.data() + i*ld);
             rows.bias[dst] = 0.0f;
         } else if (const int32_t src = rows.n_sink + i; src != dst) {
-            std::copy_n(rows.k + (int64_t) src*d_k, d_k, rows.k + (int64_t) dst*d_k);
-            std::copy_n(rows.v + (int64_t) src*d_v, d_v, rows.v + (int64_t) dst*d_v);
+            const int64_t size_k = row_size(rows.k_type, d_k), size_v = row_size(rows.v_type, d_v);
+            std::copy_n(rows.k + src*size_k, size_k, rows.k + dst*size_k);
+            std::copy_n(rows.v + src*size_v, size_v, rows.v + dst*size_v);
             rows.bias[dst] = rows.bias[src];
         }
         rows.meta[dst++] = ws.meta[i];
@@ -547,13 +557,13 @@ pass_result compact(head_rows & rows, const stage_rows & stage, const head_shape
 
 } // namespace
 
-void load_query(const stage_rows & stage, const head_shape & shape, int32_t t, float * q) {
-    const int32_t n    = shape.n_gqa*shape.n_embd_head_k;
-    const int64_t cell = stage.cell[t];
-    if (stage.q8) {
-        q8_to_f32_row(stage.q8 + cell*stage.q8_cell, stage.q8_first, q, n);
+void load_query(const query_rows & queries, const head_shape & shape, int32_t t, float * q) {
+    const int32_t n   = shape.n_gqa*shape.n_embd_head_k;
+    const int64_t row = queries.row[t];
+    if (queries.q8) {
+        q8_0_to_f32_row(queries.q8 + row*queries.q8_row, queries.q8_first, q, n);
     } else {
-        f16_to_f32_row(stage.q + cell*stage.q_cell, q, n);
+        f16_to_f32_row(queries.q + row*queries.q_row, q, n);
     }
 }
 
@@ -598,11 +608,12 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
     grow(meta, n);
 }
 
-int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r, pass_workspace & ws) {
-    const counts c(rows, stage, shape);
+int32_t score_head(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
+                   const rope & r, pass_workspace & ws) {
+    const counts c(rows, stage, queries, shape);
     load_keys(rows, stage, shape, c, ws);
     load_values(rows, stage, shape, c, ws);
-    load_queries(stage, shape, r, c, ws);
+    load_queries(queries, shape, r, ws);
     for (auto * v : { &ws.s_use, &ws.w }) {
         std::fill(v->begin(), v->begin() + c.n_cols, 0.0f);
     }
@@ -618,8 +629,10 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_
             add_queries<1>(ws.x.data() + (int64_t) i*c.n_cols, c, ws.z.data() + q0 + i, ws);
         }
     }
-    const float inv = 1.0f/(float) c.n_query;
+    add_votes(stage, c, rows.n_sink, ws);
     for_rows(c.n_cand, [&](int32_t i) {
+        const int32_t n_before = i < c.n_core || !stage.votes ? 0 : stage.n_voted[stage.n_sink + i - c.n_core];
+        const float   inv      = 1.0f/(float) (c.n_query + n_before*shape.n_gqa);
         ws.s_use[i]  = std::sqrt(std::sqrt(ws.s_use[i]*inv));
         ws.w[i]     *= inv;
     });
@@ -627,12 +640,12 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_
     return c.n_cand;
 }
 
-pass_result compress_head(head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r,
-                          const pass_params & params, pass_workspace & ws) {
-    const counts c(rows, stage, shape);
+pass_result compress_head(head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
+                          const rope & r, const pass_params & params, pass_workspace & ws) {
+    const counts c(rows, stage, queries, shape);
     const int32_t budget = rows.n_alloc - rows.n_sink - stage.n_sink;
     if (params.how == method::semantic) {
-        score_head(rows, stage, shape, r, ws);
+        score_head(rows, stage, queries, shape, r, ws);
     } else {
         load_keys(rows, stage, shape, c, ws);
         load_values(rows, stage, shape, c, ws);

@@ -27,30 +27,47 @@ static_assert(sizeof(core_meta) == 8, "two words per row");
 
 // The rows of one kv head: n_sink sinks, then cores in text order, then free rows.
 struct head_rows {
-    f16       * k;    // [n_alloc, n_embd_head_k]
-    f16       * v;    // [n_alloc, n_embd_head_v]
+    uint8_t   * k;    // [n_alloc] rows of n_embd_head_k values of type k_type
+    uint8_t   * v;    // [n_alloc] rows of n_embd_head_v values of type v_type
     float     * bias; // [n_alloc]
     core_meta * meta; // [n_alloc]
     int32_t n_alloc;
     int32_t n_sink;   // of the rows in use; never merged or dropped
     int32_t n_used;
+    row_type k_type, v_type;
+};
+
+// What the queries of earlier passes said of a token that was in the stage by then: sums over queries and query heads.
+struct token_votes {
+    float p4; // of its attention share to the power of 4
+    float p;  // of its attention share
 };
 
 // The stage as one kv head sees it. Tokens are in position order: n_sink new sinks (first pass only), n_new candidates,
-// n_window that stay. k, v and q point at cell 0; cell[i] is the cell of token i.
+// n_window that stay. k, v and votes point at cell 0; cell[i] is the cell of token i.
 struct stage_rows {
     const f16 * k; int64_t k_cell;                 // elements from one cell to the next; a key is contiguous
     const f16 * v; int64_t v_cell; int64_t v_elem; // a value need not be (transposed cache)
-    const f16 * q; int64_t q_cell;                 // [n_gqa, n_embd_head_k] per cell, contiguous
     const int32_t * cell;    // [n_sink + n_new + n_window]
     const int32_t * chunk;   // [n_new]
-    const float   * cs;      // [n_new + n_window, n_rot/2, 2] turn of each query, see rope::table
     int32_t n_sink;
     int32_t n_new;
     int32_t n_window;
 
-    // Queries in q8_0 instead of q: rows of q8_cell blocks per cell, in which this head's group begins at value q8_first.
-    const q8_block * q8; int64_t q8_cell; int32_t q8_first;
+    // Votes of earlier passes, to which this pass adds its own. NULL: there were none and nobody wants to know.
+    token_votes   * votes;   // [n_cell]
+    const int32_t * n_voted; // [n_sink + n_new + n_window] tokens whose queries voted; of 0 the votes are not read
+};
+
+// The queries that vote in a pass: those of the tokens that came since the last one.
+struct query_rows {
+    const f16 * q; int64_t q_row;                  // [n_gqa, n_embd_head_k] per row, contiguous
+    const int32_t * row;     // [n] row of each token's queries
+    const float   * cs;      // [n, n_rot/2, 2] turn of each token's queries, see rope::table
+    int32_t n;               // tokens
+
+    // In q8_0 instead of q: rows of q8_row blocks, in which this head's group begins at value q8_first.
+    const q8_block * q8; int64_t q8_row; int32_t q8_first;
 };
 
 struct head_shape {
@@ -73,7 +90,7 @@ struct pass_result {
 
 // Scratch of one thread.
 struct pass_workspace {
-    // For heads of up to n_rows candidates, sinks and window together. Throws std::bad_alloc.
+    // For heads of up to n_rows candidates, sinks and window together, and n_query tokens' query heads. Throws std::bad_alloc.
     void reserve(const head_shape & shape, int32_t n_rows, int32_t n_query);
 
     std::vector<float>   k, panels, q, x;          // keys, packed keys, turned queries, a block of logits
@@ -87,17 +104,18 @@ struct pass_workspace {
 };
 
 // Queries of token t as f32 q [n_gqa, n_embd_head_k], neither turned nor scaled.
-void load_query(const stage_rows & stage, const head_shape & shape, int32_t t, float * q);
+void load_query(const query_rows & queries, const head_shape & shape, int32_t t, float * q);
 
 // Value of token t as f32 v [n_embd_head_v].
 void load_value(const stage_rows & stage, const head_shape & shape, int32_t t, float * v);
 
 // Scores of the candidates (cores, then new tokens): ws.s_use, ws.s_dev and ws.w [n_cand], as in the reference's score().
-// Leaves keys, turned queries and log-sum-exps in the workspace. Returns the number of candidates.
-int32_t score_head(const head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r, pass_workspace & ws);
+// Adds to the votes of the stage. Leaves keys, turned queries and log-sum-exps in the workspace. Returns the number of candidates.
+int32_t score_head(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
+                   const rope & r, pass_workspace & ws);
 
-// The whole pass of one head, in place.
-pass_result compress_head(head_rows & rows, const stage_rows & stage, const head_shape & shape, const rope & r,
-                          const pass_params & params, pass_workspace & ws);
+// The whole pass of one head, in place. Without candidates it only takes votes.
+pass_result compress_head(head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
+                          const rope & r, const pass_params & params, pass_workspace & ws);
 
 } // namespace semcache

@@ -64,6 +64,26 @@ static inline float vsum(vf x) {
 #endif
 }
 
+// Sums over the lanes of four vectors.
+static inline void vsum4(vf a, vf b, vf c, vf d, float * out) {
+#if defined(__AVX__)
+#    if defined(__AVX512F__)
+    auto half = [](vf x) {
+        return _mm256_add_ps(_mm512_castps512_ps256((__m512) x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512) x), 1)));
+    };
+#    else
+    auto half = [](vf x) { return (__m256) x; };
+#    endif
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+#else
+    out[0] = vsum(a);
+    out[1] = vsum(b);
+    out[2] = vsum(c);
+    out[3] = vsum(d);
+#endif
+}
+
 static inline float vmax(vf x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512) x);

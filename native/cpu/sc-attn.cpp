@@ -1,17 +1,17 @@
 #include "sc-attn.h"
 
-#include "sc-vec.h"
+#include "sc-quant.h"
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 namespace semcache {
 
 namespace {
 
-constexpr int32_t N_TILE    = 64;     // rows of K and V that are converted at once: 2*64*d floats stay in the L2 cache
+constexpr int32_t N_TILE    = 64;     // rows of K and V that a batch converts at once: 2*64*d floats stay in the L2 cache
 constexpr int32_t N_FEW     = 8;      // so many tokens are a few: their rows, not their tokens, are spread over threads
+constexpr int32_t N_STRIP   = 256;    // rows that a few tokens look at between two steps of the running softmax
 constexpr int32_t N_PART    = 16;     // parts for a few tokens
 constexpr int32_t N_QUERY   = 192;    // query rows of a batch that share a converted tile
 constexpr float   MASKED    = -1e30f; // finite, so that differences of masked logits are no NaN
@@ -22,38 +22,75 @@ struct piece {
     int32_t head, begin, end;
 };
 
-// Running softmax of some query rows over the tiles seen so far.
-struct online {
-    std::vector<float> q;       // [n_row, d_k] scaled
-    std::vector<float> k, p;    // a tile's keys [N_TILE, d_k] and packed
-    std::vector<float> v;       // a tile's values [N_TILE, ld_v]
-    std::vector<float> x;       // logits [n_row, N_TILE]
-    std::vector<float> o;       // [n_row, ld_v]
-    std::vector<float> m, l;    // [n_row] maximum and sum
-    int64_t ld_v = 0;
+// Rows of K or V of one head that lie one after the other: cores of a type, or cells of the stage (f16).
+struct row_span {
+    const uint8_t * p;
+    int64_t         stride; // bytes
+    row_type        type;
+};
 
-    void reserve(int32_t n_row, int32_t d_k, int32_t d_v) {
-        auto grow = [](std::vector<float> & t, int64_t n) {
-            if ((int64_t) t.size() < n) {
-                t.resize(n);
-            }
+row_span k_span(const attn_args & a, int32_t h, bool core, int32_t row) {
+    const int64_t size = row_size(a.k_type, a.n_embd_head_k);
+    return core ? row_span { a.k_core + (a.row_first[h] + row)*size, size, a.k_type } :
+        row_span { (const uint8_t *) (a.k + h*a.k_head + row*a.k_cell), a.k_cell*(int64_t) sizeof(f16), row_type::f16 };
+}
+
+row_span v_span(const attn_args & a, int32_t h, bool core, int32_t row) {
+    const int64_t size = row_size(a.v_type, a.n_embd_head_v);
+    return core ? row_span { a.v_core + (a.row_first[h] + row)*size, size, a.v_type } :
+        row_span { (const uint8_t *) (a.v + h*a.v_head + row*a.v_cell), a.v_cell*(int64_t) sizeof(f16), row_type::f16 };
+}
+
+int32_t tokens_at_once(const attn_args & a) {
+    return a.n_tokens <= N_FEW ? a.n_tokens : std::max(1, N_QUERY/(a.n_head/a.n_head_kv));
+}
+
+int64_t slot_size(const attn_args & a) { return a.n_embd_head_v + 2; }
+
+// [N_PART, n_tokens, n_head] slots of (o, m, l)
+int64_t slot(const attn_args & a, int32_t part, int32_t token, int32_t head) {
+    return (((int64_t) part*a.n_tokens + token)*a.n_head + head)*slot_size(a);
+}
+
+int64_t slots_size(const attn_args & a) { return attn_in_parts(a) ? slot(a, N_PART, 0, 0) : 0; }
+
+// Running softmax of some query rows over the rows seen so far, in the scratch of one thread.
+struct online {
+    int32_t n_row;
+    int64_t ld_v, ld_x;
+    float * q, * q_core; // [n_row, d_k] scaled, for the stage and for cores: rotated where their keys are
+    float * k, * p;      // a tile's keys [N_TILE, d_k] and packed
+    float * v;           // a tile's values [N_TILE, ld_v]
+    float * x;           // logits [n_row, ld_x]
+    float * o;           // [n_row, ld_v]
+    float * m, * l;      // [n_row] maximum and sum
+
+    // Lays the scratch out from `base` on (NULL: only counts) and returns its size in floats.
+    int64_t layout(const attn_args & a, float * base) {
+        const int64_t d_k = a.n_embd_head_k;
+        n_row = tokens_at_once(a)*(a.n_head/a.n_head_kv);
+        ld_v  = pad_to(a.n_embd_head_v, NR);
+        ld_x  = a.n_tokens <= N_FEW ? N_STRIP : N_TILE;
+        int64_t used = 0;
+        auto take = [&](int64_t n) {
+            float * res = base ? base + used : nullptr;
+            used += pad_to(n, VL);
+            return res;
         };
-        ld_v = pad_to(d_v, NR);
-        grow(q, (int64_t) n_row*d_k);
-        grow(k, (int64_t) N_TILE*d_k);
-        grow(p, (int64_t) N_TILE*d_k);
-        grow(v, N_TILE*ld_v);
-        grow(x, (int64_t) n_row*N_TILE);
-        grow(o, n_row*ld_v);
-        grow(m, n_row);
-        grow(l, n_row);
+        q      = take(n_row*d_k);
+        q_core = a.k_type == row_type::f16 ? q : take(n_row*d_k);
+        k = take(N_TILE*d_k);
+        p = take(N_TILE*d_k);
+        v = take(N_TILE*ld_v);
+        x = take(n_row*ld_x);
+        o = take(n_row*ld_v);
+        m = take(n_row);
+        l = take(n_row);
+        return used;
     }
 };
 
-online & scratch() {
-    static thread_local online s;
-    return s;
-}
+int64_t scratch_size(const attn_args & a) { return online().layout(a, nullptr); }
 
 float mask_at(const attn_args & a, int32_t token, int32_t cell) {
     const int64_t i = token*a.mask_token + cell;
@@ -82,7 +119,48 @@ bool visible(const attn_args & a, int32_t token0, int32_t n_tokens, int32_t cell
     return false;
 }
 
-// One tile: n rows of head h, cores from `row` on or cells from `row` on.
+// Logits of query row r become shares of its running softmax: x [n], padded with zeros to n_cols.
+void soft_max_step(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t n_cols, int32_t token, int32_t r, online & s) {
+    float * x = s.x + r*s.ld_x;
+    if (a.softcap > 0.0f) {
+        for (int32_t i = 0; i < n; ++i) {
+            x[i] = a.softcap*std::tanh(x[i]/a.softcap);
+        }
+    }
+    std::fill(x + n, x + n_cols, MASKED);
+    if (core) {
+        const float * bias = a.bias + a.row_first[h] + row;
+        for (int32_t i = 0; i < n; ++i) {
+            x[i] += bias[i];
+        }
+    } else if (!add_mask(a, token, row, n, x)) {
+        std::fill(x, x + n_cols, 0.0f);
+        return;
+    }
+    vf vm = vset(s.m[r]);
+    for (int32_t i = 0; i < n_cols; i += VL) {
+        vm = vmax(vm, vload(x + i));
+    }
+    const float m = vmax(vm);
+    vf vl = {};
+    for (int32_t i = 0; i < n_cols; i += VL) {
+        const vf p = vexp(vload(x + i) - m);
+        vstore(x + i, p);
+        vl += p;
+    }
+    if (m > s.m[r]) {
+        const float c = std::exp(s.m[r] - m);
+        float * o = s.o + r*s.ld_v;
+        for (int64_t i = 0; i < s.ld_v; i += VL) {
+            vstore(o + i, vload(o + i)*c);
+        }
+        s.l[r] *= c;
+        s.m[r]  = m;
+    }
+    s.l[r] += vsum(vl);
+}
+
+// One tile of n rows, for any number of query rows: cores from `row` on or cells from `row` on.
 void add_tile(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t token0, int32_t n_tokens, online & s) {
     const int32_t d_k   = a.n_embd_head_k, d_v = a.n_embd_head_v;
     const int32_t n_gqa = a.n_head/a.n_head_kv;
@@ -91,78 +169,191 @@ void add_tile(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n,
         return;
     }
 
-    const int64_t first = core ? a.row_first[h] + row : row;
+    const row_span k = k_span(a, h, core, row), v = v_span(a, h, core, row);
+    const bool transposed = !core && a.v_elem != 1;
     for (int32_t i = 0; i < n; ++i) {
-        f16_to_f32_row(core ? a.k_core + (first + i)*d_k : a.k + h*a.k_head + (first + i)*a.k_cell, s.k.data() + (int64_t) i*d_k, d_k);
-        float * v = s.v.data() + i*s.ld_v;
-        if (core) {
-            f16_to_f32_row(a.v_core + (first + i)*d_v, v, d_v);
-        } else if (a.v_elem == 1) {
-            f16_to_f32_row(a.v + h*a.v_head + (first + i)*a.v_cell, v, d_v);
+        decode_row(k.type, k.p + i*k.stride, s.k + (int64_t) i*d_k, d_k);
+        float * to = s.v + i*s.ld_v;
+        if (!transposed) {
+            decode_row(v.type, v.p + i*v.stride, to, d_v);
         }
-        std::fill(v + d_v, v + s.ld_v, 0.0f);
+        std::fill(to + d_v, to + s.ld_v, 0.0f);
     }
-    if (!core && a.v_elem != 1) { // transposed cache: read along the cells
+    if (transposed) { // read along the cells
         for (int32_t e = 0; e < d_v; ++e) {
-            const f16 * v = a.v + h*a.v_head + e*a.v_elem + first*a.v_cell;
+            const f16 * from = a.v + h*a.v_head + e*a.v_elem + row*a.v_cell;
             for (int32_t i = 0; i < n; ++i) {
-                s.v[i*s.ld_v + e] = f16_to_f32(v[i*a.v_cell]);
+                s.v[i*s.ld_v + e] = f16_to_f32(from[i*a.v_cell]);
             }
         }
     }
 
     const int32_t n_cols = (int32_t) pad_to(n, NR);
+    const float * q      = core ? s.q_core : s.q;
     if (n_row >= MR) {
-        pack_panels(s.k.data(), d_k, n, d_k, s.p.data());
-        gemm_panels(s.q.data(), d_k, n_row, s.p.data(), d_k, n_cols, s.x.data(), N_TILE);
+        pack_panels(s.k, d_k, n, d_k, s.p);
+        gemm_panels(q, d_k, n_row, s.p, d_k, n_cols, s.x, s.ld_x);
     } else { // too few rows to pay for the packing
         for (int32_t i = 0; i < n; ++i) {
             for (int32_t r = 0; r < n_row; ++r) {
-                s.x[r*N_TILE + i] = dot(s.q.data() + (int64_t) r*d_k, s.k.data() + (int64_t) i*d_k, d_k);
+                s.x[r*s.ld_x + i] = dot(q + (int64_t) r*d_k, s.k + (int64_t) i*d_k, d_k);
             }
         }
     }
-
     for (int32_t r = 0; r < n_row; ++r) {
-        float * x = s.x.data() + r*N_TILE;
-        if (a.softcap > 0.0f) {
-            for (int32_t i = 0; i < n; ++i) {
-                x[i] = a.softcap*std::tanh(x[i]/a.softcap);
-            }
-        }
-        std::fill(x + n, x + n_cols, MASKED);
-        if (core) {
-            for (int32_t i = 0; i < n; ++i) {
-                x[i] += a.bias[first + i];
-            }
-        } else if (!add_mask(a, token0 + r/n_gqa, row, n, x)) {
-            std::fill(x, x + n_cols, 0.0f);
-            continue;
-        }
-        vf vm = vset(s.m[r]);
-        for (int32_t i = 0; i < n_cols; i += VL) {
-            vm = vmax(vm, vload(x + i));
-        }
-        const float m = vmax(vm);
-        vf vl = {};
-        for (int32_t i = 0; i < n_cols; i += VL) {
-            const vf p = vexp(vload(x + i) - m);
-            vstore(x + i, p);
-            vl += p;
-        }
-        if (m > s.m[r]) {
-            const float c = std::exp(s.m[r] - m);
-            float * o = s.o.data() + r*s.ld_v;
-            for (int64_t i = 0; i < s.ld_v; i += VL) {
-                vstore(o + i, vload(o + i)*c);
-            }
-            s.l[r] *= c;
-            s.m[r]  = m;
-        }
-        s.l[r] += vsum(vl);
+        soft_max_step(a, h, core, row, n, n_cols, token0 + r/n_gqa, r, s);
     }
+    gemm_rows(s.x, s.ld_x, n_row, s.v, s.ld_v, n, (int) s.ld_v, s.o, s.ld_v, true);
+}
 
-    gemm_rows(s.x.data(), N_TILE, n_row, s.v.data(), s.ld_v, n, (int) s.ld_v, s.o.data(), s.ld_v, true);
+// ---- a few query rows: no copy of K and V, every row is converted in registers for all of them
+
+template <row_type T> vf load_values(const uint8_t * row, int32_t e) {
+    if constexpr (T == row_type::f16) {
+        return vload_f16((const f16 *) row + e);
+    } else if constexpr (T == row_type::q8_0) {
+        const q8_block & b = ((const q8_block *) row)[e/Q_BLOCK];
+        return i8_to_vf(b.qs + e%Q_BLOCK)*f16_to_f32(b.d);
+    } else {
+        const q4_block & b = ((const q4_block *) row)[e/Q_BLOCK];
+        return i4_to_vf(b.qs, e%Q_BLOCK)*f16_to_f32(b.d);
+    }
+}
+
+// x[r][i] = q_r.k_i for NQ query rows and n keys, NK of these at a time
+template <row_type T, int NQ, int NK> void few_logits(const float * q, int32_t d, const row_span & k, int32_t n, float * x, int64_t ld_x) {
+    int32_t i = 0;
+    for (; i + NK <= n; i += NK) {
+        const uint8_t * row = k.p + i*k.stride;
+        vf acc[NQ][NK] = {};
+        for (int32_t e = 0; e < d; e += VL) {
+            vf key[NK];
+#pragma GCC unroll 4
+            for (int j = 0; j < NK; ++j) {
+                key[j] = load_values<T>(row + j*k.stride, e);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < NQ; ++r) {
+                const vf y = vload(q + (int64_t) r*d + e);
+#pragma GCC unroll 4
+                for (int j = 0; j < NK; ++j) {
+                    acc[r][j] += y*key[j];
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < NQ; r += 4/NK) { // four sums at a time: of one query row, two or four
+            float sums[4];
+            auto at = [&](int j) -> const vf & { return acc[std::min(r + j/NK, NQ - 1)][j%NK]; };
+            vsum4(at(0), at(1), at(2), at(3), sums);
+            for (int j = 0; j < 4 && r + j/NK < NQ; ++j) {
+                x[(r + j/NK)*ld_x + i + j%NK] = sums[j];
+            }
+        }
+    }
+    if constexpr (NK > 1) {
+        if (i < n) {
+            few_logits<T, NQ, 1>(q, d, { k.p + i*k.stride, k.stride, k.type }, n - i, x + i, ld_x);
+        }
+    }
+}
+
+// o[r] += sum_i x[r][i] v_i, NV vectors of the values from e on
+template <row_type T, int NQ, int NV> void few_values(const float * x, int64_t ld_x, const row_span & v, int32_t n, int32_t e, float * o, int64_t ld_v) {
+    vf acc[NQ][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < NQ; ++r) {
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) {
+            acc[r][j] = vload(o + r*ld_v + e + j*VL);
+        }
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        vf y[NV];
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) {
+            y[j] = load_values<T>(v.p + i*v.stride, e + j*VL);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < NQ; ++r) {
+            const float p = x[r*ld_x + i];
+#pragma GCC unroll 2
+            for (int j = 0; j < NV; ++j) {
+                acc[r][j] += p*y[j];
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < NQ; ++r) {
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) {
+            vstore(o + r*ld_v + e + j*VL, acc[r][j]);
+        }
+    }
+}
+
+// The same with the number of query rows and the type known when the code runs only.
+template <row_type T, int NQ> void few_values(const float * x, int64_t ld_x, const row_span & v, int32_t n, int32_t d, float * o, int64_t ld_v) {
+    int32_t e = 0;
+    for (; e + 2*VL <= d; e += 2*VL) {
+        few_values<T, NQ, 2>(x, ld_x, v, n, e, o, ld_v);
+    }
+    if (e < d) {
+        few_values<T, NQ, 1>(x, ld_x, v, n, e, o, ld_v);
+    }
+}
+
+template <typename F> void with_type(row_type t, F && f) {
+    switch (t) {
+        case row_type::f16:  f(std::integral_constant<row_type, row_type::f16>());  break;
+        case row_type::q8_0: f(std::integral_constant<row_type, row_type::q8_0>()); break;
+        case row_type::q4_0: f(std::integral_constant<row_type, row_type::q4_0>()); break;
+    }
+}
+
+// f(first query row, number of them as a constant), at most 8 at a time
+template <typename F> void for_queries(int32_t n_row, F && f) {
+    for (int32_t r = 0; r < n_row; r += 8) {
+        switch (std::min(8, n_row - r)) {
+            case 1: f(r, std::integral_constant<int, 1>()); break;
+            case 2: f(r, std::integral_constant<int, 2>()); break;
+            case 3: f(r, std::integral_constant<int, 3>()); break;
+            case 4: f(r, std::integral_constant<int, 4>()); break;
+            case 5: f(r, std::integral_constant<int, 5>()); break;
+            case 6: f(r, std::integral_constant<int, 6>()); break;
+            case 7: f(r, std::integral_constant<int, 7>()); break;
+            case 8: f(r, std::integral_constant<int, 8>()); break;
+        }
+    }
+}
+
+bool strips_fit(const attn_args & a, bool core) {
+    return a.n_embd_head_k%VL == 0 && a.n_embd_head_v%VL == 0 && (core || a.v_elem == 1);
+}
+
+// A strip of n rows, as add_tile.
+void add_strip(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t n_tokens, online & s) {
+    const int32_t d_k   = a.n_embd_head_k, d_v = a.n_embd_head_v;
+    const int32_t n_gqa = a.n_head/a.n_head_kv, n_row = n_tokens*n_gqa;
+    if (!core && !visible(a, 0, n_tokens, row, n)) {
+        return;
+    }
+    const row_span k = k_span(a, h, core, row), v = v_span(a, h, core, row);
+    const float *  q = core ? s.q_core : s.q;
+    with_type(k.type, [&](auto type) {
+        for_queries(n_row, [&](int32_t r, auto n_q) {
+            constexpr int NQ = decltype(n_q)::value;
+            few_logits<decltype(type)::value, NQ, (NQ <= 4 ? 4 : 2)>(q + (int64_t) r*d_k, d_k, k, n, s.x + r*s.ld_x, s.ld_x);
+        });
+    });
+    for (int32_t r = 0; r < n_row; ++r) {
+        soft_max_step(a, h, core, row, n, (int32_t) pad_to(n, VL), r/n_gqa, r, s);
+    }
+    with_type(v.type, [&](auto type) {
+        for_queries(n_row, [&](int32_t r, auto n_q) {
+            few_values<decltype(type)::value, decltype(n_q)::value>(s.x + r*s.ld_x, s.ld_x, v, n, d_v, s.o + r*s.ld_v, s.ld_v);
+        });
+    });
 }
 
 // Query rows [token0, token0 + n_tokens) x group of head p.head over the rows of the piece.
@@ -170,24 +361,41 @@ void attend(const attn_args & a, const piece & p, int32_t token0, int32_t n_toke
     const int32_t d_k   = a.n_embd_head_k;
     const int32_t n_gqa = a.n_head/a.n_head_kv;
     const int32_t n_row = n_tokens*n_gqa;
-    s.reserve(n_row, d_k, a.n_embd_head_v);
     for (int32_t r = 0; r < n_row; ++r) {
-        const float * q = a.q + (token0 + r/n_gqa)*a.q_token + (p.head*n_gqa + r%n_gqa)*a.q_head;
+        const float * from = a.q + (token0 + r/n_gqa)*a.q_token + (p.head*n_gqa + r%n_gqa)*a.q_head;
+        float       * q    = s.q + (int64_t) r*d_k;
         for (int32_t e = 0; e < d_k; ++e) {
-            s.q[(int64_t) r*d_k + e] = a.scale*q[e];
+            q[e] = a.scale*from[e];
+        }
+        if (s.q_core != s.q) {
+            std::copy_n(q, d_k, s.q_core + (int64_t) r*d_k);
+            hadamard(s.q_core + (int64_t) r*d_k, d_k);
         }
     }
-    std::fill(s.o.begin(), s.o.begin() + n_row*s.ld_v, 0.0f);
-    std::fill(s.l.begin(), s.l.begin() + n_row, 0.0f);
-    std::fill(s.m.begin(), s.m.begin() + n_row, MASKED);
+    std::fill_n(s.o, n_row*s.ld_v, 0.0f);
+    std::fill_n(s.l, n_row, 0.0f);
+    std::fill_n(s.m, n_row, MASKED);
 
-    const int32_t n_core = a.row_count[p.head];
-    for (int32_t i = p.begin; i < std::min(p.end, n_core); i += N_TILE) {
-        add_tile(a, p.head, true, i, std::min(N_TILE, std::min(p.end, n_core) - i), token0, n_tokens, s);
+    const int32_t n_core = a.row_count[p.head], mid = std::clamp(n_core, p.begin, p.end);
+    auto rows = [&](bool core, int32_t begin, int32_t end) {
+        const bool    strips = a.n_tokens <= N_FEW && strips_fit(a, core);
+        const int32_t step   = strips ? N_STRIP : N_TILE, first = core ? 0 : n_core;
+        for (int32_t i = begin; i < end; i += step) {
+            const int32_t n = std::min(step, end - i);
+            if (strips) {
+                add_strip(a, p.head, core, i - first, n, n_tokens, s);
+            } else {
+                add_tile(a, p.head, core, i - first, n, token0, n_tokens, s);
+            }
+        }
+    };
+    rows(true, p.begin, mid);
+    if (a.v_type != row_type::f16 && mid > p.begin) { // what the cores gave is a sum of rotated values
+        for (int32_t r = 0; r < n_row; ++r) {
+            hadamard(s.o + r*s.ld_v, a.n_embd_head_v);
+        }
     }
-    for (int32_t i = std::max(p.begin, n_core); i < p.end; i += N_TILE) {
-        add_tile(a, p.head, false, i - n_core, std::min(N_TILE, p.end - i), token0, n_tokens, s);
-    }
+    rows(false, mid, p.end);
 }
 
 // out = o/l with the sink's share taken off
@@ -226,34 +434,26 @@ template <typename F> void for_pieces(const attn_args & a, int32_t part, F && f)
     }
 }
 
-int64_t slot_size(const attn_args & a) { return a.n_embd_head_v + 2; }
-
-// [N_PART, n_tokens, n_head] slots of (o, m, l)
-int64_t slot(const attn_args & a, int32_t part, int32_t token, int32_t head) {
-    return (((int64_t) part*a.n_tokens + token)*a.n_head + head)*slot_size(a);
-}
-
 } // namespace
 
-int32_t attn_n_part(int32_t n_tokens) { return n_tokens <= N_FEW ? N_PART : 1; }
+bool attn_in_parts(const attn_args & a) { return a.n_tokens <= N_FEW; }
 
-int64_t attn_part_size(const attn_args & a) {
-    return N_PART*(int64_t) a.n_tokens*a.n_head*slot_size(a);
-}
+int64_t attn_work_size(const attn_args & a, int nth) { return pad_to(slots_size(a), NR) + nth*scratch_size(a); }
 
-void attn_part(const attn_args & a, float * out, int ith, int nth) {
-    online & s = scratch();
+void attn_part(const attn_args & a, float * work, float * dst, int ith, int nth) {
+    online s;
+    s.layout(a, work + pad_to(slots_size(a), NR) + ith*scratch_size(a));
     const int32_t n_gqa = a.n_head/a.n_head_kv;
     const int32_t d_v   = a.n_embd_head_v;
-    if (attn_n_part(a.n_tokens) == 1) {
-        const int32_t n_tile  = std::max(1, N_QUERY/n_gqa);
+    if (!attn_in_parts(a)) {
+        const int32_t n_tile  = tokens_at_once(a);
         const int32_t n_tiles = (a.n_tokens + n_tile - 1)/n_tile;
         for (int32_t i = ith; i < n_tiles*a.n_head_kv; i += nth) {
             const int32_t h = i/n_tiles, token0 = i%n_tiles*n_tile, n_tokens = std::min(n_tile, a.n_tokens - token0);
             attend(a, { h, 0, a.row_count[h] + a.n_kv }, token0, n_tokens, s);
             for (int32_t r = 0; r < n_tokens*n_gqa; ++r) {
                 const int32_t head = h*n_gqa + r%n_gqa;
-                finish(a, head, s.m[r], s.l[r], s.o.data() + r*s.ld_v, out + ((int64_t) (token0 + r/n_gqa)*a.n_head + head)*d_v);
+                finish(a, head, s.m[r], s.l[r], s.o + r*s.ld_v, dst + ((int64_t) (token0 + r/n_gqa)*a.n_head + head)*d_v);
             }
         }
         return;
@@ -261,14 +461,14 @@ void attn_part(const attn_args & a, float * out, int ith, int nth) {
     for (int32_t part = ith; part < N_PART; part += nth) {
         for (int32_t t = 0; t < a.n_tokens; ++t) {
             for (int32_t h = 0; h < a.n_head; ++h) {
-                out[slot(a, part, t, h) + d_v] = MASKED;
+                work[slot(a, part, t, h) + d_v] = MASKED;
             }
         }
         for_pieces(a, part, [&](const piece & p) {
             attend(a, p, 0, a.n_tokens, s);
             for (int32_t r = 0; r < a.n_tokens*n_gqa; ++r) {
-                float * o = out + slot(a, part, r/n_gqa, p.head*n_gqa + r%n_gqa);
-                std::copy_n(s.o.data() + r*s.ld_v, d_v, o);
+                float * o = work + slot(a, part, r/n_gqa, p.head*n_gqa + r%n_gqa);
+                std::copy_n(s.o + r*s.ld_v, d_v, o);
                 o[d_v]     = s.m[r];
                 o[d_v + 1] = s.l[r];
             }
@@ -276,26 +476,25 @@ void attn_part(const attn_args & a, float * out, int ith, int nth) {
     }
 }
 
-void attn_reduce(const attn_args & a, const float * part, float * dst, int ith, int nth) {
+void attn_reduce(const attn_args & a, const float * work, float * dst, int ith, int nth) {
     const int32_t d_v = a.n_embd_head_v;
-    online & s = scratch();
-    s.reserve(1, a.n_embd_head_k, d_v);
     for (int32_t i = ith; i < a.n_tokens*a.n_head; i += nth) {
         const int32_t t = i/a.n_head, h = i%a.n_head;
+        float * out = dst + (int64_t) i*d_v;
         float m = MASKED, l = 0.0f;
         for (int32_t p = 0; p < N_PART; ++p) {
-            m = std::max(m, part[slot(a, p, t, h) + d_v]);
+            m = std::max(m, work[slot(a, p, t, h) + d_v]);
         }
-        std::fill_n(s.o.begin(), d_v, 0.0f);
+        std::fill_n(out, d_v, 0.0f);
         for (int32_t p = 0; p < N_PART; ++p) {
-            const float * o = part + slot(a, p, t, h);
+            const float * o = work + slot(a, p, t, h);
             if (o[d_v] > MASKED_LO) {
                 const float c = std::exp(o[d_v] - m);
-                axpy(c, o, s.o.data(), d_v);
+                axpy(c, o, out, d_v);
                 l += c*o[d_v + 1];
             }
         }
-        finish(a, h, m, l, s.o.data(), dst + (int64_t) i*d_v);
+        finish(a, h, m, l, out, out);
     }
 }
 

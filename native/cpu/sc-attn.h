@@ -30,24 +30,24 @@ struct attn_args {
     const void  * mask; bool mask_f16; int64_t mask_token; // [n_kv, n_tokens] f16 or f32, 0 or -inf (or a bias)
     const float * sinks;                                   // [n_head] logits of a sink without a value, or NULL
 
-    const f16     * k_core;                // [n_embd_head_k, n_row]
-    const f16     * v_core;                // [n_embd_head_v, n_row]
+    const uint8_t * k_core; row_type k_type; // [n_embd_head_k, n_row]
+    const uint8_t * v_core; row_type v_type; // [n_embd_head_v, n_row]
     const float   * bias;                  // [n_row]
     const int32_t * row_first;             // [n_head_kv] first row of each head
     const int32_t * row_count;             // [n_head_kv] rows in use
 };
 
-// Parts that the rows of all heads are cut into: 1 for a batch, more for a few tokens, where they are reduced afterwards.
-int32_t attn_n_part(int32_t n_tokens);
+// Floats of scratch for all nth threads together. Needs the sizes and types of `a` only.
+int64_t attn_work_size(const attn_args & a, int nth);
 
-// Floats of the scratch that attn_part() fills and attn_reduce() reads.
-int64_t attn_part_size(const attn_args & a);
+// Whether the rows of all heads are cut into parts, as for a few tokens: then all threads must be through with attn_part()
+// before the first calls attn_reduce().
+bool attn_in_parts(const attn_args & a);
 
-// Thread ith of nth does its share. n_part == 1: writes the result to out [n_embd_head_v, n_head, n_tokens] and no reduction
-// is needed; otherwise writes partial sums to out [attn_part_size].
-void attn_part(const attn_args & a, float * out, int ith, int nth);
+// Thread ith of nth does its share: of the result dst [n_embd_head_v, n_head, n_tokens], or of the parts in `work`.
+void attn_part(const attn_args & a, float * work, float * dst, int ith, int nth);
 
-// Combines the parts into dst [n_embd_head_v, n_head, n_tokens].
-void attn_reduce(const attn_args & a, const float * part, float * dst, int ith, int nth);
+// Combines the parts into dst.
+void attn_reduce(const attn_args & a, const float * work, float * dst, int ith, int nth);
 
 } // namespace semcache

@@ -67,11 +67,13 @@ semcache_params semcache_default_params(void) {
     p.struct_size = sizeof(p);
     p.method      = SEMCACHE_METHOD_SEMANTIC;
     p.ratio       = 0.25f;
-    p.n_stage     = 512;
-    p.n_window    = 256;
+    p.n_stage     = 768;
+    p.n_window    = 512;
     p.n_sink      = 4;
     p.n_horizon   = 512;
     p.n_chunk     = 32;
+    p.type_k      = GGML_TYPE_F16;
+    p.type_v      = GGML_TYPE_F16;
     p.merge       = 1;
     return p;
 }
@@ -93,6 +95,11 @@ int32_t semcache_configure_next(const semcache_params * params) {
         expect(p.n_stage > p.n_window + p.n_sink, "n_stage", "more than n_window + n_sink = " + num(p.n_window + p.n_sink), num(p.n_stage));
         expect(p.n_horizon >= 1, "n_horizon", "at least 1", num(p.n_horizon));
         expect(p.n_chunk >= 1 && p.n_chunk <= 255, "n_chunk", "1 to 255", num(p.n_chunk));
+
+        for (const auto & [name, type] : { std::pair("type_k", p.type_k), std::pair("type_v", p.type_v) }) {
+            const bool known = type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+            expect(known, name, "GGML_TYPE_F16, _Q8_0 or _Q4_0", num(type));
+        }
 
         auto c = std::make_unique<semcache_config>();
         c->params = p;

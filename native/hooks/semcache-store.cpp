@@ -25,7 +25,7 @@ using semcache::f16;
 namespace {
 
 constexpr uint32_t STATE_MAGIC   = 0x6d657363; // "csem": no stock cache state begins with so many streams
-constexpr uint32_t STATE_VERSION = 2;
+constexpr uint32_t STATE_VERSION = 3;
 
 // Fits core_meta::chunk; a chunk id is used up per delimiter and never again until the cache is cleared.
 constexpr int32_t N_CHUNK_MAX = 1 << 24;
@@ -60,6 +60,16 @@ semcache::rope rope_of_layer(const llama_model & model, const llama_cparams & cp
         r.inv_freq[i] = (float) (freq_scale*extrap*(1.0 - mix) + extrap*mix);
     }
     return r;
+}
+
+semcache::row_type row_type_of(int32_t type) {
+    return type == GGML_TYPE_Q8_0 ? semcache::row_type::q8_0 : type == GGML_TYPE_Q4_0 ? semcache::row_type::q4_0 : semcache::row_type::f16;
+}
+
+// Bytes of a tensor in its buffer.
+size_t allocated(const ggml_tensor * t) {
+    const auto buft = ggml_backend_buffer_get_type(t->buffer);
+    return GGML_PAD(ggml_backend_buft_get_alloc_size(buft, t), ggml_backend_buft_get_alignment(buft));
 }
 
 // Why a model or context cannot be compressed, or "".
@@ -238,7 +248,8 @@ std::shared_ptr<llama_semcache> semcache_attach(llama_kv_cache & kv, llama_swa_t
 //
 
 llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope & scope, bool v_trans) :
-    kv(kv), v_trans(v_trans), params(scope.config->params), n_ctx(scope.cparams.n_ctx), n_batch(scope.cparams.n_batch) {
+    kv(kv), v_trans(v_trans), params(scope.config->params), n_ctx(scope.cparams.n_ctx), n_batch(scope.cparams.n_batch),
+    n_ring(params.calibrate ? params.n_stage : params.n_stage - params.n_window), n_voted(params.n_stage) {
     const auto & hparams = scope.model.hparams;
     const auto & config  = *scope.config;
 
@@ -286,12 +297,20 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
             (int32_t) hparams.n_embd_head_k(kl.il), (int32_t) hparams.n_embd_head_v(kl.il), (int32_t) hparams.n_gqa(kl.il),
             /*.scale =*/ 0.0f, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f,
         };
+        for (const auto & [name, type, d] : { std::tuple("K", params.type_k, l.shape.n_embd_head_k), std::tuple("V", params.type_v, l.shape.n_embd_head_v) }) {
+            if (d%ggml_blck_size((ggml_type) type) != 0) {
+                throw semcache_error(SEMCACHE_ERR_MODEL, std::string("cores of ") + ggml_type_name((ggml_type) type) + ": expected heads of a multiple of " +
+                        std::to_string(ggml_blck_size((ggml_type) type)) + " values, got " + std::to_string(d) + " for " + name + " in layer " +
+                        std::to_string(kl.il) + "; use f16");
+            }
+        }
         l.row_count.assign(hparams.n_head_kv(kl.il), 0);
         l.row_first.assign(1, 0);
         for (size_t ih = 0; ih < l.row_count.size(); ++ih) {
             l.row_first.push_back(l.row_first.back() + rows[at++]);
         }
         l.meta.resize(l.row_first.back());
+        l.votes.resize(l.row_count.size()*params.n_stage);
         full_bytes += ggml_row_size(GGML_TYPE_F16, hparams.n_embd_k_gqa(kl.il) + hparams.n_embd_v_gqa(kl.il))*(size_t) n_ctx;
 
         const semcache::rope r = rope_of_layer(scope.model, scope.cparams, kl.il);
@@ -306,6 +325,9 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
         layers.push_back(std::move(l));
     }
     allocate(scope);
+    for (const layer & l : layers) {
+        l.publish();
+    }
 
     const auto & vocab = scope.model.vocab;
     delimiter.resize(vocab.n_tokens());
@@ -329,7 +351,7 @@ void llama_semcache::allocate(const llama_semcache_scope & scope) {
         }
         ggml_context *& ctx = ctx_of[buft];
         if (!ctx) {
-            ggml_init_params ip = { 4*layers.size()*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
+            ggml_init_params ip = { 5*layers.size()*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
             ctx = ggml_init(ip);
             if (!ctx) {
                 throw semcache_error(SEMCACHE_ERR_MEMORY, "compressed KV cache: expected room for its tensors, got none; free memory");
@@ -337,16 +359,18 @@ void llama_semcache::allocate(const llama_semcache_scope & scope) {
             ctxs_bufs.emplace_back(ggml_context_ptr(ctx), nullptr);
         }
         const int64_t n_row = l.row_first.back();
-        l.k    = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, l.shape.n_embd_head_k, n_row);
-        l.v    = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, l.shape.n_embd_head_v, n_row);
+        l.k    = ggml_new_tensor_2d(ctx, (ggml_type) params.type_k, l.shape.n_embd_head_k, n_row);
+        l.v    = ggml_new_tensor_2d(ctx, (ggml_type) params.type_v, l.shape.n_embd_head_v, n_row);
         l.bias = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_row);
+        l.rows = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, l.n_head_kv(), 2);
         // queries only vote: 8 bits are enough for that (docs/decisions.md)
         const int64_t n_embd_q = (int64_t) l.shape.n_embd_head_k*l.n_head;
-        l.q    = ggml_new_tensor_2d(ctx, n_embd_q%semcache::Q8_BLOCK == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16, n_embd_q, params.n_stage);
+        l.q    = ggml_new_tensor_2d(ctx, n_embd_q%semcache::Q_BLOCK == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16, n_embd_q, n_ring);
         ggml_format_name(l.k,    "core_k_l%d",    l.il);
         ggml_format_name(l.v,    "core_v_l%d",    l.il);
         ggml_format_name(l.bias, "core_bias_l%d", l.il);
-        ggml_format_name(l.q,    "stage_q_l%d",   l.il);
+        ggml_format_name(l.rows, "core_rows_l%d", l.il);
+        ggml_format_name(l.q,    "ring_q_l%d",    l.il);
     }
     for (auto & [ctx, buf] : ctxs_bufs) {
         const auto buft = std::find_if(ctx_of.begin(), ctx_of.end(), [&, c = ctx.get()](const auto & e) { return e.second == c; })->first;
@@ -359,6 +383,11 @@ void llama_semcache::allocate(const llama_semcache_scope & scope) {
         LLAMA_LOG_INFO("%s: %10s core buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf.get()),
                 ggml_backend_buffer_get_size(buf.get())/1024.0/1024.0);
     }
+}
+
+void llama_semcache::layer::publish() const {
+    ggml_backend_tensor_set(rows, row_first.data(), 0,                                row_count.size()*sizeof(int32_t));
+    ggml_backend_tensor_set(rows, row_count.data(), row_count.size()*sizeof(int32_t), row_count.size()*sizeof(int32_t));
 }
 
 llama_semcache::layer * llama_semcache::find(uint32_t il) {
@@ -399,8 +428,8 @@ public:
         k_stage = (f16 *) p[0];
         v_stage = (f16 *) p[1];
         q       = p[2];
-        k       = (f16 *) p[3];
-        v       = (f16 *) p[4];
+        k       = (uint8_t *) p[3];
+        v       = (uint8_t *) p[4];
         bias    = (float *) p[5];
     }
 
@@ -411,9 +440,10 @@ public:
         put(l.bias, bias);
     }
 
-    f16   * k_stage, * v_stage, * k, * v;
-    void  * q; // of the ring's type
-    float * bias;
+    f16     * k_stage, * v_stage;
+    uint8_t * k, * v; // of the cores' types
+    void    * q;      // of the ring's type
+    float   * bias;
 
 private:
     static std::array<ggml_tensor *, 6> tensors(const layer & l) { return { l.k_stage, l.v_stage, l.q, l.k, l.v, l.bias }; }
@@ -431,6 +461,7 @@ struct llama_semcache::job {
     int32_t                ih;
     semcache::head_rows    rows;
     semcache::stage_rows   stage;
+    semcache::query_rows   queries;
     semcache::pass_result  result;
     int32_t                n_rows; // candidates, sinks and window
 };
@@ -460,19 +491,8 @@ std::vector<bool> llama_semcache::delimiters_of(const stage_tokens & st, int32_t
     return res;
 }
 
-void llama_semcache::turn_tables(const stage_tokens & st, int32_t n_sink, int32_t n_end, std::vector<std::vector<float>> & tables) const {
-    std::vector<int64_t> delta;
-    for (size_t t = n_sink; t < st.pos.size(); ++t) {
-        delta.push_back((int64_t) n_end + semcache::look_ahead(params.seed, st.pos[t], params.n_horizon) - st.pos[t]);
-    }
-    tables.resize(ropes.size());
-    for (size_t r = 0; r < ropes.size(); ++r) {
-        ropes[r].table(delta, tables[r]);
-    }
-}
-
 semcache::stage_rows llama_semcache::stage_of(const layer & l, int32_t ih, const host_layer & host, const stage_tokens & st, int32_t n_sink,
-                                              int32_t n_window, const std::vector<float> & table, const std::vector<int32_t> & chunk) const {
+                                              int32_t n_window, const std::vector<int32_t> & chunk) const {
     const int64_t d_k = l.shape.n_embd_head_k, d_v = l.shape.n_embd_head_v, n_stage = params.n_stage;
     semcache::stage_rows s = {};
     s.k      = host.k_stage + ih*d_k;
@@ -480,21 +500,28 @@ semcache::stage_rows llama_semcache::stage_of(const layer & l, int32_t ih, const
     s.v      = host.v_stage + ih*d_v*(v_trans ? n_stage : 1);
     s.v_cell = v_trans ? 1 : l.v_stage->ne[0];
     s.v_elem = v_trans ? n_stage : 1;
-    if (l.q->type == GGML_TYPE_Q8_0) {
-        s.q8       = (const semcache::q8_block *) host.q;
-        s.q8_cell  = l.q->ne[0]/semcache::Q8_BLOCK;
-        s.q8_first = (int32_t) (ih*l.shape.n_gqa*d_k);
-    } else {
-        s.q      = (const f16 *) host.q + ih*l.shape.n_gqa*d_k;
-        s.q_cell = l.q->ne[0];
-    }
     s.cell   = st.cell.data();
     s.chunk  = chunk.data();
-    s.cs     = table.data();
     s.n_sink   = n_sink;
     s.n_window = n_window;
     s.n_new    = (int32_t) st.cell.size() - n_sink - n_window;
     return s;
+}
+
+semcache::query_rows llama_semcache::queries_of(const layer & l, int32_t ih, const host_layer & host, const std::vector<int32_t> & row) const {
+    semcache::query_rows q = {};
+    const int64_t first = (int64_t) ih*l.shape.n_gqa*l.shape.n_embd_head_k;
+    if (l.q->type == GGML_TYPE_Q8_0) {
+        q.q8       = (const semcache::q8_block *) host.q;
+        q.q8_row   = l.q->ne[0]/semcache::Q_BLOCK;
+        q.q8_first = (int32_t) first;
+    } else {
+        q.q     = (const f16 *) host.q + first;
+        q.q_row = l.q->ne[0];
+    }
+    q.row = row.data();
+    q.n   = (int32_t) row.size();
+    return q;
 }
 
 // Layers that are worked on together: all of those in host memory, the others one by one, to copy one layer at a time.
@@ -514,9 +541,17 @@ size_t llama_semcache::kv_heads() const {
     return std::accumulate(layers.begin(), layers.end(), (size_t) 0, [](size_t n, const layer & l) { return n + l.n_head_kv(); });
 }
 
+bool llama_semcache::has_room(const std::vector<llama_ubatch> & ubatches) const {
+    int64_t n = std::max(0, kv.v_cells[0].seq_pos_max(0) + 1 - n_asked);
+    for (const auto & ubatch : ubatches) {
+        n += ubatch.n_tokens;
+    }
+    return n <= n_ring;
+}
+
 bool llama_semcache::pass_possible() const {
     const int32_t n = (int32_t) kv.v_cells[0].get_used();
-    return n > params.n_window + (has_cores() ? 0 : params.n_sink) && (int32_t) chunk_start.size() + n < N_CHUNK_MAX;
+    return kv.v_cells[0].seq_pos_max(0) >= n_asked && (int32_t) chunk_start.size() + n < N_CHUNK_MAX;
 }
 
 void llama_semcache::pass(llama_context * lctx) {
@@ -524,22 +559,41 @@ void llama_semcache::pass(llama_context * lctx) {
     lctx->synchronize();
 
     const stage_tokens st = collect();
-    const int32_t n_sink   = has_cores() ? 0 : params.n_sink;
-    const int32_t n_window = params.n_window;
-    const int32_t n_tokens = (int32_t) st.cell.size();
-    const int32_t n_stop   = n_tokens - n_window;
+    const int32_t n_tokens = (int32_t) st.cell.size(), pos_end = st.pos.back() + 1;
+    int32_t n_sink = has_cores() ? 0 : params.n_sink;
+    int32_t n_stop = n_tokens - params.n_window; // tokens that leave the stage
+    if (n_stop <= n_sink) {
+        n_sink = n_stop = 0;
+    }
+    const int32_t n_window = n_tokens - n_stop;
 
-    semcache::chunker next = chunker;
-    std::vector<int32_t> chunk;
-    next.run(delimiters_of(st, n_sink, n_stop), chunk);
-    std::vector<int32_t> starts = chunk_start;
-    for (int32_t i = n_sink; i < n_stop; ++i) {
-        if (i == n_sink || chunk[i - n_sink] != chunk[i - n_sink - 1]) {
-            starts.push_back(st.pos[i]);
+    // who votes: the tokens since the last pass, as far back as the ring goes
+    std::vector<int32_t> ring, asked(n_tokens);
+    std::vector<int64_t> delta;
+    for (int32_t i = 0; i < n_tokens; ++i) {
+        if (st.pos[i] < n_asked) {
+            asked[i] = n_voted[st.cell[i]];
+        } else if (st.pos[i] >= pos_end - n_ring) {
+            ring.push_back((int32_t) ring_row(st.pos[i]));
+            // a row is asked when it has left the window
+            delta.push_back((int64_t) pos_end + params.n_window + semcache::look_ahead(params.seed, st.pos[i], params.n_horizon) - st.pos[i]);
         }
     }
-    std::vector<std::vector<float>> tables;
-    turn_tables(st, n_sink, st.pos.back() + 1, tables);
+    std::vector<std::vector<float>> turns(ropes.size());
+    for (size_t r = 0; r < ropes.size(); ++r) {
+        ropes[r].table(delta, turns[r]);
+    }
+
+    semcache::chunker next = chunker;
+    std::vector<int32_t> chunk, starts = chunk_start;
+    if (n_stop > 0) {
+        next.run(delimiters_of(st, n_sink, n_stop), chunk);
+        for (int32_t i = n_sink; i < n_stop; ++i) {
+            if (i == n_sink || chunk[i - n_sink] != chunk[i - n_sink - 1]) {
+                starts.push_back(st.pos[i]);
+            }
+        }
+    }
 
     semcache::pass_params pp;
     pp.how   = (semcache::method) params.method;
@@ -559,7 +613,7 @@ void llama_semcache::pass(llama_context * lctx) {
         host_layer::reserve(arena, l);
         const int32_t n_rows = *std::max_element(l.row_count.begin(), l.row_count.end()) + n_tokens;
         for (auto & w : ws) {
-            w.reserve(l.shape, n_rows, (n_tokens - n_sink)*l.shape.n_gqa);
+            w.reserve(l.shape, n_rows, (int32_t) ring.size()*l.shape.n_gqa);
         }
     }
 
@@ -573,12 +627,16 @@ void llama_semcache::pass(llama_context * lctx) {
                 job j = {};
                 j.l     = &l;
                 j.ih    = ih;
-                j.stage = stage_of(l, ih, host.back(), st, n_sink, n_window, tables[l.rope], chunk);
+                j.stage = stage_of(l, ih, host.back(), st, n_sink, n_window, chunk);
+                j.stage.votes   = l.votes.data() + (size_t) ih*params.n_stage;
+                j.stage.n_voted = asked.data();
+                j.queries       = queries_of(l, ih, host.back(), ring);
+                j.queries.cs    = turns[l.rope].data();
                 const int64_t first = l.row_first[ih];
                 j.rows = {
-                    host.back().k + first*l.shape.n_embd_head_k, host.back().v + first*l.shape.n_embd_head_v,
+                    host.back().k + first*l.k->nb[1], host.back().v + first*l.v->nb[1],
                     host.back().bias + first, l.meta.data() + first, l.row_first[ih + 1] - l.row_first[ih],
-                    has_cores() ? params.n_sink : 0, l.row_count[ih],
+                    has_cores() ? params.n_sink : 0, l.row_count[ih], row_type_of(params.type_k), row_type_of(params.type_v),
                 };
                 j.n_rows = l.row_count[ih] + n_tokens;
                 jobs.push_back(j);
@@ -587,7 +645,7 @@ void llama_semcache::pass(llama_context * lctx) {
         std::sort(jobs.begin(), jobs.end(), [](const job & a, const job & b) { return a.n_rows > b.n_rows; });
         run_jobs(jobs.size(), n_threads, [&](size_t i, int32_t ith) {
             job & j = jobs[i];
-            j.result = semcache::compress_head(j.rows, j.stage, j.l->shape, ropes[j.l->rope], pp, ws[ith]);
+            j.result = semcache::compress_head(j.rows, j.stage, j.queries, j.l->shape, ropes[j.l->rope], pp, ws[ith]);
         });
         for (const job & j : jobs) {
             j.l->row_count[j.ih] = j.rows.n_used;
@@ -596,6 +654,7 @@ void llama_semcache::pass(llama_context * lctx) {
         }
         for (size_t i = 0; i < group.size(); ++i) {
             host[i].write_back(layers[group[i]]);
+            layers[group[i]].publish();
         }
     }
 
@@ -603,8 +662,14 @@ void llama_semcache::pass(llama_context * lctx) {
     for (int32_t i = 0; i < n_stop; ++i) {
         cells.rm(st.cell[i]);
     }
-    kv.v_heads[0] = 0;
-    n_past        = st.pos[n_stop - 1] + 1;
+    for (int32_t i = n_stop; i < n_tokens; ++i) {
+        n_voted[st.cell[i]] = asked[i] + (int32_t) ring.size();
+    }
+    if (n_stop > 0) {
+        kv.v_heads[0] = 0;
+        n_past        = st.pos[n_stop - 1] + 1;
+    }
+    n_asked       = pos_end;
     chunker       = next;
     chunk_start   = std::move(starts);
     rows_merged  += n_merged;
@@ -659,8 +724,10 @@ llama_memory_context_ptr llama_semcache::init_pass(llama_context * lctx) {
 void llama_semcache::clear() {
     for (auto & l : layers) {
         std::fill(l.row_count.begin(), l.row_count.end(), 0);
+        l.publish();
     }
     n_past          = 0;
+    n_asked         = 0;
     chunker.next_id = 0;
     chunk_start.clear();
     rows_merged  = 0;
@@ -687,7 +754,11 @@ bool llama_semcache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) con
 }
 
 void llama_semcache::rm(llama_seq_id seq_id, llama_pos p0) {
-    if (seq_id > 0 || !has_cores() || p0 >= n_past) {
+    if (seq_id > 0) {
+        return;
+    }
+    n_asked = std::min(n_asked, std::max(p0, 0));
+    if (!has_cores() || p0 >= n_past) {
         return;
     }
     if (p0 <= 0) {
@@ -703,6 +774,7 @@ void llama_semcache::rm(llama_seq_id seq_id, llama_pos p0) {
                 --n;
             }
         }
+        l.publish();
     }
     chunk_start.resize(id);
     chunker.next_id = id;
@@ -752,7 +824,7 @@ bool llama_semcache::refuse_shift(const char * what) const {
 void llama_semcache::state_write_head(llama_io_write_i & io) const {
     const uint32_t head[] = {
         STATE_MAGIC, STATE_VERSION, (uint32_t) params.method, (uint32_t) n_ctx, (uint32_t) params.n_stage, (uint32_t) params.n_window,
-        (uint32_t) params.n_sink, (uint32_t) params.n_chunk, (uint32_t) layers.size(),
+        (uint32_t) params.n_sink, (uint32_t) params.n_chunk, (uint32_t) layers.size(), (uint32_t) params.type_k, (uint32_t) params.type_v,
     };
     io.write(head, sizeof(head));
     for (const auto & l : layers) {
@@ -761,13 +833,13 @@ void llama_semcache::state_write_head(llama_io_write_i & io) const {
 }
 
 void llama_semcache::state_read_head(llama_io_read_i & io) {
-    uint32_t head[9];
+    uint32_t head[11];
     io.read(head, sizeof(head));
     const uint32_t want[] = {
         STATE_MAGIC, STATE_VERSION, (uint32_t) params.method, (uint32_t) n_ctx, (uint32_t) params.n_stage, (uint32_t) params.n_window,
-        (uint32_t) params.n_sink, (uint32_t) params.n_chunk, (uint32_t) layers.size(),
+        (uint32_t) params.n_sink, (uint32_t) params.n_chunk, (uint32_t) layers.size(), (uint32_t) params.type_k, (uint32_t) params.type_v,
     };
-    static const char * const names[] = { "magic", "version", "method", "n_ctx", "n_stage", "n_window", "n_sink", "n_chunk", "n_layer" };
+    static const char * const names[] = { "magic", "version", "method", "n_ctx", "n_stage", "n_window", "n_sink", "n_chunk", "n_layer", "type_k", "type_v" };
     for (size_t i = 0; i < std::size(want); ++i) {
         if (head[i] != want[i]) {
             throw semcache_error(SEMCACHE_ERR_STATE, std::string("state: expected ") + names[i] + " " + std::to_string(want[i]) + ", got " +
@@ -786,6 +858,7 @@ void llama_semcache::state_read_head(llama_io_read_i & io) {
 
 void llama_semcache::state_write_data(llama_io_write_i & io) const {
     io.write(&n_past,          sizeof(n_past));
+    io.write(&n_asked,         sizeof(n_asked));
     io.write(&chunker.next_id, sizeof(chunker.next_id));
     write_vector(io, chunk_start);
     const int64_t counts[] = { rows_merged, rows_dropped };
@@ -794,6 +867,9 @@ void llama_semcache::state_write_data(llama_io_write_i & io) const {
     const stage_tokens st = collect();
     write_vector(io, st.pos);
     write_vector(io, st.tok);
+    for (int32_t cell : st.cell) {
+        io.write(&n_voted[cell], sizeof(n_voted[cell]));
+    }
 
     for (const auto & l : layers) {
         io.write(l.row_count.data(), l.row_count.size()*sizeof(int32_t));
@@ -807,8 +883,14 @@ void llama_semcache::state_write_data(llama_io_write_i & io) const {
                 io.write(l.meta.data() + first, n*sizeof(l.meta[0]));
             }
         }
-        for (int32_t cell : st.cell) {
-            io.write_tensor(l.q, cell*l.q->nb[1], l.q->nb[1]);
+        for (size_t i = 0; i < st.cell.size(); ++i) {
+            if (st.pos[i] >= n_asked) {
+                io.write_tensor(l.q, ring_row(st.pos[i])*l.q->nb[1], l.q->nb[1]);
+                continue;
+            }
+            for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
+                io.write(&l.votes[(size_t) ih*params.n_stage + st.cell[i]], sizeof(l.votes[0]));
+            }
         }
     }
 }
@@ -816,11 +898,12 @@ void llama_semcache::state_write_data(llama_io_write_i & io) const {
 void llama_semcache::state_read_data(llama_io_read_i & io) {
     clear();
     try {
-        int32_t n_past_new, next_id;
+        int32_t n_past_new, n_asked_new, next_id;
         std::vector<int32_t> starts, pos, tok;
         int64_t counts[2];
-        io.read(&n_past_new, sizeof(n_past_new));
-        io.read(&next_id,    sizeof(next_id));
+        io.read(&n_past_new,  sizeof(n_past_new));
+        io.read(&n_asked_new, sizeof(n_asked_new));
+        io.read(&next_id,     sizeof(next_id));
         read_vector(io, starts, N_CHUNK_MAX);
         io.read(counts, sizeof(counts));
         read_vector(io, pos, params.n_stage);
@@ -828,9 +911,13 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
 
         const stage_tokens st = collect(); // restored by the cache itself just before
         const bool fits = pos == st.pos && tok.size() == pos.size() && n_past_new >= 0 && (pos.empty() || pos[0] >= n_past_new) &&
+            n_asked_new >= n_past_new && (pos.empty() || pos.back() < n_asked_new + n_ring) &&
             (size_t) next_id == starts.size() && std::is_sorted(starts.begin(), starts.end()) && (starts.empty() || starts.back() < n_past_new);
         if (!fits) {
             throw semcache_error(SEMCACHE_ERR_IO, "state: expected the tokens of the stage and their chunks, got others; the file is damaged");
+        }
+        for (int32_t cell : st.cell) {
+            io.read(&n_voted[cell], sizeof(n_voted[cell]));
         }
         for (auto & l : layers) {
             std::vector<int32_t> count(l.row_count.size());
@@ -856,8 +943,15 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
                 }
             }
             l.row_count = count;
-            for (int32_t cell : st.cell) {
-                io.read_tensor(l.q, cell*l.q->nb[1], l.q->nb[1]);
+            l.publish();
+            for (size_t i = 0; i < st.cell.size(); ++i) {
+                if (st.pos[i] >= n_asked_new) {
+                    io.read_tensor(l.q, ring_row(st.pos[i])*l.q->nb[1], l.q->nb[1]);
+                    continue;
+                }
+                for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
+                    io.read(&l.votes[(size_t) ih*params.n_stage + st.cell[i]], sizeof(l.votes[0]));
+                }
             }
         }
         auto & cells = kv.v_cells[0];
@@ -867,6 +961,7 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
             cells.ext_set(st.cell[i], ext);
         }
         n_past          = n_past_new;
+        n_asked         = n_asked_new;
         chunker.next_id = next_id;
         chunk_start     = std::move(starts);
         rows_merged     = counts[0];
@@ -901,10 +996,10 @@ void llama_semcache::stats(semcache_stats & s) const {
         s.n_head_kv      += l.n_head_kv();
         s.rows_allocated += l.row_first.back();
         s.rows_used      += std::accumulate(l.row_count.begin(), l.row_count.end(), (int64_t) 0);
-        s.core_bytes     += ggml_nbytes(l.k) + ggml_nbytes(l.v) + ggml_nbytes(l.bias);
+        s.core_bytes     += allocated(l.k) + allocated(l.v) + allocated(l.bias) + allocated(l.rows);
         s.stage_bytes    += ggml_nbytes(l.k_stage) + ggml_nbytes(l.v_stage);
-        s.query_bytes    += ggml_nbytes(l.q);
-        s.meta_bytes     += l.meta.size()*sizeof(l.meta[0]);
+        s.query_bytes    += allocated(l.q);
+        s.meta_bytes     += l.meta.size()*sizeof(l.meta[0]) + l.votes.size()*sizeof(l.votes[0]);
     }
     s.rows_merged  = rows_merged;
     s.rows_dropped = rows_dropped;
@@ -928,7 +1023,7 @@ int32_t llama_semcache::head_stats(semcache_head_stats * heads, int32_t n) const
 
 void llama_semcache::calibrate_add(llama_context * lctx) {
     // probes lie behind the window, and one pass at least comes before it
-    const int32_t n_probe = params.n_window, n_tokens = (int32_t) kv.v_cells[0].get_used();
+    const int32_t n_probe = 256, n_tokens = (int32_t) kv.v_cells[0].get_used();
     const int32_t n_stop  = n_tokens - params.n_window - n_probe;
     if (!params.calibrate || has_cores() || n_stop <= params.n_sink) {
         throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected one text of more than " +
@@ -938,8 +1033,10 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
     }
     lctx->synchronize();
     const stage_tokens st = collect();
-    const std::vector<float> no_table; // every pass makes its own
-    std::vector<int32_t> chunk;
+    std::vector<int32_t> chunk, ring;
+    for (int32_t pos : st.pos) {
+        ring.push_back((int32_t) ring_row(pos));
+    }
     semcache::chunker cut = chunker;
     cut.run(delimiters_of(st, params.n_sink, n_stop), chunk);
 
@@ -968,7 +1065,8 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
                 job j = {};
                 j.l     = &l;
                 j.ih    = ih;
-                j.stage = stage_of(l, ih, host.back(), st, params.n_sink, params.n_window + n_probe, no_table, chunk);
+                j.stage   = stage_of(l, ih, host.back(), st, params.n_sink, params.n_window + n_probe, chunk);
+                j.queries = queries_of(l, ih, host.back(), ring);
                 jobs.push_back(j);
                 heads.emplace_back(l.il, ih);
             }
@@ -977,7 +1075,7 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
         errors.resize(at + jobs.size());
         run_jobs(jobs.size(), n_threads, [&](size_t i, int32_t ith) {
             const job & j = jobs[i];
-            errors[at + i] = semcache::output_errors({ j.stage, st.pos.data(), n_probe }, j.l->shape, ropes[j.l->rope], cp, semcache::profile_parts(), ws[ith]);
+            errors[at + i] = semcache::output_errors({ j.stage, j.queries, st.pos.data(), n_probe }, j.l->shape, ropes[j.l->rope], cp, semcache::profile_parts(), ws[ith]);
         });
     }
     for (size_t h = 0; h < heads.size(); ++h) {

@@ -77,17 +77,22 @@ public:
         int32_t  n_head;
         ggml_tensor * k_stage; // of the llama_kv_cache
         ggml_tensor * v_stage;
-        ggml_tensor * k;       // F16 [n_embd_head_k, n_row]
-        ggml_tensor * v;       // F16 [n_embd_head_v, n_row]
+        ggml_tensor * k;       // F16, Q8_0 or Q4_0 [n_embd_head_k, n_row]
+        ggml_tensor * v;       // F16, Q8_0 or Q4_0 [n_embd_head_v, n_row]
         ggml_tensor * bias;    // F32 [n_row]
-        ggml_tensor * q;       // Q8_0 (F16 if rows are no whole blocks) [n_embd_head_k*n_head, n_stage], query of the token in each cell
+        ggml_tensor * rows;    // I32 [n_head_kv, 2] first row of each head and its rows in use, for the graph
+        ggml_tensor * q;       // Q8_0 (F16 if rows are no whole blocks) [n_embd_head_k*n_head, n_ring], see llama_semcache::ring_row
         semcache::head_shape shape;
         int32_t rope;          // index into ropes
         std::vector<int32_t> row_first; // [n_head_kv + 1]
         std::vector<int32_t> row_count; // [n_head_kv] rows in use, sinks included
-        std::vector<semcache::core_meta> meta; // [n_row]
+        std::vector<semcache::core_meta>   meta;  // [n_row]
+        std::vector<semcache::token_votes> votes; // [n_head_kv, n_stage]
 
         int32_t n_head_kv() const { return (int32_t) row_count.size(); }
+
+        // Tells the graph row_first and row_count.
+        void publish() const;
     };
 
     llama_semcache(llama_kv_cache & kv, const llama_semcache_scope & scope, bool v_trans);
@@ -97,6 +102,12 @@ public:
 
     bool    has_cores() const { return n_past > 0; }
     int32_t pos_end()   const { return n_past; }
+
+    // Row of the query ring that a token's queries go to. The ring holds those of the tokens since the last pass.
+    int64_t ring_row(llama_pos pos) const { return pos%n_ring; }
+
+    // Whether the ring has room for the queries of a batch; if not, a pass has to take their votes first.
+    bool has_room(const std::vector<llama_ubatch> & ubatches) const;
 
     // A memory context whose apply() runs a pass; status NO_UPDATE if the stage holds nothing to compress.
     llama_memory_context_ptr init_pass(llama_context * lctx);
@@ -143,9 +154,9 @@ private:
 
     stage_tokens collect() const;
     void allocate(const llama_semcache_scope & scope);
-    void turn_tables(const stage_tokens & st, int32_t n_sink, int32_t n_past, std::vector<std::vector<float>> & tables) const;
     semcache::stage_rows stage_of(const layer & l, int32_t ih, const host_layer & host, const stage_tokens & st, int32_t n_sink,
-                                  int32_t n_window, const std::vector<float> & table, const std::vector<int32_t> & chunk) const;
+                                  int32_t n_window, const std::vector<int32_t> & chunk) const;
+    semcache::query_rows queries_of(const layer & l, int32_t ih, const host_layer & host, const std::vector<int32_t> & row) const;
     std::vector<std::vector<uint32_t>> groups() const;
     size_t kv_heads() const;
     std::vector<bool> delimiters_of(const stage_tokens & st, int32_t begin, int32_t end) const;
@@ -155,6 +166,7 @@ private:
     semcache_params  params;
     int32_t          n_ctx;
     int32_t          n_batch;
+    int32_t          n_ring;
     size_t           full_bytes = 0;
 
     std::vector<layer>          layers;
@@ -163,7 +175,9 @@ private:
     std::vector<bool>           delimiter; // [n_vocab]
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
-    int32_t              n_past = 0;   // tokens that went into the cores: the stage begins here
+    int32_t              n_past  = 0;  // tokens that went into the cores: the stage begins here
+    int32_t              n_asked = 0;  // the queries of the tokens before this position have voted
+    std::vector<int32_t> n_voted;      // [n_stage] tokens whose queries voted on the token in each cell
     semcache::chunker    chunker;
     std::vector<int32_t> chunk_start;  // [n_chunk] first position of each chunk
 

@@ -8,6 +8,8 @@
 // cells large; its newest n_window tokens are never touched. A *core* is a row that stands for one or more older tokens of
 // its kv head. A *pass* moves the stage, without its window, into the cores. A *chunk* is a run of tokens that ends with a
 // delimiter; clusters never cross it.
+// A pass comes about every n_stage - n_window tokens: their queries vote on all rows, and what then leaves the
+// stage is compressed. While there are no more than n_window + n_sink tokens, a pass only takes votes.
 //
 // Batches. n_batch is lowered to what the stage has room for; ask llama_n_batch(). llama_decode() itself aborts on a larger
 // batch, as it always does.
@@ -65,8 +67,10 @@ struct semcache_params {
     int32_t      n_stage;       // cells of the stage; n_window + n_sink < n_stage <= n_ctx
     int32_t      n_window;      // newest tokens of the stage that a pass leaves alone; >= 1
     int32_t      n_sink;        // first tokens of the sequence, kept exact for ever; >= 0
-    int32_t      n_horizon;     // the look-ahead rotates queries to n_past + [0, n_horizon); >= 1
+    int32_t      n_horizon;     // the look-ahead rotates queries to n_past + n_window + [0, n_horizon); >= 1
     int32_t      n_chunk;       // longest chunk, tokens; 1 to 255
+    int32_t      type_k;        // ggml_type of the cores' K: F16, Q8_0 or Q4_0; the stage is F16
+    int32_t      type_v;        // ggml_type of the cores' V, likewise
     int32_t      merge;         // 1: losers are merged into winners of their chunk; 0: they are dropped
     int32_t      calibrate;     // 1: the context is for semcache_calibrate_add() and also watches the residual stream
     uint64_t     seed;          // of the look-ahead positions
@@ -93,8 +97,8 @@ struct semcache_stats {
     int64_t pass_last_us;
     int64_t core_bytes;         // allocated: K, V and bias of the cores
     int64_t stage_bytes;        // allocated: K and V of the stage in the compressed layers
-    int64_t query_bytes;        // allocated: ring of the stage's queries
-    int64_t meta_bytes;         // allocated: scores, chunk ids, token counts
+    int64_t query_bytes;        // allocated: ring of the queries since the last pass
+    int64_t meta_bytes;         // allocated: scores, chunk ids, token counts, votes on the stage
     int64_t full_bytes;         // what an uncompressed cache of the same type would take for the compressed layers
 };
 

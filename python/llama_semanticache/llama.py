@@ -24,6 +24,8 @@ METHODS = {
     "streaming": _lib.SEMCACHE_METHOD_STREAMING,
 }
 
+ROW_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
+
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
@@ -46,8 +48,8 @@ class KVStats:
     pass_s: float  # seconds spent in them
     core_bytes: int  # K, V and bias of the cores
     stage_bytes: int  # K and V of the stage
-    query_bytes: int  # queries of the tokens in the stage
-    meta_bytes: int  # scores and chunks of the cores
+    query_bytes: int  # queries of the tokens since the last pass
+    meta_bytes: int  # scores and chunks of the cores, votes on the stage
     other_bytes: int  # caches of layers that are not compressed
     full_bytes: int  # an uncompressed f16 cache of all layers
 
@@ -79,6 +81,8 @@ class Llama(llama_cpp.Llama):
         Newest tokens of the stage that a pass leaves alone.
     kv_sink : int
         First tokens of the context, exact for ever.
+    kv_type_k, kv_type_v : "f16", "q8_0" or "q4_0"
+        How K and V of the older tokens are stored; the stage is always f16.
     kv_profile : "auto", path or None
         Which head gets how many rows. "auto": the model's profile, measured on first use; None: all heads the same, which
         loses far more.
@@ -98,9 +102,11 @@ class Llama(llama_cpp.Llama):
         *,
         kv_compress: str | None = None,
         kv_ratio: float = 0.25,
-        kv_stage: int = 512,
-        kv_window: int = 256,
+        kv_stage: int = 768,
+        kv_window: int = 512,
         kv_sink: int = 4,
+        kv_type_k: str = "f16",
+        kv_type_v: str = "f16",
         kv_profile: str | os.PathLike[str] | None = "auto",
         kv_params: Mapping[str, int] | None = None,
         **kwargs: Any,
@@ -108,7 +114,7 @@ class Llama(llama_cpp.Llama):
         self.kv_compress = kv_compress
         self._kv_options = dict(
             kv_compress=kv_compress, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, kv_sink=kv_sink,
-            kv_profile=kv_profile, kv_params=kv_params,
+            kv_type_k=kv_type_k, kv_type_v=kv_type_v, kv_profile=kv_profile, kv_params=kv_params,
         )  # fmt: skip
         if kv_compress is None:
             super().__init__(model_path, **kwargs)
@@ -120,6 +126,7 @@ class Llama(llama_cpp.Llama):
         params.method = METHODS[kv_compress]
         params.ratio = float(kv_ratio)
         params.n_stage, params.n_window, params.n_sink = int(kv_stage), int(kv_window), int(kv_sink)
+        params.type_k, params.type_v = ROW_TYPES[kv_type_k], ROW_TYPES[kv_type_v]
         for name, value in (kv_params or {}).items():
             try:
                 setattr(params, name, value)
@@ -303,6 +310,9 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
     ratio = options["kv_ratio"]
     if not isinstance(ratio, numbers.Real) or not 0 < ratio <= 1:
         raise ArgumentError(f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows")
+    for name in ("kv_type_k", "kv_type_v"):
+        if options[name] not in ROW_TYPES:
+            raise ArgumentError(f"{name}: expected one of {', '.join(ROW_TYPES)}, got {options[name]!r}; pass one of these")
     low = {"kv_sink": 0, "kv_window": 1, "kv_stage": 2}
     for name, least in low.items():
         if not isinstance(options[name], numbers.Integral) or not least <= options[name] < 2**31:

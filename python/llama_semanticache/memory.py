@@ -25,6 +25,7 @@ _BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
 _N_SINK, _N_CHUNK = 4, 32  # a kv head never gets fewer rows than these two together
 _BIAS_BYTES, _META_BYTES = 4, 8  # of a row, besides K and V
+_VOTES_BYTES = 8  # of a token in the stage, per kv head
 _DRIVER_BYTES = 300 << 20  # context of a GPU driver, estimated
 
 _RECURRENT = ("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7")
@@ -318,8 +319,10 @@ def estimate(
     cache: str,
     *,
     kv_ratio: float = 0.25,
-    kv_stage: int = 512,
-    kv_window: int = 256,
+    kv_stage: int = 768,
+    kv_window: int = 512,
+    kv_type_k: str = "f16",
+    kv_type_v: str = "f16",
     n_ubatch: int = 512,
     swa_full: bool = False,
 ) -> CacheEstimate:
@@ -332,7 +335,7 @@ def estimate(
         Context size, tokens.
     cache : str
         One of `CACHE_TYPES`. The first three are llama.cpp's own caches for all layers.
-    kv_ratio, kv_stage, kv_window : float, int, int
+    kv_ratio, kv_stage, kv_window, kv_type_k, kv_type_v : float, int, int, str, str
         As in `Llama`; used by "semanticache" only. Heads are taken to have equal budgets.
     n_ubatch : int
         Tokens computed at a time.
@@ -357,11 +360,11 @@ def estimate(
         rows = _check_budget(full, cells, kv_ratio, kv_stage, kv_window)
         if not swa_full:  # a batch is no larger than what a pass makes room for
             cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window - _N_SINK)))
-        d_of = [(layer.n_head_kv, layer.n_embd_head_k + layer.n_embd_head_v) for layer in full]
-        core = round(sum(rows * n_head_kv * (2 * d + _BIAS_BYTES) for n_head_kv, d in d_of))
-        meta = round(sum(rows * n_head_kv * _META_BYTES for n_head_kv, _ in d_of))
+        n_head_kv = sum(layer.n_head_kv for layer in full)
+        core = round(rows * (_plain_bytes(full, 1, kv_type_k, "k") + _plain_bytes(full, 1, kv_type_v, "v") + _BIAS_BYTES * n_head_kv))
+        meta = round((rows * _META_BYTES + kv_stage * _VOTES_BYTES) * n_head_kv)
         stage = _plain_bytes(full, kv_stage, "f16")
-        query = sum(kv_stage * _query_row_bytes(layer.n_head * layer.n_embd_head_k) for layer in full)
+        query = sum((kv_stage - kv_window) * _query_row_bytes(layer.n_head * layer.n_embd_head_k) for layer in full)
         other = _plain_bytes(swa, cells_swa, "f16")
         kv_cells = kv_stage
     else:
@@ -383,7 +386,7 @@ def estimate(
 
 
 def _query_row_bytes(n_embd: int) -> int:
-    """Bytes of one cell in the query ring: q8_0, or f16 where a row is no whole number of blocks."""
+    """Bytes of one token in the query ring: q8_0, or f16 where a row is no whole number of blocks."""
     return n_embd // 32 * 34 if n_embd % 32 == 0 else 2 * n_embd
 
 
@@ -391,12 +394,15 @@ def _pad(n: int) -> int:
     return -(-n // _N_CTX_PAD) * _N_CTX_PAD
 
 
-def _plain_bytes(layers: Sequence[LayerShape], cells: int, cache: str) -> int:
+def _plain_bytes(layers: Sequence[LayerShape], cells: int, cache: str, parts: str = "kv") -> int:
+    """Bytes of `cells` tokens' K and V, or of one of them, without anything else."""
     if cache not in _BLOCK_BYTES:
         raise ArgumentError(f"expected a cache of {', '.join(CACHE_TYPES)}, got {cache!r}")
     total = 0
     for layer in layers:
-        for d in (layer.n_embd_head_k, layer.n_embd_head_v):
+        for part, d in (("k", layer.n_embd_head_k), ("v", layer.n_embd_head_v)):
+            if part not in parts:
+                continue
             if cache != "f16" and d % 32:
                 raise ArgumentError(
                     f"expected heads of a multiple of 32 values for {cache}, got {d} in layer {layer.il}"
@@ -478,8 +484,10 @@ def memory_report(
     n_ctx: Sequence[int],
     *,
     kv_ratio: float = 0.25,
-    kv_stage: int = 512,
-    kv_window: int = 256,
+    kv_stage: int = 768,
+    kv_window: int = 512,
+    kv_type_k: str = "f16",
+    kv_type_v: str = "f16",
     cards_gb: Sequence[int] = CARDS_GB,
     swa_full: bool = False,
 ) -> MemoryReport:
@@ -491,7 +499,7 @@ def memory_report(
         GGUF file; only its metadata is read.
     n_ctx : sequence of int
         Context sizes, tokens.
-    kv_ratio, kv_stage, kv_window, swa_full
+    kv_ratio, kv_stage, kv_window, kv_type_k, kv_type_v, swa_full
         See `estimate`.
     cards_gb : sequence of int
         Memory of the cards, GB of 1024^3 bytes.
@@ -504,7 +512,10 @@ def memory_report(
         A context size below 1.
     """
     shape = read_shape(path)
-    options = {"kv_ratio": kv_ratio, "kv_stage": kv_stage, "kv_window": kv_window, "swa_full": swa_full}
+    options = {
+        "kv_ratio": kv_ratio, "kv_stage": kv_stage, "kv_window": kv_window, "kv_type_k": kv_type_k, "kv_type_v": kv_type_v,
+        "swa_full": swa_full,
+    }  # fmt: skip
     estimates: list[CacheEstimate] = []
     largest: dict[str, dict[int, int]] = {}
     notes: dict[str, None] = {}  # ordered set

@@ -96,7 +96,7 @@ def calibrate(
     ArgumentError
         No texts, or `out` is there already.
     StateError
-        A text has too few tokens (517 at least), or the file could not be written.
+        A text has too few tokens (773 at least), or the file could not be written.
     """
     from tqdm import tqdm
 

@@ -16,7 +16,7 @@ Layout of a case
 Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C order (last axis fastest). First 32 int32:
 
      0 magic 0x43474353 (bytes "SCGC")    12 n_past
-     1 version, 2                         13 n_horizon
+     1 version, 3                         13 n_horizon
      2 method, enum semcache_method       14 seed, low 32 bits
      3 d_k                                15 seed, high 32 bits
      4 d_v                                16 budget
@@ -25,10 +25,11 @@ Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C o
      7 rope_neox, 0 or 1                  19 n_merged
      8 n_sink                             20 n_dropped
      9 n_core                             21 attempt that had margins
-    10 n_new                              22 .. 31 zero
-    11 n_win
+    10 n_new                              22 n_q
+    11 n_win                              23 n_ahead
+                                          24 .. 31 zero
 
-With n_cand = n_core + n_new, T = n_sink + n_cand + n_win and n_q = n_new + n_win, then the inputs
+With n_cand = n_core + n_new, T = n_sink + n_cand + n_win and n_stage = n_new + n_win, then the inputs
 
     scale, softcap   float32 [2]
     inv_freq         float32 [n_rot / 2]
@@ -40,13 +41,18 @@ With n_cand = n_core + n_new, T = n_sink + n_cand + n_win and n_q = n_new + n_wi
     k                float32 [T, d_k]            values that float16 holds exactly
     v                float32 [T, d_v]            likewise
     q                float32 [n_q, gqa, d_k]     likewise
+    votes_n          int32   [n_stage]           votes of earlier passes on new rows and window
+    votes_p4         float32 [n_stage]
+    votes_p          float32 [n_stage]
 
 and the reference's outputs, computed in float64 from these and rounded to float32 at the end:
 
     u                int32   [n_q]               look-ahead positions of step 1
-    score_s_use      float32 [n_cand]            step 3 of this pass alone, before old scores of cores are mixed in;
-    score_s_dev      float32 [n_cand]            these four are zero for methods other than the semantic one
+    score_s_use      float32 [n_cand]            step 3, before old scores of cores are mixed in;
+    score_s_dev      float32 [n_cand]            these six are zero for methods other than the semantic one
     score_w          float32 [n_cand]
+    taken_p4         float32 [n_stage]           the votes with those of this pass
+    taken_p          float32 [n_stage]
     winner           int32   [n_out]             candidate whose place each core takes
     member_of        int32   [n_cand]            row that each candidate is part of afterwards, -1: dropped
     out_chunk        int32   [n_out]
@@ -102,6 +108,9 @@ class Case:
     merge: bool = True
     softcap: float = 0.0
     outliers: bool = False     # large channels and large single keys and queries
+    n_q: int = 0               # 0: the whole stage votes
+    n_ahead: int = 0
+    voted: bool = False        # the stage has votes of earlier passes
     heavy_cores: bool = False  # two cores of one chunk with biases near the upper bound, so that their merged bias is clamped
 
 
@@ -115,6 +124,9 @@ CASES = (
     Case("softcap-outliers", d_k=80, d_v=80, gqa=3, n_rot=80, rope_neox=True, n_core=12, n_new=28, n_past=700, softcap=20.0, outliers=True),
     Case("no-merge", d_k=32, d_v=32, n_rot=32, rope_neox=True, n_core=20, n_past=640, budget=20, merge=False),
     Case("below-budget", d_k=32, d_v=32, n_rot=32, n_core=12, n_new=20, n_past=320, budget=32),
+    Case("votes", n_core=20, n_new=34, n_win=40, n_past=1200, n_q=24, n_ahead=40, budget=24, voted=True),
+    Case("votes-only", d_k=32, d_v=32, gqa=2, n_rot=32, n_sink=0, n_new=0, n_win=30, n_past=30, n_q=12, n_ahead=64, voted=True),
+    Case("votes-on-cores", d_k=32, d_v=32, n_rot=32, n_core=12, n_new=0, n_win=20, n_past=300, n_q=10, budget=12, voted=True),
     Case("clamped-bias", d_k=32, d_v=32, n_rot=32, n_core=2, n_new=10, n_win=4, n_past=100, budget=1, heavy_cores=True),
     Case("paper-first-pass", method=PAPER, gqa=1, n_new=60, budget=25),
     Case("paper-cores", method=PAPER, d_k=80, d_v=80, gqa=1, n_rot=32, n_core=30, n_new=45, n_past=900, budget=30, outliers=True),
@@ -128,7 +140,8 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
     rng = np.random.RandomState(attempt)
     n_cand = case.n_core + case.n_new
     n_rows = case.n_sink + n_cand + case.n_win
-    n_q = case.n_new + case.n_win
+    n_stage = case.n_new + case.n_win
+    n_q = case.n_q or n_stage
     n_past = case.n_past or case.n_sink + n_q
 
     core_chunk = np.sort(rng.randint(0, 1 + case.n_core // 5, case.n_core)).astype(np.int32)
@@ -136,7 +149,7 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
     chunk = np.concatenate([core_chunk, new_chunk])
 
     k = rng.standard_normal((n_rows, case.d_k))
-    k[case.n_sink:case.n_sink + n_cand] += 0.7 * rng.standard_normal((chunk.max() + 1, case.d_k))[chunk]
+    k[case.n_sink:case.n_sink + n_cand] += 0.7 * rng.standard_normal((1 + max(chunk, default=0), case.d_k))[chunk]
     v = rng.standard_normal((n_rows, case.d_v))
     q = 1.5 * rng.standard_normal((n_q, case.gqa, case.d_k))
     if case.outliers:
@@ -162,11 +175,17 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
     def exact(x, dtype=np.float32):
         return np.asarray(x, dtype=dtype).astype(np.float64)
 
+    votes = reference.Votes.none(n_stage)
+    if case.voted:  # the window's last have had none
+        n = 10 * (1 + np.arange(n_stage)[::-1] // 10) * (np.arange(n_stage) < n_stage - 8)
+        p = rng.uniform(0, 0.04, n_stage)
+        votes = reference.Votes(n, exact(case.gqa * n * (2 * p) ** 4), exact(case.gqa * n * p))
+
     inv_freq = exact(10000.0 ** (-2 * np.arange(case.n_rot // 2) / max(1, case.n_rot)))
     inp = reference.PassInput(exact(k, np.float16), exact(v, np.float16), exact(bias), case.n_sink, case.n_win, chunk, exact(s_use),
-                              n_tok, exact(q, np.float16), np.arange(n_past - n_q, n_past))
+                              n_tok, exact(q, np.float16), np.arange(n_past - n_q, n_past), votes)
     params = reference.PassParams(float(exact(case.d_k ** -0.5)), case.softcap, inv_freq, case.rope_neox, n_past, case.n_horizon,
-                                  case.seed, case.budget, case.merge)
+                                  case.seed, case.budget, case.merge, case.n_ahead)
     return inp, params
 
 
@@ -233,19 +252,22 @@ def case_bytes(case: Case) -> bytes:
     result = run(case.method, inp, params)
     u = np.zeros(len(inp.q))
     scores = reference.Scores(*np.zeros((3, inp.n_cand)))
+    taken = reference.Votes.none(len(inp.votes))
     if case.method == SEMANTIC:
         u = reference.horizon_positions(inp.pos_q, params.n_horizon, params.seed)
-        scores = reference.score(inp, params, reference.look_ahead(inp, params))
+        q = reference.look_ahead(inp, params)
+        scores, taken = reference.score(inp, params, q), reference.take_votes(inp, params, q)
 
     header = np.zeros(32, dtype="<u4")
-    header[:22] = (MAGIC, 2, case.method, case.d_k, case.d_v, case.gqa, case.n_rot, case.rope_neox, case.n_sink, case.n_core, case.n_new,
+    header[:24] = (MAGIC, 3, case.method, case.d_k, case.d_v, case.gqa, case.n_rot, case.rope_neox, case.n_sink, case.n_core, case.n_new,
                    case.n_win, params.n_past, case.n_horizon, case.seed & 0xFFFFFFFF, case.seed >> 32, case.budget, case.merge,
-                   len(result.rows), result.n_merged, result.n_dropped, attempt)
+                   len(result.rows), result.n_merged, result.n_dropped, attempt, len(inp.q), params.n_ahead)
     i32, f32 = "<i4", "<f4"
     out = result.rows
     arrays = [([params.scale, params.softcap], f32), (params.inv_freq, f32), (inp.pos_q, i32), (inp.chunk, i32), (inp.n_tok, i32),
               (inp.s_use, f32), (inp.bias, f32), (inp.k, f32), (inp.v, f32), (inp.q, f32),
-              (u, i32), (scores.s_use, f32), (scores.s_dev, f32), (scores.w, f32), (result.winner, i32), (result.member_of, i32),
+              (inp.votes.n, i32), (inp.votes.p4, f32), (inp.votes.p, f32),
+              (u, i32), (scores.s_use, f32), (scores.s_dev, f32), (scores.w, f32), (taken.p4, f32), (taken.p, f32), (result.winner, i32), (result.member_of, i32),
               (out.chunk, i32), (out.n_tok, i32), (out.s_use, f32), (out.bias, f32), (out.k, f32), (out.v, f32)]
     return header.tobytes() + b"".join(np.ascontiguousarray(a, dtype=dtype).tobytes() for a, dtype in arrays)
 

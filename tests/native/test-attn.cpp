@@ -1,8 +1,8 @@
 // Proportional attention against a slow one in float64.
 
 #include "sc-attn.h"
+#include "sc-quant.h"
 #include "sc-test.h"
-#include "sc-vec.h"
 
 #include <algorithm>
 #include <thread>
@@ -23,6 +23,7 @@ struct spec {
     float     softcap  = 0.0f;
     bool      sinks    = false;
     mask_type mask     = MASK_F16;
+    row_type  k_type   = row_type::f16, v_type = row_type::f16; // of the cores
     bool      v_trans  = false; // values lie along the cells
     bool      q_heads  = false; // a head's queries lie together, not a token's
     bool      outliers = false; // large channels and single rows of q, k, v and bias
@@ -36,7 +37,8 @@ struct tensors {
     spec s;
     int32_t n_head_kv, n_head, mask_ld;
     std::vector<float>   q, mask_f32, sinks, bias;
-    std::vector<f16>     k, v, mask_f16, k_core, v_core;
+    std::vector<f16>     k, v, mask_f16;
+    std::vector<uint8_t> k_core, v_core;
     std::vector<int32_t> row_first, row_count;
     attn_args a;
 
@@ -63,17 +65,16 @@ struct tensors {
             row_count.push_back(n);
             n_row += n + 2;
         }
-        k_core.assign((size_t) n_row*s.d_k, F16_NAN);
-        v_core.assign((size_t) n_row*s.d_v, F16_NAN);
+        k_core.assign(n_row*row_size(s.k_type, s.d_k), 0xff); // a NaN in every type
+        v_core.assign(n_row*row_size(s.v_type, s.d_v), 0xff);
         bias.assign(n_row, NAN);
         for (int32_t h = 0; h < n_head_kv; ++h) {
             for (int32_t i = row_first[h]; i < row_first[h] + row_count[h]; ++i) {
-                for (int32_t e = 0; e < s.d_k; ++e) {
-                    k_core[(size_t) i*s.d_k + e] = f32_to_f16(normal(1.0));
-                }
-                for (int32_t e = 0; e < s.d_v; ++e) {
-                    v_core[(size_t) i*s.d_v + e] = f32_to_f16(normal(1.0));
-                }
+                std::vector<float> key(s.d_k), val(s.d_v);
+                std::generate(key.begin(), key.end(), [&]() { return normal(1.0); });
+                std::generate(val.begin(), val.end(), [&]() { return normal(1.0); });
+                set_key(i, key);
+                set_val(i, val);
                 bias[i] = r.below(3) ? (float) std::log(1 + r.below(32)) : normal(1.0);
             }
         }
@@ -88,12 +89,27 @@ struct tensors {
               k.data(), s.d_k, (int64_t) s.d_k*n_head_kv,
               v.data(), s.v_trans ? (int64_t) s.d_v*n_cell : s.d_v, s.v_trans ? 1 : (int64_t) s.d_v*n_head_kv, s.v_trans ? n_cell : 1,
               nullptr, s.mask == MASK_F16, 0, s.sinks ? sinks.data() : nullptr,
-              k_core.data(), v_core.data(), bias.data(), row_first.data(), row_count.data() };
+              k_core.data(), s.k_type, v_core.data(), s.v_type, bias.data(), row_first.data(), row_count.data() };
         if (s.outliers) {
             plant_outliers(r);
         }
         fill_mask(r);
     }
+
+    std::vector<float> key_of(int32_t row) const {
+        std::vector<float> x(s.d_k);
+        load_row(s.k_type, k_core.data() + row*row_size(s.k_type, s.d_k), x.data(), s.d_k);
+        return x;
+    }
+
+    std::vector<float> val_of(int32_t row) const {
+        std::vector<float> x(s.d_v);
+        load_row(s.v_type, v_core.data() + row*row_size(s.v_type, s.d_v), x.data(), s.d_v);
+        return x;
+    }
+
+    void set_key(int32_t row, std::vector<float> x) { store_row(s.k_type, x.data(), k_core.data() + row*row_size(s.k_type, s.d_k), s.d_k); }
+    void set_val(int32_t row, std::vector<float> x) { store_row(s.v_type, x.data(), v_core.data() + row*row_size(s.v_type, s.d_v), s.d_v); }
 
     float & q_at(int32_t t, int32_t h, int32_t e)      { return q[t*a.q_token + h*a.q_head + e]; }
     f16   & k_at(int32_t cell, int32_t h, int32_t e)   { return k[h*a.k_head + cell*a.k_cell + e]; }
@@ -112,15 +128,20 @@ struct tensors {
                 grow(v_at(cell, h, 3), cell == 2 ? 2000.0f : 50.0f);
             }
             for (int32_t i = row_first[h]; i < row_first[h] + row_count[h]; ++i) {
-                k_core[(size_t) i*s.d_k + 5] = f32_to_f16(20.0f);
-                grow(v_core[(size_t) i*s.d_v + 3], 50.0f);
+                std::vector<float> key = key_of(i), val = val_of(i);
+                key[5]  = 20.0f;
+                val[3] *= 50.0f;
+                set_key(i, key);
+                set_val(i, val);
             }
             if (row_count[h] > 0) {
                 const int32_t i = row_first[h] + r.below(row_count[h]);
                 bias[i] = 8.0f;
-                for (int32_t e = 0; e < s.d_k; ++e) {
-                    grow(k_core[(size_t) i*s.d_k + e], 4.0f);
+                std::vector<float> key = key_of(i);
+                for (float & e : key) {
+                    e *= 4.0f;
                 }
+                set_key(i, key);
             }
         }
         for (int32_t h = 0; h < n_head; ++h) {
@@ -180,14 +201,12 @@ std::vector<float> run(const tensors & x, int nth, bool threads = false) {
         }
     };
     std::vector<float> out(x.n_out() + 1, NAN);
-    if (attn_n_part(x.s.n_tokens) == 1) {
-        each([&](int ith) { attn_part(x.a, out.data(), ith, nth); });
-    } else {
-        std::vector<float> part(attn_part_size(x.a) + 1, 1000.0f);
-        each([&](int ith) { attn_part(x.a, part.data(), ith, nth); });
-        each([&](int ith) { attn_reduce(x.a, part.data(), out.data(), ith, nth); });
-        CHECK_EQ(part.back(), 1000.0f);
+    std::vector<float> work(attn_work_size(x.a, nth) + 1, 1000.0f);
+    each([&](int ith) { attn_part(x.a, work.data(), out.data(), ith, nth); });
+    if (attn_in_parts(x.a)) {
+        each([&](int ith) { attn_reduce(x.a, work.data(), out.data(), ith, nth); });
     }
+    CHECK_EQ(work.back(), 1000.0f);
     CHECK(std::isnan(out.back()));
     out.pop_back();
     return out;
@@ -198,37 +217,44 @@ std::vector<float> run(const tensors & x, int nth, bool threads = false) {
 // A logit is a sum of d_k products and errs by about sqrt(d_k) u A, A the sum of their magnitudes; the bias and the softcap c
 // add 2 u (|x| + c). An error dx of the logits changes every p_i by a factor within exp(+-2 dx), so the output, whose terms
 // have the magnitude V = sum p_i |v_i|, by 2 dx V. exp itself errs by 3e-7, once in p_i and once in their sum, the
-// rescalings of the running softmax by about as much together, and the sum over n rows by sqrt(n) u.
+// rescalings of the running softmax by about as much together, and the sum over n rows by sqrt(n) u. With rotated rows the
+// magnitudes are those of any rotation: |q| |k| for A and |v| for |v_i|.
 void reference(tensors & x, int32_t t, int32_t head, std::vector<double> & out, std::vector<double> & tol) {
     const attn_args & a = x.a;
     const int32_t h = head/x.s.n_gqa;
     std::vector<double> logit;
     std::vector<std::vector<double>> value;
     double biggest = 0.0, largest = 0.0;
-    auto add = [&](auto && key, auto && val, double b) {
-        double y = 0.0, mag = 0.0;
+    std::vector<double> size; // of the values, where they are rotated
+    auto add = [&](auto && key, auto && val, double b, bool k_rotated, bool v_rotated) {
+        double y = 0.0, mag = 0.0, qq = 0.0, kk = 0.0, vv = 0.0;
         for (int32_t e = 0; e < a.n_embd_head_k; ++e) {
-            const double z = (double) a.scale*x.q_at(t, head, e)*f16_to_f32(key(e));
-            y   += z;
-            mag += std::fabs(z);
+            const double q = (double) a.scale*x.q_at(t, head, e), k = key(e);
+            y   += q*k;
+            mag += std::fabs(q*k);
+            qq  += q*q;
+            kk  += k*k;
         }
+        mag = k_rotated ? std::max(mag, std::sqrt(qq*kk)) : mag;
         y = a.softcap > 0.0f ? a.softcap*std::tanh(y/a.softcap) : y;
         logit.push_back(y + b);
         value.emplace_back();
         for (int32_t e = 0; e < a.n_embd_head_v; ++e) {
-            value.back().push_back(f16_to_f32(val(e)));
+            value.back().push_back(val(e));
+            vv += (double) val(e)*val(e);
         }
+        size.push_back(v_rotated ? std::sqrt(vv) : 0.0);
         biggest = std::max(biggest, mag);
         largest = std::max(largest, std::fabs(y + b));
     };
     for (int32_t i = x.row_first[h]; i < x.row_first[h] + x.row_count[h]; ++i) {
-        add([&](int32_t e) { return x.k_core[(size_t) i*a.n_embd_head_k + e]; },
-            [&](int32_t e) { return x.v_core[(size_t) i*a.n_embd_head_v + e]; }, x.bias[i]);
+        const std::vector<float> key = x.key_of(i), val = x.val_of(i);
+        add([&](int32_t e) { return key[e]; }, [&](int32_t e) { return val[e]; }, x.bias[i], a.k_type != row_type::f16, a.v_type != row_type::f16);
     }
     for (int32_t cell = 0; cell < a.n_kv; ++cell) {
         const float m = x.mask_at(t, cell);
         if (m != -INFINITY) {
-            add([&](int32_t e) { return x.k_at(cell, h, e); }, [&](int32_t e) { return x.v_at(cell, h, e); }, m);
+            add([&](int32_t e) { return f16_to_f32(x.k_at(cell, h, e)); }, [&](int32_t e) { return f16_to_f32(x.v_at(cell, h, e)); }, m, false, false);
         }
     }
     double top = a.sinks ? a.sinks[head] : -INFINITY;
@@ -247,7 +273,7 @@ void reference(tensors & x, int32_t t, int32_t head, std::vector<double> & out, 
         const double p = std::exp(logit[i] - top)/sum;
         for (int32_t e = 0; e < a.n_embd_head_v; ++e) {
             out[e] += p*value[i][e];
-            tol[e] += p*std::fabs(value[i][e]);
+            tol[e] += p*std::max(std::fabs(value[i][e]), size[i]);
         }
     }
     for (double & e : tol) {
@@ -322,6 +348,11 @@ void test_shapes() {
         s.biased   = r.below(3) == 0;
         s.blind    = n_tokens > 1 ? n_tokens/2 : -1;
         s.seed     = ++n;
+        const row_type types[] = { row_type::f16, row_type::q8_0, row_type::q4_0 };
+        if (d_k%Q_BLOCK == 0 && d_v%Q_BLOCK == 0) {
+            s.k_type = types[r.below(3)];
+            s.v_type = types[r.below(3)];
+        }
         if (!s.sinks && std::count(s.cores.begin(), s.cores.end(), 0)) {
             s.blind = -1; // such a token sees nothing, see test_nothing_visible
         }
@@ -354,6 +385,19 @@ void test_properties() {
         t = s;      t.mask     = MASK_F32;         check(t);
         t = s;      t.v_trans  = true;             check(t);
         t = s;      t.q_heads  = true;             check(t);
+        for (row_type k_type : { row_type::f16, row_type::q8_0, row_type::q4_0 }) {
+            for (row_type v_type : { row_type::q8_0, row_type::q4_0 }) {
+                t = s;
+                t.k_type = k_type;
+                t.v_type = v_type;
+                check(t);
+                t.d_k = 96; // blocks of 32 are rotated
+                t.d_v = 128;
+                t.n_gqa = 9; // more query rows than registers hold at a time
+                t.v_trans = t.outliers = t.sinks = true;
+                check(t);
+            }
+        }
         t = s;      t.outliers = true;             check(t);
         t = s;      t.biased   = true;             check(t);
         t = s;      t.sinks    = true; t.blind = n_tokens - 1; check(t);
@@ -399,8 +443,8 @@ void test_log_n() {
             for (int32_t h = 0; h < 2; ++h) {
                 x.bias[x.row_first[h]] = (float) std::log((double) n);
                 for (int32_t i = 0; i < n; ++i) {
-                    std::copy_n(&x.k_core[(size_t) x.row_first[h]*s.d_k], s.d_k, &y.k_at(i, h, 0));
-                    std::copy_n(&x.v_core[(size_t) x.row_first[h]*s.d_v], s.d_v, &y.v_at(i, h, 0));
+                    f32_to_f16_row(x.key_of(x.row_first[h]).data(), &y.k_at(i, h, 0), s.d_k);
+                    f32_to_f16_row(x.val_of(x.row_first[h]).data(), &y.v_at(i, h, 0), s.d_v);
                 }
             }
             for (int32_t t = 0; t < n_tokens; ++t) {

@@ -20,6 +20,7 @@ struct spec {
     float   softcap = 0.0f;
     int32_t n_alloc = 44, n_new = 60, n_window = 9, n_chunk = 16;
     int32_t n_sink  = N_SINK;
+    bool    voted   = false; // the stage has votes of earlier passes
 };
 
 // Exact in f16, and small beside the rest of a key.
@@ -71,16 +72,21 @@ struct text_source {
             for (int32_t e = 0; e < s.d_v; ++e) {
                 t.v.push_back(normal(1.0));
             }
-            for (int32_t e = 0; e < s.n_gqa*s.d_k; ++e) {
+            for (int32_t e = 0; i >= t.n_sink && e < s.n_gqa*s.d_k; ++e) {
                 const int32_t at = e%s.d_k;
                 const f16     x  = normal(1.5);
                 t.q.push_back(at >= s.d_k - 2 || at == s.d_k/2 - 1 ? f32_to_f16(0.0f) : x);
             }
         }
         std::vector<int64_t> delta;
-        const int32_t n_q = n_new + s.n_window, now = n_past + t.n();
-        for (int32_t i = 0; i < n_q; ++i) {
-            const int32_t pos = now - n_q + i;
+        const int32_t now = n_past + t.n();
+        t.n_q = n_new + s.n_window;
+        for (int32_t i = 0; s.voted && i < t.n(); ++i) {
+            t.n_voted.push_back(r.below(4)*20);
+            t.votes.push_back({ (float) (t.n_voted.back()*s.n_gqa*1e-6*r.uniform()), (float) (t.n_voted.back()*s.n_gqa*0.03*r.uniform()) });
+        }
+        for (int32_t i = 0; i < t.n_q; ++i) {
+            const int32_t pos = now - t.n_q + i;
             delta.push_back((int64_t) now + look_ahead(0, pos, 512) - pos);
         }
         rp.table(delta, t.cs);
@@ -132,9 +138,9 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
     const size_t n = cand.size(), budget = h.n_alloc - (h.n_sink + t.n_sink);
 
     std::vector<std::vector<double>> q; // turned and scaled
-    for (int32_t i = 0; i < t.n_new + t.n_window; ++i) {
+    for (int32_t i = 0; i < t.n_q; ++i) {
         for (int32_t g = 0; g < sh.n_gqa; ++g) {
-            const auto src = to_f32(t.q.data() + ((int64_t) (t.n_sink + i)*sh.n_gqa + g)*d_k, d_k);
+            const auto src = to_f32(t.q.data() + ((int64_t) i*sh.n_gqa + g)*d_k, d_k);
             std::vector<double> x(src.begin(), src.end());
             const size_t n_rot = rp.inv_freq.size();
             for (size_t a = 0; a < n_rot; ++a) {
@@ -192,6 +198,12 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         for (int32_t e = 0; e < d_v; ++e) {
             distance += (cand[j].v[e] - mean[e])*(cand[j].v[e] - mean[e]);
         }
+        const size_t t_j = t.n_sink + j - n_core;
+        if (j >= n_core && !t.votes.empty() && t.n_voted[t_j] > 0) {
+            const double n_now = (double) q.size(), n_all = n_now + (double) t.n_voted[t_j]*sh.n_gqa;
+            s_use[j] = (s_use[j]*n_now + t.votes[t_j].p4)/n_all;
+            w[j]     = (w[j]*n_now + t.votes[t_j].p)/n_all;
+        }
         s_use[j] = std::pow(s_use[j], 0.25);
         if (j < n_core) {
             s_use[j] = std::max(s_use[j], 0.9*cand[j].meta.s_use);
@@ -233,7 +245,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         }
     }
 
-    const size_t stride = std::max<size_t>(1, (t.n_new + t.n_window)/N_FIT);
+    const size_t stride = std::max<size_t>(1, t.n_q/N_FIT);
     for (size_t j = 0; j < n; ++j) {
         if (goes[j] != (int64_t) j) {
             ++(goes[j] < 0 ? res.n_dropped : res.n_merged);
@@ -395,8 +407,8 @@ void check_invariants(const text_source & text, const head_store & h, const sink
     CHECK_EQ(h.n_sink, text.s.n_sink);
     CHECK(h.n_used >= h.n_sink && h.n_used <= h.n_alloc);
     const std::vector<float> zero(h.n_sink, 0.0f);
-    CHECK_BITS(h.k.data(), first.k.data(), (int64_t) first.k.size());
-    CHECK_BITS(h.v.data(), first.v.data(), (int64_t) first.v.size());
+    CHECK_BITS(h.key(0), first.k.data(), (int64_t) first.k.size());
+    CHECK_BITS(h.val(0), first.v.data(), (int64_t) first.v.size());
     CHECK_BITS(h.bias.data(), zero.data(), h.n_sink);
 
     std::map<int32_t, int32_t> tok;
@@ -430,7 +442,7 @@ int64_t tokens_in(const head_store & h) {
 
 // A long text: ten passes in place, each against the slow one, which starts from the same rows.
 void test_long_text() {
-    std::vector<spec> specs(9);
+    std::vector<spec> specs(10);
     specs[1].merge = false;
     specs[2].how = method::paper;
     specs[3].how = method::streaming;
@@ -439,6 +451,7 @@ void test_long_text() {
     specs[6].n_rot = 0; specs[6].n_alloc = 200; specs[6].n_new = 250; specs[6].n_window = 40; // a bias is fitted to every third query
     specs[7].n_sink = 0; specs[7].n_alloc = 5; specs[7].n_window = 1; specs[7].n_chunk = 40;
     specs[8].how = method::paper; specs[8].n_alloc = 9; // fewer rows than chunks
+    specs[9].voted = true;
     for (size_t c = 0; c < specs.size(); ++c) {
         const spec & s = specs[c];
         text_source text(s, 40 + c);
@@ -529,8 +542,8 @@ void test_below_budget() {
             CHECK_EQ(res.n_merged, 0);
             CHECK_EQ(res.n_dropped, 0);
             CHECK_EQ(h.n_used, at + n);
-            CHECK_BITS(h.k.data(), old.k.data(), (int64_t) at*s.d_k);
-            CHECK_BITS(h.v.data(), old.v.data(), (int64_t) at*s.d_v);
+            CHECK_BITS(h.key(0), old.key(0), (int64_t) at*s.d_k);
+            CHECK_BITS(h.val(0), old.val(0), (int64_t) at*s.d_v);
             CHECK_BITS(h.bias.data(), old.bias.data(), at);
             CHECK_BITS(h.key(at), t.k.data(), (int64_t) n*s.d_k);
             CHECK_BITS(h.val(at), t.v.data(), (int64_t) n*s.d_v);
@@ -595,10 +608,10 @@ std::vector<float> attend(const head_store & h, const tokens & t, const std::vec
     const std::vector<float> mask(t.n(), 0.0f);
     attn_args a = { s.n_embd_head_k, s.n_embd_head_v, s.n_gqa, 1, 1, t.n(), s.scale, s.softcap,
         q.data(), s.n_embd_head_k, 0, t.k.data(), 0, s.n_embd_head_k, t.v.data(), 0, s.n_embd_head_v, 1,
-        mask.data(), false, t.n(), nullptr, h.k.data(), h.v.data(), h.bias.data(), &first, &count };
-    std::vector<float> part(attn_part_size(a)), out((size_t) s.n_gqa*s.n_embd_head_v);
-    attn_part(a, part.data(), 0, 1);
-    attn_reduce(a, part.data(), out.data(), 0, 1);
+        mask.data(), false, t.n(), nullptr, h.k.data(), h.type, h.v.data(), h.type, h.bias.data(), &first, &count };
+    std::vector<float> work(attn_work_size(a, 1)), out((size_t) s.n_gqa*s.n_embd_head_v);
+    attn_part(a, work.data(), out.data(), 0, 1);
+    attn_reduce(a, work.data(), out.data(), 0, 1);
     return out;
 }
 
@@ -682,7 +695,7 @@ void test_not_finite() {
                             case 1: std::fill_n(t.k.begin() + (size_t) token*s.d_k, s.d_k, b); break;           // one key
                             case 2: std::fill_n(t.k.begin() + (size_t) t.n_sink*s.d_k, t.n_new*s.d_k/2, b); break; // half of them
                             case 3: std::fill(t.k.begin(), t.k.end(), b); break;
-                            case 4: t.q[((size_t) token*s.n_gqa + 1)*s.d_k + e] = b; break;
+                            case 4: t.q[((size_t) (token - t.n_sink)*s.n_gqa + 1)*s.d_k + e] = b; break;
                             case 5: std::fill(t.q.begin(), t.q.end(), b); break;
                             case 6: std::fill(t.v.begin(), t.v.end(), b); break;
                             case 7: std::fill(t.k.begin(), t.k.end(), b); std::fill(t.q.begin(), t.q.end(), b); break;
@@ -692,8 +705,8 @@ void test_not_finite() {
                     CHECK(h.guards_hold());
                     CHECK(h.n_used <= h.n_alloc && h.n_used >= h.n_sink);
                     CHECK(res.n_merged >= 0 && res.n_dropped >= 0);
-                    CHECK_BITS(h.k.data(), first[0].k.data(), (int64_t) first[0].k.size());
-                    CHECK_BITS(h.v.data(), first[0].v.data(), (int64_t) first[0].v.size());
+                    CHECK_BITS(h.key(0), first[0].k.data(), (int64_t) first[0].k.size());
+                    CHECK_BITS(h.val(0), first[0].v.data(), (int64_t) first[0].v.size());
                     for (int32_t i = h.n_sink; i < std::min(h.n_used, h.n_alloc); ++i) {
                         CHECK(i == h.n_sink || h.meta[i].chunk >= h.meta[i - 1].chunk);
                         CHECK(h.meta[i].n_tok >= 1 && (int32_t) h.meta[i].n_tok <= source.chunk_len[(int32_t) h.meta[i].chunk]);
@@ -786,31 +799,31 @@ void test_q8_queries() {
         for (int pass = 0; pass < 2; ++pass) {
             tokens t = text.draw(pass == 0, 60);
             text.accept(t);
-            const int32_t n_blocks = n_head_kv*n_group/Q8_BLOCK;
-            std::vector<q8_block> ring(t.n()*n_blocks);
+            const int32_t n_blocks = n_head_kv*n_group/Q_BLOCK;
+            std::vector<q8_block> ring(t.n_q*n_blocks);
             for (auto & block : ring) {
                 block.d = f32_to_f16(0.0625f);
-                std::fill_n(block.qs, Q8_BLOCK, 127);
+                std::fill_n(block.qs, Q_BLOCK, 127);
             }
-            for (int32_t i = 0; i < t.n(); ++i) {
+            for (int32_t i = 0; i < t.n_q; ++i) {
                 for (int32_t e = 0; e < n_group; ++e) {
                     const int32_t code = text.r.below(255) - 127, at = ih*n_group + e;
                     t.q[(size_t) i*n_group + e] = f32_to_f16(0.0625f*(float) code);
-                    ring[i*n_blocks + at/Q8_BLOCK].qs[at%Q8_BLOCK] = (int8_t) code;
+                    ring[i*n_blocks + at/Q_BLOCK].qs[at%Q_BLOCK] = (int8_t) code;
                 }
             }
             run_pass(a, t, text.rp, text.params());
 
-            const stage_store stage(t, b.shape, {});
-            stage_rows rows = stage.rows();
-            rows.q  = nullptr;
-            rows.q8 = ring.data();
-            rows.q8_cell  = n_blocks;
-            rows.q8_first = ih*n_group;
+            stage_store stage(t, b.shape, {});
+            query_rows queries = stage.queries();
+            queries.q  = nullptr;
+            queries.q8 = ring.data();
+            queries.q8_row   = n_blocks;
+            queries.q8_first = ih*n_group;
             pass_workspace ws;
             reserve(ws, b, t);
             head_rows h = b.rows();
-            compress_head(h, rows, b.shape, text.rp, text.params(), ws);
+            compress_head(h, stage.rows(), queries, b.shape, text.rp, text.params(), ws);
             b.n_sink = h.n_sink;
             b.n_used = h.n_used;
             CHECK_EQ(a.n_used, b.n_used);
@@ -823,9 +836,60 @@ void test_q8_queries() {
     }
 }
 
+// Quantized rows: the pass reads and writes what f16 rows hold, but for half a step of the rotated row; a row that stays keeps
+// its bytes, however many passes it sees.
+void test_quantized_rows() {
+    for (row_type type : { row_type::q8_0, row_type::q4_0 }) {
+        CASE("rows of type " + std::to_string((int) type));
+        spec s;
+        s.d_k = s.d_v = 64;
+        text_source text(s, 70);
+        head_store h(text.shape, s.n_alloc, 0, type);
+        for (int pass = 0; pass < 6; ++pass) {
+            const tokens t = text.draw(pass == 0, s.n_new);
+            text.accept(t);
+            const head_store before = h;
+            head_store twin(text.shape, s.n_alloc); // what the quantized rows say, in f16
+            twin.n_sink = h.n_sink;
+            twin.n_used = h.n_used;
+            twin.bias   = h.bias;
+            twin.meta   = h.meta;
+            for (int32_t i = 0; i < h.n_used; ++i) {
+                f32_to_f16_row(h.key_f32(i).data(), twin.key(i), s.d_k);
+                f32_to_f16_row(h.val_f32(i).data(), twin.val(i), s.d_v);
+            }
+            run_pass(h, t, text.rp, text.params());
+            run_pass(twin, t, text.rp, text.params());
+            CHECK(h.guards_hold());
+            CHECK_EQ(h.n_used, twin.n_used);
+            int32_t kept = 0;
+            for (int32_t i = 0; i < std::min(h.n_used, twin.n_used); ++i) {
+                CHECK_EQ((uint32_t) h.meta[i].chunk, (uint32_t) twin.meta[i].chunk);
+                const auto k = h.key_f32(i), want_k = twin.key_f32(i), v = h.val_f32(i), want_v = twin.val_f32(i);
+                // half a step for every rotated value, a whole one at the far end of q4_0's codes; the rounding of f16 adds a little
+                auto bound = [type](std::vector<float> x) {
+                    hadamard(x.data(), (int32_t) x.size());
+                    float amax = 0.0f;
+                    for (float e : x) {
+                        amax = std::max(amax, std::fabs(e));
+                    }
+                    return amax*(type == row_type::q8_0 ? 0.5f/127.0f : 1.0f/8.0f)*std::sqrt((float) x.size()) + 2e-2f;
+                };
+                CHECK(std::sqrt(distance2(k.data(), want_k.data(), s.d_k)) < bound(want_k));
+                CHECK(std::sqrt(distance2(v.data(), want_v.data(), s.d_v)) < bound(want_v));
+                for (int32_t j = 0; j < before.n_used; ++j) {
+                    kept += std::equal(h.k.begin() + i*h.size_k(), h.k.begin() + (i + 1)*h.size_k(), before.k.begin() + j*h.size_k());
+                }
+            }
+            CHECK(pass == 0 || kept >= N_SINK + 5);
+        }
+    }
+}
+
 } // namespace
 
 int main() {
+    test_quantized_rows();
     test_q8_queries();
     test_long_text();
     test_streaming();

@@ -68,13 +68,13 @@ def test_streaming_is_attention_to_the_sinks_and_the_newest_tokens(tmp_path, loa
 
 def test_kv_bytes_at_a_quarter(smollm2, load):
     """The allocation, by llama.cpp's own breakdown: a quarter, the stage, the query ring and 2% for the rest."""
-    n_ctx, n_stage = 8192, 512
+    n_ctx, n_stage, n_window = 8192, 768, 512
     full = load(smollm2, n_ctx=n_ctx).kv_stats().total_bytes
     stats = load(smollm2, n_ctx=n_ctx, kv_compress="semanticache", kv_ratio=0.25, kv_profile=None).kv_stats()
     per_token = 30 * 3 * 64 * 2 * 2
     assert full == stats.full_bytes == per_token * n_ctx
     assert stats.stage_bytes == per_token * n_stage
-    assert stats.query_bytes == 30 * (9 * 64 // 32) * 34 * n_stage  # q8_0
+    assert stats.query_bytes == 30 * (9 * 64 // 32) * 34 * (n_stage - n_window)  # q8_0
     assert stats.rows_allocated == 30 * 3 * n_ctx // 4
     assert stats.total_bytes <= 0.25 * full + stats.stage_bytes + stats.query_bytes + 0.02 * full
 

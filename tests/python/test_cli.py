@@ -218,7 +218,7 @@ def test_model_that_llama_cpp_refuses(tiny, tmp_path):
 
 
 def test_arguments_that_do_not_fit_together(tiny):
-    done = program("run", tiny, "--prompt", "x", "--n-ctx", "256", "--kv-stage", "512", "--kv-profile", "none")
+    done = program("run", tiny, "--prompt", "x", "--n-ctx", "256", "--kv-stage", "512", "--kv-window", "64", "--kv-profile", "none")
     assert done.returncode == 1
     assert done.err.startswith("Error: ") and "512" in done.err and "256" in done.err
     assert "Traceback" not in done.err

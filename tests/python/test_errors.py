@@ -269,15 +269,15 @@ def address_space():
 
 tokens = random_tokens(1300)
 twin, llm = make(), make()
-twin.eval(tokens[:1024])
-llm.eval(tokens[:1024])
+twin.eval(tokens[:960])
+llm.eval(tokens[:960])
 assert llm.kv_stats().n_pass == 0
 before = llm.kv_stats(), llm.kv_rows(), llm.n_tokens
 limits = resource.getrlimit(resource.RLIMIT_AS)
 # the scratch of this pass is about 10 MiB
 resource.setrlimit(resource.RLIMIT_AS, (address_space() + (1 << 20), limits[1]))
 try:
-    llm.eval(tokens[1024:1088])
+    llm.eval(tokens[960:1024])
     error = None
 except Exception as e:
     error = e
@@ -286,7 +286,7 @@ assert isinstance(error, SemanticCacheError), repr(error)
 assert "memory" in str(error), str(error)
 assert (llm.kv_stats(), llm.kv_rows(), llm.n_tokens) == before
 for some in (llm, twin):
-    some.eval(tokens[1024:])
+    some.eval(tokens[960:])
 assert llm.kv_stats().n_pass == twin.kv_stats().n_pass == 1, (llm.kv_stats(), twin.kv_stats())
 assert llm.kv_rows() == twin.kv_rows()
 np.testing.assert_array_equal(last_logits(llm), last_logits(twin))

@@ -79,7 +79,7 @@ def test_compressed_cache_is_what_is_allocated(folder, arch):
     from llama_semanticache import Llama
 
     path = tiny_models.write_tiny(folder / "c.gguf", arch, n_embd=256, n_ctx_train=8192)
-    settings = {"kv_ratio": 0.25, "kv_stage": 512}
+    settings = {"kv_ratio": 0.25, "kv_stage": 512, "kv_window": 256}
     llm = Llama(
         str(path),
         n_ctx=8192,
@@ -104,11 +104,11 @@ def test_8b_by_hand():
     assert sizes["f16"] == f16 == 4 << 30
     assert sizes["q8_0"] == f16 * 34 / 64
     assert sizes["q4_0"] == f16 * 18 / 64
-    compressed = estimate(SHAPE_8B, 32768, "semanticache", kv_ratio=0.25, kv_stage=512)
+    compressed = estimate(SHAPE_8B, 32768, "semanticache", kv_ratio=0.25, kv_stage=512, kv_window=256)
     rows = 32768 // 4 * 8 * 32
-    assert compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 12)
+    assert compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 12) + 512 * 8 * 32 * 8  # votes on the stage
     assert compressed.stage_bytes == 32 * 2 * 512 * 8 * 128 * 2
-    assert compressed.query_bytes == 32 * 512 * (32 * 128 // 32) * 34  # q8_0
+    assert compressed.query_bytes == 32 * 256 * (32 * 128 // 32) * 34  # q8_0
     assert compressed.other_bytes == 0
     assert compressed.compression_factor == f16 / compressed.kv_bytes
     assert compressed.total_bytes == compressed.kv_bytes + SHAPE_8B.weights_bytes + compressed.overhead_bytes
@@ -149,7 +149,7 @@ def test_sliding_window_layers(folder):
     assert estimate(shape, 4096, "f16").kv_bytes == per_cell * (2 * 4096 + 10 * 768)  # 64 + 512 is padded to 768
     compressed = estimate(shape, 4096, "semanticache")
     assert compressed.other_bytes == per_cell * 10 * 512  # batches of 512 - 256 - 4 tokens
-    assert compressed.stage_bytes == per_cell * 2 * 512
+    assert compressed.stage_bytes == per_cell * 2 * 768
 
 
 def test_sliding_window_of_other_architectures_is_ignored(folder):

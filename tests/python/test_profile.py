@@ -21,7 +21,7 @@ if str(PACKAGE) not in sys.path:
 import reference as ref  # noqa: E402
 
 LETTERS = "the quick brown fox jumps over a lazy dog; while, slowly, night falls. "
-TEXTS = [LETTERS * 10, LETTERS.upper() * 6 + LETTERS[::-1] * 5]
+TEXTS = [LETTERS * 14, LETTERS.upper() * 7 + LETTERS[::-1] * 6]
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_profile_of_an_older_format_is_measured_again(tiny, cache):
 
 def test_errors_are_those_of_the_reference(tmp_path, load, cache):
     """One layer, so that its queries, keys, values and output can be computed here; then the reference's passes."""
-    n_sink, n_window = 4, 256
+    n_sink, n_window, n_probe = 4, 512, 256
     path = tiny_models.write_tiny(tmp_path / "one.gguf", "llama", n_layer=1)
     out = profile.calibrate(path, texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1)
     got = ref.read_profile(out)
@@ -197,12 +197,12 @@ def test_errors_are_those_of_the_reference(tmp_path, load, cache):
     sizes = np.sort(np.linalg.norm(x[sorted({*range(255, n, 256), n - 1})], axis=1))
 
     ends = ref.delimiter_table([llm.detokenize([t]) for t in tokens], np.zeros(n, bool))
-    n_past = n - 2 * n_window
+    n_past = n - n_window - n_probe
     chunk = ref.chunk_ids(ends[n_sink:n_past], 32, 0)
     params = ref.PassParams(scale=d**-0.5, softcap=0.0, inv_freq=inv_freq, rope_neox=False, n_past=0, n_horizon=512, seed=0, budget=0)
     expected = [
         ref.output_errors(
-            ref.TextInput(k[:, h], v[:, h], q[:, h * gqa : (h + 1) * gqa], np.arange(n), chunk, n_sink, 2 * n_window, n_window),
+            ref.TextInput(k[:, h], v[:, h], q[:, h * gqa : (h + 1) * gqa], np.arange(n), chunk, n_sink, n_window + n_probe, n_probe),
             params, ref.PARTS,
         ) / sizes[len(sizes) // 2]
         for h in range(n_head_kv)

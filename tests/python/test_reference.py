@@ -266,6 +266,33 @@ def test_score_by_definition(seed, softcap, n_rot, neox):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_votes_of_two_passes_are_those_of_one(seed):
+    """Queries that vote one after the other say of the stage what they say together, as long as the rows are the same."""
+    inp = random_input(seed)
+    params = params_for(inp, 20)
+    q = ref.look_ahead(inp, params)
+    none = ref.Votes.none(inp.n_new + inp.n_win)
+    first = ref.take_votes(replace(inp, votes=none), params, q[:30])
+    second = replace(inp, votes=first)
+    both, whole = ref.take_votes(second, params, q[30:]), ref.take_votes(inp, params, q)
+    assert both.n.tolist() == whole.n.tolist() == [len(q)] * len(none)
+    np.testing.assert_allclose(both.p4, whole.p4, rtol=1e-12)
+    np.testing.assert_allclose(both.p, whole.p, rtol=1e-12)
+    got, want, late = ref.score(second, params, q[30:]), ref.score(inp, params, q), ref.score(inp, params, q[30:])
+    for name in ("s_use", "w"):
+        np.testing.assert_allclose(getattr(got, name)[inp.n_core:], getattr(want, name)[inp.n_core:], rtol=1e-12)
+        np.testing.assert_array_equal(getattr(got, name)[: inp.n_core], getattr(late, name)[: inp.n_core])  # a core: these alone
+
+
+def test_a_pass_without_new_rows_only_takes_votes():
+    inp = random_input(1, n_new=0, n_win=20)
+    result = ref.compress_head(inp, params_for(inp, 10))
+    rows = inp.candidates()
+    assert_same_rows(replace(result.rows, s_use=rows.s_use), rows)
+    assert (ref.take_votes(inp, params_for(inp, 10), inp.q).n == 20).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_cores_keep_a_faded_score(seed):
     inp = random_input(seed)
     params = params_for(inp, inp.n_cand)
@@ -545,7 +572,7 @@ def test_inputs_must_describe_the_same_rows():
     inp = random_input(0)
     with pytest.raises(ValueError, match="expected 50 entries of chunk, got 49"):
         replace(inp, chunk=inp.chunk[1:])
-    with pytest.raises(ValueError, match="expected 48 queries, got 47"):
+    with pytest.raises(ValueError, match="expected 47 query positions, got 48"):
         replace(inp, q=inp.q[1:])
     with pytest.raises(ValueError, match="expected a budget >= 0"):
         params_for(inp, -1)
@@ -788,8 +815,8 @@ def test_errors_of_one_pass_by_hand(seed):
     text = random_text(seed, n_probe=1)
     n, past = len(text.k), text.n_past
     got = ref.output_errors(text, TEXT_PARAMS, (0.3,), n_pass=100, n_window=24)
-    inp = ref.PassInput(text.k, text.v, np.zeros(n), text.n_sink, n - past, text.chunk, [], [], text.q[text.n_sink :], text.pos[text.n_sink :])
-    result = ref.compress_head(inp, replace(TEXT_PARAMS, n_past=n, budget=18 - text.n_sink))
+    inp = ref.PassInput(text.k, text.v, np.zeros(n), text.n_sink, n - past, text.chunk, [], [], text.q, text.pos)
+    result = ref.compress_head(inp, replace(TEXT_PARAMS, n_past=n, n_ahead=24, budget=18 - text.n_sink))
     k, v, bias = ref.rows_after(inp, result)
     out = ref.attend(text.q[-1:], k, v, bias, TEXT_PARAMS.scale) - ref.attend(text.q[-1:], text.k, text.v, np.zeros(n), TEXT_PARAMS.scale)
     assert got == pytest.approx([np.mean(np.sum(out**2, axis=-1))], rel=1e-9)
@@ -833,17 +860,19 @@ def read_case(path):
     data = path.read_bytes()
     h = struct.unpack_from("<32i", data)
     keys = ("magic version method d_k d_v gqa n_rot rope_neox n_sink n_core n_new n_win n_past n_horizon seed_low seed_high budget merge "
-            "n_out n_merged n_dropped attempt").split()
+            "n_out n_merged n_dropped attempt n_q n_ahead").split()
     c = dict(zip(keys, h))
-    assert (c["magic"], c["version"]) == (0x43474353, 2) and not any(h[22:])
-    n_cand, n_q = c["n_core"] + c["n_new"], c["n_new"] + c["n_win"]
+    assert (c["magic"], c["version"]) == (0x43474353, 3) and not any(h[24:])
+    n_cand, n_stage, n_q = c["n_core"] + c["n_new"], c["n_new"] + c["n_win"], c["n_q"]
     n_rows, n_out = c["n_sink"] + n_cand + c["n_win"], c["n_out"]
     at = 128
     for name, code, *shape in (
             ("scale_softcap", "f", 2), ("inv_freq", "f", c["n_rot"] // 2), ("pos_q", "i", n_q), ("chunk", "i", n_cand), ("n_tok", "i", c["n_core"]),
             ("s_use", "f", c["n_core"]), ("bias", "f", n_rows), ("k", "f", n_rows, c["d_k"]),
-            ("v", "f", n_rows, c["d_v"]), ("q", "f", n_q, c["gqa"], c["d_k"]), ("u", "i", n_q), ("score_s_use", "f", n_cand),
-            ("score_s_dev", "f", n_cand), ("score_w", "f", n_cand), ("winner", "i", n_out), ("member_of", "i", n_cand), ("out_chunk", "i", n_out),
+            ("v", "f", n_rows, c["d_v"]), ("q", "f", n_q, c["gqa"], c["d_k"]),
+            ("votes_n", "i", n_stage), ("votes_p4", "f", n_stage), ("votes_p", "f", n_stage), ("u", "i", n_q), ("score_s_use", "f", n_cand),
+            ("score_s_dev", "f", n_cand), ("score_w", "f", n_cand), ("taken_p4", "f", n_stage),
+            ("taken_p", "f", n_stage), ("winner", "i", n_out), ("member_of", "i", n_cand), ("out_chunk", "i", n_out),
             ("out_n_tok", "i", n_out), ("out_s_use", "f", n_out), ("out_bias", "f", n_out),
             ("out_k", "f", n_out, c["d_k"]), ("out_v", "f", n_out, c["d_v"])):
         n = math.prod(shape)
@@ -857,11 +886,12 @@ def read_case(path):
 def test_golden_case_reads_as_documented(name):
     c = read_case(GOLDEN / f"{name}.bin")
     seed = (c["seed_high"] & 0xFFFFFFFF) << 32 | c["seed_low"] & 0xFFFFFFFF
-    inp = ref.PassInput(c["k"], c["v"], c["bias"], c["n_sink"], c["n_win"], c["chunk"], c["s_use"], c["n_tok"], c["q"], c["pos_q"])
+    inp = ref.PassInput(c["k"], c["v"], c["bias"], c["n_sink"], c["n_win"], c["chunk"], c["s_use"], c["n_tok"], c["q"], c["pos_q"],
+                        ref.Votes(c["votes_n"], c["votes_p4"], c["votes_p"]))
     for x in (c["k"], c["v"], c["q"]):
         np.testing.assert_array_equal(x.astype(np.float16), x)
     params = ref.PassParams(*c["scale_softcap"], c["inv_freq"], bool(c["rope_neox"]), c["n_past"], c["n_horizon"], seed, c["budget"],
-                            bool(c["merge"]))
+                            bool(c["merge"]), c["n_ahead"])
     if c["method"] == 0:
         result = ref.compress_head(inp, params)
         scores = ref.score(inp, params, ref.look_ahead(inp, params))
@@ -869,6 +899,9 @@ def test_golden_case_reads_as_documented(name):
         np.testing.assert_allclose(c["score_s_use"], scores.s_use, rtol=1e-6)
         np.testing.assert_allclose(c["score_s_dev"], scores.s_dev, rtol=1e-6)
         np.testing.assert_allclose(c["score_w"], scores.w, rtol=1e-6)
+        votes = ref.take_votes(inp, params, ref.look_ahead(inp, params))
+        np.testing.assert_allclose(c["taken_p4"], votes.p4, rtol=1e-6)
+        np.testing.assert_allclose(c["taken_p"], votes.p, rtol=1e-6)
     else:
         method = {1: ref.compress_head_paper, 2: ref.compress_head_streaming}[c["method"]]
         result = method(inp, c["budget"])
@@ -892,6 +925,8 @@ def test_golden_cases_cover_what_they_should():
     assert any(c["n_out"] == c["n_core"] + c["n_new"] for c in passes)
     assert any(not c["merge"] for c in passes) and any(c["d_v"] != c["d_k"] for c in passes)
     assert any(8.0 in c["out_bias"] for c in passes)
-    assert any(c["n_new"] + c["n_win"] >= 192 for c in passes)  # the bias is fitted on every second token
+    assert any(0 < c["n_q"] < c["n_new"] + c["n_win"] and c["n_new"] and any(c["votes_n"]) and c["n_ahead"] for c in passes)
+    assert {(c["n_core"] > 0, c["n_new"] > 0) for c in passes} >= {(False, False), (True, False)}  # passes that only take votes
+    assert any(c["n_q"] >= 192 for c in passes)  # the bias is fitted on every second token
     papers = [c for c in cases if c["method"] == 1]
     assert any(c["n_dropped"] for c in papers) and any(c["n_core"] for c in papers)

@@ -1,1 +1,1 @@
-"""Measurements that anyone can run again: `python -m llama_semanticache.bench.quality --help`."""
+"""Measurements that anyone can run again: `llama-semanticache bench speed`, `python -m llama_semanticache.bench.quality`."""

@@ -21,6 +21,7 @@ import numpy as np
 from .. import models, profile, upstream_commit
 from ..llama import Llama
 from .cases import Case, make_case
+from .settings import parse_setting
 
 import llama_cpp  # the patched library is loaded by now
 
@@ -112,23 +113,6 @@ def run_case(llm: Llama, case: Case, outcome: Outcome, reference: np.ndarray | N
         match = text.strip().startswith(fact.answer)
         outcome.answers.append({"kind": fact.kind, "depth": fact.depth, "want": fact.answer, "got": text, "match": match})
     return logp
-
-
-def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
-    """'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal', '...:stage=1024', '...:merge=0', '...:horizon=2048'."""
-    method, ratio, *options = text.split(":")
-    kwargs: dict[str, Any] = {"kv_compress": method, "kv_ratio": float(ratio)}
-    for option in options:
-        if option == "equal":
-            kwargs["kv_profile"] = None
-        else:
-            name, value = option.split("=")
-            if name in ("horizon", "chunk", "merge", "seed"):
-                name = name if name in ("merge", "seed") else f"n_{name}"
-                kwargs.setdefault("kv_params", {})[name] = int(value)
-            else:
-                kwargs[f"kv_{name}"] = value if name == "profile" else int(value)
-    return text, kwargs
 
 
 @click.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
+from .bench import bench
 from .chat import chat
 from .common import ErrorGroup
 from .memory import memory
@@ -23,5 +24,5 @@ def main() -> None:
     """
 
 
-for command in (chat, run, profile, memory, models):
+for command in (chat, run, profile, memory, models, bench):
     main.add_command(command)

@@ -41,6 +41,8 @@ class LoadOptions:
     kv_ratio: float
     kv_stage: int
     kv_window: int
+    kv_type_k: str
+    kv_type_v: str
     kv_profile: str | None
     threads: int | None
     verbose: bool
@@ -49,7 +51,7 @@ class LoadOptions:
         """Arguments of `Llama` that make its cache what it is."""
         if self.kv_compress is None:
             return {"kv_compress": None}
-        names = ("kv_compress", "kv_ratio", "kv_stage", "kv_window", "kv_profile")
+        names = ("kv_compress", "kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v", "kv_profile")
         return {name: getattr(self, name) for name in names}
 
 
@@ -113,16 +115,26 @@ _LOAD = (
     click.option(
         "--kv-stage",
         type=click.IntRange(min=1),
-        default=512,
+        default=768,
         show_default=True,
         help="Newest tokens that are held exactly until the next pass.",
     ),
     click.option(
         "--kv-window",
         type=click.IntRange(min=1),
-        default=256,
+        default=512,
         show_default=True,
         help="Newest tokens that a pass leaves alone.",
+    ),
+    *(
+        click.option(
+            f"--kv-type-{part}",
+            type=click.Choice(["f16", "q8_0", "q4_0"]),
+            default="f16",
+            show_default=True,
+            help=f"How {part.upper()} of the older tokens is stored.",
+        )
+        for part in "kv"
     ),
     click.option(
         "--kv-profile",

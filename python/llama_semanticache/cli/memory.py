@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 @click.option(
     "--kv-ratio", type=click.FloatRange(0, 1, min_open=True), default=0.25, show_default=True, help="As in chat."
 )
-@click.option("--kv-stage", type=click.IntRange(min=1), default=512, show_default=True, help="As in chat.")
-@click.option("--kv-window", type=click.IntRange(min=1), default=256, show_default=True, help="As in chat.")
+@click.option("--kv-stage", type=click.IntRange(min=1), default=768, show_default=True, help="As in chat.")
+@click.option("--kv-window", type=click.IntRange(min=1), default=512, show_default=True, help="As in chat.")
+@click.option("--kv-type-k", type=click.Choice(["f16", "q8_0", "q4_0"]), default="f16", show_default=True, help="As in chat.")
+@click.option("--kv-type-v", type=click.Choice(["f16", "q8_0", "q4_0"]), default="f16", show_default=True, help="As in chat.")
 @click.option(
     "--swa-full", is_flag=True, help="Count n_ctx tokens in sliding-window layers too (llama_cpp.Llama's default)."
 )
@@ -40,6 +42,8 @@ def memory(
     kv_ratio: float,
     kv_stage: int,
     kv_window: int,
+    kv_type_k: str,
+    kv_type_v: str,
     swa_full: bool,
     as_json: bool,
     verbose: bool,
@@ -49,7 +53,8 @@ def memory(
 
     path = find_model(model, progress=not as_json)
     sizes = n_ctx or (read_shape(path).n_ctx_train or 8192,)
-    report = memory_report(path, sizes, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, swa_full=swa_full)
+    options = {"kv_type_k": kv_type_k, "kv_type_v": kv_type_v, "swa_full": swa_full}
+    report = memory_report(path, sizes, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, **options)
     if as_json:
         click.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
         return

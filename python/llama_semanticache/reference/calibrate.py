@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .attention import attend
-from .compress import HeadRows, PassInput, PassParams, compress_head
+from .compress import HeadRows, PassInput, PassParams, Votes, compress_head, look_ahead, take_votes
 
-N_PASS, N_WINDOW = 252, 256
-"""Tokens that one pass takes, and those behind them whose queries look on: what a stage of 512 does."""
+N_PASS, N_WINDOW = 252, 512
+"""Tokens from one pass to the next, and those that a pass leaves in the stage: what a stage of 768 does."""
 
 N_SKIP = 8
 """Every so many'th of the probes is used."""
@@ -37,8 +37,7 @@ class TextInput:
         Of the tokens that passes compress: all but the first `n_sink` and the last `n_exact`.
     n_sink, n_exact : int
     n_probe : int
-        Of the exact tokens, the last: their queries tell the error. Where `n_exact - n_probe` is smaller than a pass's window,
-        the window reaches into the probes.
+        Of the exact tokens, the last: their queries tell the error.
     """
 
     k: np.ndarray
@@ -61,11 +60,11 @@ def output_errors(text: TextInput, params: PassParams, parts, n_pass: int = N_PA
     Parameters
     ----------
     params : PassParams
-        `n_past` and `budget` are those of each pass, whatever they are here.
+        `n_past`, `n_ahead` and `budget` are those of each pass, whatever they are here.
     parts : sequence of float, length n_part
         The head holds round(part * n_past) rows, sinks included, at least one more than the sinks.
     n_pass, n_window, n_skip : int
-        Tokens, see above. `n_window` must not be larger than `n_exact`.
+        Tokens, see above. Passes read the text up to `n_window` tokens behind `n_past`, at most `n_exact`.
 
     Returns
     -------
@@ -89,20 +88,34 @@ def output_errors(text: TextInput, params: PassParams, parts, n_pass: int = N_PA
 
 
 def read_in_passes(text: TextInput, params: PassParams, n_pass: int, n_window: int) -> HeadRows:
-    """The cores that passes of `n_pass` tokens make of the text up to its exact tokens; the first takes the sinks as well."""
+    """The cores that a pass after every `n_pass` tokens makes of the text up to its exact tokens.
+
+    A pass leaves the newest `n_window` tokens in the stage; the first that takes any also takes the sinks. Those before it
+    only take votes.
+    """
     none = np.zeros(0)
     cores = HeadRows(text.k[:0], text.v[:0], none, none, none, none)
-    for begin in range(text.n_sink, text.n_past, n_pass):
-        end = min(begin + n_pass, text.n_past)
-        new, sinks, window = slice(begin, end), slice(0, text.n_sink), slice(end, end + n_window)
+    n_read = text.n_past + n_window
+    votes = Votes.none(n_read)  # by token
+    done = 0
+    for begin in range(0, n_read, n_pass):
+        end = min(begin + n_pass, n_read)
+        first = done or text.n_sink
+        stop = end - n_window if end - n_window > first else done
+        new, sinks, window = slice(first, max(first, stop)), slice(0, text.n_sink if stop else 0), slice(stop, end)
 
         def rows(x, of_cores):
             return np.concatenate([x[sinks], of_cores, x[new], x[window]])
 
+        stage = np.r_[new, window]
         inp = PassInput(
-            k=rows(text.k, cores.k), v=rows(text.v, cores.v), bias=rows(np.zeros(len(text.k)), cores.bias), n_sink=text.n_sink,
-            n_win=n_window, chunk=np.concatenate([cores.chunk, text.chunk[begin - text.n_sink:end - text.n_sink]]),
-            s_use=cores.s_use, n_tok=cores.n_tok, q=text.q[begin:end + n_window], pos_q=text.pos[begin:end + n_window],
+            k=rows(text.k, cores.k), v=rows(text.v, cores.v), bias=rows(np.zeros(len(text.k)), cores.bias), n_sink=len(text.k[sinks]),
+            n_win=end - stop, chunk=np.concatenate([cores.chunk, text.chunk[new.start - text.n_sink:new.stop - text.n_sink]]),
+            s_use=cores.s_use, n_tok=cores.n_tok, q=text.q[begin:end], pos_q=text.pos[begin:end], votes=votes.take(stage),
         )
-        cores = compress_head(inp, replace(params, n_past=int(text.pos[end + n_window - 1]) + 1)).rows
+        now = replace(params, n_past=int(text.pos[end - 1]) + 1, n_ahead=n_window)
+        taken = take_votes(inp, now, look_ahead(inp, now))
+        for name in ("n", "p4", "p"):
+            getattr(votes, name)[stage] = getattr(taken, name)
+        cores, done = compress_head(inp, now).rows, stop
     return cores

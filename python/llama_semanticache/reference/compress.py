@@ -75,6 +75,37 @@ class HeadRows:
 
 
 @dataclass(frozen=True)
+class Votes:
+    """What the queries of a pass and of those before it say of the rows in the stage: new rows first, then the window.
+
+    A token votes once, in the first pass after it came; a row gathers votes as long as it is in the stage.
+
+    Attributes
+    ----------
+    n : ndarray of int64, shape [n_new + n_win]
+        Tokens whose queries voted.
+    p4, p : ndarray of float64, shape [n_new + n_win]
+        Sums over their queries and query heads of the row's probability to the power of 4, and of the probability.
+    """
+
+    n: np.ndarray
+    p4: np.ndarray
+    p: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    def take(self, index) -> Votes:
+        """Votes of the rows at `index`, in that order."""
+        return Votes(self.n[index], self.p4[index], self.p[index])
+
+    @staticmethod
+    def none(n_rows: int) -> Votes:
+        """Before the first pass."""
+        return Votes(np.zeros(n_rows, dtype=np.int64), np.zeros(n_rows), np.zeros(n_rows))
+
+
+@dataclass(frozen=True)
 class PassInput:
     """What a pass reads of one kv head. Float arrays are taken as float64.
 
@@ -94,10 +125,11 @@ class PassInput:
     n_tok : ndarray of int64, shape [n_core]
         Tokens that the cores stand for.
     q : ndarray, shape [n_q, gqa, d_k]
-        RoPE'd queries of the stage's tokens, new rows first and then the window: n_q = n_new + n_win. In the first pass
-        the stage also holds the sinks, whose queries are not used.
+        RoPE'd queries that vote in this pass: those of the tokens that came since the last one.
     pos_q : ndarray of int64, shape [n_q]
         Positions of these tokens.
+    votes : Votes, optional
+        Votes of earlier passes on new rows and window; by default there were none.
     """
 
     k: np.ndarray
@@ -110,6 +142,7 @@ class PassInput:
     n_tok: np.ndarray
     q: np.ndarray
     pos_q: np.ndarray
+    votes: Votes | None = None
 
     def __post_init__(self):
         for name, dtype in (("k", np.float64), ("v", np.float64), ("bias", np.float64), ("chunk", np.int32), ("s_use", np.float64),
@@ -119,7 +152,9 @@ class PassInput:
         _expect("entries of bias", len(self.k), len(self.bias))
         _expect("entries of chunk", self.n_cand, len(self.chunk))
         _expect("entries of n_tok", self.n_core, len(self.n_tok))
-        _expect("queries", self.n_new + self.n_win, len(self.q))
+        if self.votes is None:
+            object.__setattr__(self, "votes", Votes.none(self.n_new + self.n_win))
+        _expect("votes", self.n_new + self.n_win, len(self.votes))
         _expect("query positions", len(self.q), len(self.pos_q))
         _expect("query length", self.k.shape[1], self.q.shape[2])
 
@@ -169,6 +204,8 @@ class PassParams:
         Rows for the candidates of this head, without the sinks.
     merge : bool
         Losers are merged into winners of their chunk; otherwise they are dropped.
+    n_ahead : int
+        Positions that every query looks ahead at least: the window's, since a row is asked once it has left the window.
     """
 
     scale: float
@@ -180,6 +217,7 @@ class PassParams:
     seed: int
     budget: int
     merge: bool = True
+    n_ahead: int = 0
 
     def __post_init__(self):
         check_budget(self.budget)
@@ -187,7 +225,9 @@ class PassParams:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the look-ahead queries say about each candidate, this pass alone; all float64, shape [n_cand].
+    """What the look-ahead queries say about each candidate; all float64, shape [n_cand].
+
+    A core is judged by the queries of this pass alone, a new row by all that voted while it was in the stage.
 
     Attributes
     ----------
@@ -260,13 +300,25 @@ def compress_head(inp: PassInput, params: PassParams) -> PassResult:
 
 
 def look_ahead(inp: PassInput, params: PassParams) -> np.ndarray:
-    """Step 1. Rotate every query from its own position to n_past + u(pos); float64, shape [n_q, gqa, d_k]."""
+    """Step 1. Rotate every query from its own position to n_past + n_ahead + u(pos); float64, shape [n_q, gqa, d_k]."""
     u = horizon_positions(inp.pos_q, params.n_horizon, params.seed)
-    return rotate(inp.q, params.n_past + u - inp.pos_q, params.inv_freq, params.rope_neox)
+    return rotate(inp.q, params.n_past + params.n_ahead + u - inp.pos_q, params.inv_freq, params.rope_neox)
+
+
+def probabilities(inp: PassInput, params: PassParams, q) -> np.ndarray:
+    """Step 2. Attention of every look-ahead query and query head over all rows; float64, shape [n_q * gqa, T]."""
+    x = logits(q.reshape(-1, q.shape[-1]), inp.k, params.scale, params.softcap) + inp.bias
+    return np.exp(x - logsumexp(x)[:, None])
+
+
+def take_votes(inp: PassInput, params: PassParams, q) -> Votes:
+    """Step 3, stage. The votes on new rows and window with those of this pass."""
+    p = probabilities(inp, params, q)[:, inp.n_sink + inp.n_core:]
+    return Votes(inp.votes.n + len(q), inp.votes.p4 + np.sum(p**4, axis=0), inp.votes.p + np.sum(p, axis=0))
 
 
 def score(inp: PassInput, params: PassParams, q) -> Scores:
-    """Steps 2 and 3. Let all look-ahead queries attend to all rows and gather each candidate's score parts.
+    """Step 3. Gather each candidate's score parts.
 
     Without row i the output of a query changes by P_i (v_i - output) / (1 - P_i). s_use * s_dev is the size of that over
     the queries, with the mean value in the output's place and in a unit that compares between heads. Order 4 lies between
@@ -278,14 +330,17 @@ def score(inp: PassInput, params: PassParams, q) -> Scores:
     q : ndarray, shape [n_q, gqa, d_k]
         See `look_ahead`.
     """
-    q = q.reshape(-1, q.shape[-1])  # one line per token and query head
-    x = logits(q, inp.k, params.scale, params.softcap) + inp.bias
-    p = np.exp(x - logsumexp(x)[:, None])[:, inp.cand]
-    return Scores(s_use=np.mean(p**4, axis=0) ** 0.25, s_dev=value_deviations(inp.v[inp.cand]), w=np.mean(p, axis=0))
+    p = probabilities(inp, params, q)[:, inp.cand][:, :inp.n_core]
+    votes = take_votes(inp, params, q).take(slice(inp.n_new))
+    n_votes = q.shape[1] * votes.n  # a vote per query head
+    return Scores(s_use=np.concatenate([np.mean(p**4, axis=0), votes.p4 / n_votes]) ** 0.25, s_dev=value_deviations(inp.v[inp.cand]),
+                  w=np.concatenate([np.mean(p, axis=0), votes.p / n_votes]))
 
 
 def value_deviations(v) -> np.ndarray:
     """|v_i - mean v| / mean_j |v_j - mean v|, and 1 where all are equal; shapes [n, d_v] -> [n]."""
+    if len(v) == 0:
+        return np.zeros(0)
     distance = np.linalg.norm(v - np.mean(v, axis=0), axis=1)
     return distance / np.mean(distance) if np.any(distance > 0) else np.ones(len(v))
 

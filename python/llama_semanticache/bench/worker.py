@@ -1,0 +1,70 @@
+"""A process that holds one model with one kind of cache, and times what it is told to: `speed.py` starts one per setting.
+
+It reads one JSON object a line from standard input and answers each with one line. Imported as a file of its own, so that a
+stock llama.cpp can be measured too: llama_cpp loads the library that LLAMA_CPP_LIB_PATH names.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+
+def make(options: dict[str, Any]) -> Any:
+    kv = options.pop("kv", None)
+    cache = options.pop("cache", "f16")
+    if kv is None:
+        import llama_cpp
+
+        kind = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}[cache]
+        return llama_cpp.Llama(**options, type_k=kind, type_v=kind)
+    from llama_semanticache import Llama
+
+    return Llama(**options, **kv)
+
+
+def kv_bytes(llm: Any) -> dict[str, float]:
+    if not hasattr(llm, "kv_stats"):
+        return {}
+    stats = llm.kv_stats()
+    return {"kv_bytes": stats.total_bytes, "pass_s": stats.pass_s, "rows_used": stats.rows_used}
+
+
+def evaluate(llm: Any, tokens: list[int], one_by_one: bool = False) -> float:
+    """Seconds for the tokens, behind those that are there."""
+    start = time.perf_counter()
+    if one_by_one:
+        for token in tokens:
+            llm.eval([token])
+    else:
+        llm.eval(tokens)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    llm = None
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "load" in order:
+            llm = make(order["load"])
+            answer: dict[str, Any] = {"ok": True}
+        elif "tokenize" in order:
+            answer = {"tokens": llm.tokenize(order["tokenize"].encode("utf-8"), special=False)}
+        else:
+            before = kv_bytes(llm).get("pass_s", 0.0)
+            llm.reset()
+            llm.eval(order["warm_up"])
+            llm.reset()
+            answer = {"prefill_s": evaluate(llm, order["prompt"])}
+            after = kv_bytes(llm)
+            if after:
+                answer["pass_s"] = after["pass_s"] - before
+            answer["decode_s"] = evaluate(llm, order["decode"], one_by_one=True)
+            answer.update({key: value for key, value in kv_bytes(llm).items() if key != "pass_s"})
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

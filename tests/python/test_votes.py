@@ -1,0 +1,93 @@
+"""A window larger than the ring of queries: passes come before the stage overflows, and a token is judged by several."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import check_stats, continue_with, kl, last_logits, random_tokens
+
+TOKENS, MORE = random_tokens(400), random_tokens(150, seed=1)
+WIDE = dict(n_ctx=1024, kv_compress="semanticache", kv_stage=192, kv_window=128, kv_profile=None)
+N_RING, N_BATCH = 64, 60
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_until_the_stage_overflows_passes_only_take_votes(arch, flash_attn, tiny, load):
+    llm = load(tiny(arch), **WIDE, logits_all=True, flash_attn=flash_attn)
+    full = load(tiny(arch), n_ctx=1024, n_batch=N_BATCH, logits_all=True, flash_attn=flash_attn)
+    assert llm.n_batch == N_BATCH
+    for some in (llm, full):
+        some.eval(TOKENS[:180])
+    stats = llm.kv_stats()
+    assert (stats.n_pass, stats.n_tokens_stage, stats.rows_used) == (2, 180, 0)
+    np.testing.assert_array_equal(llm.scores[:180], full.scores[:180])
+    llm.eval(TOKENS[180:])
+    assert llm.kv_stats().rows_used > 0
+    check_stats(llm)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_nothing_is_lost_with_every_row_kept(arch, tiny, load):
+    llm, full = load(tiny(arch), **WIDE, kv_ratio=1), load(tiny(arch), n_ctx=1024, n_batch=N_BATCH)
+    for some in (llm, full):
+        some.eval(TOKENS)
+    stats = llm.kv_stats()
+    assert stats.n_pass >= 6 and stats.rows_merged == stats.rows_dropped == 0
+    assert kl(continue_with(full, MORE), continue_with(llm, MORE)).max() < 1e-5
+
+
+def test_tokens_one_by_one_pass_when_the_ring_is_full(tiny, load):
+    llm = load(tiny("llama"), **WIDE)
+    llm.eval(TOKENS[:1])
+    passes = []
+    for n in range(1, 300):
+        before = llm.kv_stats().n_pass
+        llm.eval(TOKENS[n : n + 1])
+        if llm.kv_stats().n_pass > before:
+            passes.append(n)
+    assert passes == [64, 128, 192, 256]
+    assert llm.kv_stats().n_tokens_stage == 128 + 300 - 256
+
+
+@pytest.mark.parametrize("n_tokens", [50, 130, 180, 400])
+def test_a_state_carries_votes_and_queries(n_tokens, tiny, load):
+    """Whoever restores it goes on alike, through passes that count the votes."""
+    llm, other = load(tiny("llama"), **WIDE), load(tiny("llama"), **WIDE)
+    llm.eval(TOKENS[:n_tokens])
+    state = llm.save_state()
+    other.eval(MORE)  # leaves votes and queries of its own behind
+    ends = []
+    for some in (llm, other):
+        some.load_state(state)
+        assert some.save_state().llama_state == state.llama_state
+        some.eval(MORE + TOKENS)
+        ends.append((some.kv_rows(), last_logits(some)))
+        check_stats(some)
+    assert ends[0][0] == ends[1][0]
+    np.testing.assert_array_equal(ends[0][1], ends[1][1])
+
+
+def test_a_state_without_its_votes_would_end_otherwise(tiny, load):
+    """The test above can fail: the same stage whose tokens were never asked about keeps other rows."""
+    llm, twin = load(tiny("llama"), **WIDE), load(tiny("llama"), **WIDE)
+    llm.eval(TOKENS[:300])
+    for i in range(0, 300, 25):  # passes at other places
+        twin.eval(TOKENS[i : i + 25])
+    for some in (llm, twin):
+        some.eval(MORE)
+    assert np.abs(last_logits(llm) - last_logits(twin)).max() > 1e-3
+
+
+@pytest.mark.parametrize("cut", [290, 310, 350])
+def test_a_cut_in_the_stage_before_the_last_pass(cut, tiny, load):
+    """Tokens that have voted are taken away, others come in their place and vote anew."""
+    llm = load(tiny("llama"), **WIDE)
+    llm.eval(TOKENS)
+    assert llm.kv_stats().n_tokens - llm.kv_stats().n_tokens_stage <= cut < 360  # in the stage, asked already
+    assert llm._ctx.kv_cache_seq_rm(0, cut, -1)
+    llm.n_tokens = cut
+    llm.eval(MORE + TOKENS)
+    assert llm.kv_stats().n_tokens == cut + 550
+    assert np.isfinite(last_logits(llm)).all()
+    check_stats(llm)

@@ -18,6 +18,7 @@ constexpr float BIAS_MIN   = -6.0f;
 constexpr float BIAS_MAX   =  8.0f;
 constexpr float RIDGE      = 10.0f;  // of the fitted values, see fit_values
 constexpr float PAD_LOGIT  = -1e30f; // of the columns that only fill a panel
+constexpr int32_t BLOCK    = 128*1024; // logits that are looked at together: enough to reuse a key panel, few enough for the L2 cache
 
 // How the candidates' outcome is written in pass_workspace::winner.
 constexpr int32_t DROPPED = -1;
@@ -35,9 +36,9 @@ struct counts {
     }
 };
 
-// Rows of logits that a block of the score matrix holds: enough to reuse a key panel, few enough for the L2 cache.
+// Rows of logits in a block of them.
 int32_t block_rows(int32_t n_cols) {
-    const int32_t fit = (int32_t) (128*1024/n_cols)/MR*MR;
+    const int32_t fit = BLOCK/n_cols/MR*MR;
     return std::clamp(fit, MR, 8*MR);
 }
 
@@ -52,10 +53,8 @@ void logits(const float * q, int32_t n_q, const float * panels, int32_t n_cols, 
     const int32_t d = shape.n_embd_head_k;
     gemm_panels(q, d, n_q, panels, d, n_cols, x, n_cols);
     if (shape.softcap > 0.0f) {
-        const float a = 2.0f/shape.softcap;
         for (int64_t i = 0; i < (int64_t) n_q*n_cols; i += VL) {
-            const vf e = vexp(vload(x + i)*a); // tanh(u) = 1 - 2/(e^2u + 1)
-            vstore(x + i, shape.softcap*(1.0f - 2.0f/(e + 1.0f)));
+            vstore(x + i, vsoftcap(vload(x + i), shape.softcap));
         }
     }
 }
@@ -84,18 +83,35 @@ void load_keys(const head_rows & rows, const stage_rows & stage, const head_shap
     pack_panels(ws.k.data(), d, c.n_rows, d, ws.panels.data());
 }
 
-// Queries as f32, turned forward, with the scale of the logits in them.
+// Every so many'th token has the queries that merged rows are fitted to.
+int32_t fit_stride(const query_rows & queries) { return std::max(1, queries.n/N_FIT); }
+
+// Query rows that merged rows are fitted to.
+int32_t n_fit_query(const query_rows & queries, const head_shape & shape) {
+    const int32_t stride = fit_stride(queries);
+    return (queries.n + stride - 1)/stride*shape.n_gqa;
+}
+
+// Queries as f32, turned forward, with the scale of the logits in them; those of the fits come first.
 void load_queries(const query_rows & queries, const head_shape & shape, const rope & r, pass_workspace & ws) {
-    const int32_t d   = shape.n_embd_head_k;
+    const int32_t d = shape.n_embd_head_k, stride = fit_stride(queries);
     const int64_t n_a = (int64_t) r.inv_freq.size();
     float * q = ws.q.data();
-    for_rows(queries.n, [&](int32_t t) {
+    auto load = [&](int32_t t) {
         load_query(queries, shape, t, q);
         for (int32_t g = 0; g < shape.n_gqa; ++g, q += d) {
             r.turn(q, queries.cs + t*n_a*2);
             for (int32_t i = 0; i < d; ++i) {
                 q[i] *= shape.scale;
             }
+        }
+    };
+    for (int32_t t = 0; t < queries.n; t += stride) {
+        load(t);
+    }
+    for_rows(queries.n, [&](int32_t t) {
+        if (t%stride != 0) {
+            load(t);
         }
     });
 }
@@ -144,10 +160,9 @@ void deviations(const head_shape & shape, const counts & c, pass_workspace & ws)
 }
 
 // N rows of logits y [N, n_cols], which become attention shares before normalization: their part in the candidates'
-// statistics, and their log-sum-exps z [N]. Several rows at a time, to touch the statistics less often.
-template <int N> void add_queries(float * y, const counts & c, float * z, pass_workspace & ws) {
+// statistics, their log-sum-exps z [N], and what normalizes them, inv [N]. Several rows at a time, to touch the statistics less often.
+template <int N> void add_queries(float * y, const counts & c, float * z, float * inv, pass_workspace & ws) {
     const float * bias = ws.bias.data();
-    float inv[N];
     for (int r = 0; r < N; ++r) {
         float * x = y + (int64_t) r*c.n_cols;
         vf vmx = vset(PAD_LOGIT), vsm = {};
@@ -220,12 +235,12 @@ template <typename F> void for_chunks(const counts & c, const pass_workspace & w
 }
 
 // winner[i]: i for a winner, the winner that a loser joins, or DROPPED. Nearest by (k_i - k_j)' M (k_i - k_j), the mean
-// squared difference of the logits that the two would receive.
-void assign_losers(const head_shape & shape, const counts & c, bool merge, pass_workspace & ws) {
+// squared difference of the logits that the two would receive from the first n_query queries.
+void assign_losers(const head_shape & shape, const counts & c, bool merge, int32_t n_query, pass_workspace & ws) {
     const int32_t d = shape.n_embd_head_k;
     if (merge) {
         std::fill(ws.m.begin(), ws.m.begin() + (int64_t) d*d, 0.0f);
-        for_rows(c.n_query, [&](int32_t q) {
+        for_rows(n_query, [&](int32_t q) {
             const float * x = ws.q.data() + (int64_t) q*d;
             for_rows(d, [&](int32_t i) { axpy(x[i], x, ws.m.data() + (int64_t) i*d, d); });
         });
@@ -307,52 +322,68 @@ int32_t merge_clusters(const head_shape & shape, const counts & c, const float *
     return n_merged;
 }
 
-// Leaves about N_FIT tokens' queries, evenly spread, and their log-sum-exps at the front. Returns the number of queries.
-int32_t thin_queries(const head_shape & shape, const counts & c, pass_workspace & ws) {
-    const int64_t d = shape.n_embd_head_k, n = (int64_t) shape.n_gqa*d;
-    const int32_t n_tok = c.n_query/shape.n_gqa, stride = std::max(1, n_tok/N_FIT);
-    int32_t t = 0;
-    for (int32_t from = 0; from < n_tok; from += stride, ++t) {
-        std::copy_n(ws.q.data() + from*n, n, ws.q.data() + t*n);
-        std::copy_n(ws.z.data() + from*shape.n_gqa, shape.n_gqa, ws.z.data() + t*shape.n_gqa);
-    }
-    return t*shape.n_gqa;
+// The candidates that do not stay as they are: those dropped and the members of clusters. Their keys take the place of all rows'
+// panels, since only what they change is looked at from here on. Returns their number.
+int32_t gather_gone(const head_shape & shape, const counts & c, pass_workspace & ws) {
+    const int32_t d_k = shape.n_embd_head_k;
+    const int64_t ld  = value_stride(shape);
+    int32_t n = 0;
+    for_rows(c.n_cand, [&](int32_t i) {
+        if (ws.winner[i] == i && ws.count[i] == 1) {
+            return;
+        }
+        std::copy_n(ws.k.data() + (int64_t) i*d_k, d_k, ws.mk.data() + (int64_t) n*d_k);
+        std::copy_n(ws.v.data() + i*ld, ld, ws.v_gone.data() + n*ld);
+        ws.bias_gone[n] = ws.bias[i];
+        ws.gone[n++]    = i;
+    });
+    pack_panels(ws.mk.data(), d_k, n, d_k, ws.panels.data());
+    std::fill(ws.bias_gone.begin() + n, ws.bias_gone.begin() + pad_to(n, NR), PAD_LOGIT);
+    return n;
 }
 
-// Fitted bias of the merged rows: on the average of the logs they receive the mass that their members received.
-void fit_bias(const head_shape & shape, const counts & c, int32_t n_merged, int32_t n_query, pass_workspace & ws) {
-    const int32_t d      = shape.n_embd_head_k;
-    const int32_t n_cols = (int32_t) pad_to(n_merged, NR);
-    const int32_t ldx    = (int32_t) pad_to(c.n_cand, NR);
+// Fitted bias of the merged rows: on the average of the logs they receive the mass that their members received. Leaves of every
+// query what the gone rows gave it: their part of the output in ws.r [n_query, d_v], their share in ws.s_gone.
+void fit_bias(const head_shape & shape, int32_t n_gone, int32_t n_merged, int32_t n_query, pass_workspace & ws) {
+    const int32_t d      = shape.n_embd_head_k, ld = (int32_t) value_stride(shape);
+    const int32_t n_cols = (int32_t) pad_to(n_merged, NR), ldx = (int32_t) pad_to(n_gone, NR);
 
-    // the merged keys' panels take the place of mk
     float * panels_new = ws.mk.data();
     pack_panels(ws.k_new.data(), d, n_merged, d, panels_new);
 
     std::fill(ws.bias_new.begin(), ws.bias_new.begin() + n_cols, 0.0f);
-    const int32_t n_block = block_rows(ldx + 2*n_cols);
-    float * x     = ws.x.data();
-    float * y_new = x + (int64_t) n_block*ldx;
-    float * mass  = y_new + (int64_t) n_block*n_cols;
+    const int32_t n_block = block_rows(ldx + n_cols);
+    float * x    = ws.x.data();
+    float * y    = x + (int64_t) n_block*ldx;
+    float * mass = y + (int64_t) n_block*n_cols;
     for (int32_t q0 = 0; q0 < n_query; q0 += n_block) {
         const int32_t n_q = std::min(n_block, n_query - q0);
         const float * q   = ws.q.data() + (int64_t) q0*d;
         logits(q, n_q, ws.panels.data(), ldx, shape, x);
-        logits(q, n_q, panels_new, n_cols, shape, y_new);
+        logits(q, n_q, panels_new, n_cols, shape, y);
         for_rows(n_q, [&](int32_t i) {
             const float   z  = ws.z[q0 + i];
             float       * xi = x + (int64_t) i*ldx;
+            vf sum = {};
             for (int32_t j = 0; j < ldx; j += VL) {
-                vstore(xi + j, vexp(vload(xi + j) + vload(ws.bias.data() + j) - z));
+                const vf p = vexp(vload(xi + j) + vload(ws.bias_gone.data() + j) - z);
+                vstore(xi + j, p);
+                sum += p;
             }
+            ws.s_gone[q0 + i] = vsum(sum);
             std::fill(mass, mass + n_cols, 0.0f);
-            for_rows(ws.count[c.n_cand], [&](int32_t m) { mass[ws.rank[ws.winner[ws.members[m]]]] += xi[ws.members[m]]; });
-            const float * yi = y_new + (int64_t) i*n_cols;
+            for_rows(n_gone, [&](int32_t m) {
+                if (const int32_t j = ws.winner[ws.gone[m]]; j != DROPPED) {
+                    mass[ws.rank[j]] += xi[m];
+                }
+            });
+            const float * yi = y + (int64_t) i*n_cols;
             for (int32_t j = 0; j < n_cols; j += VL) {
                 const vf lm = vlog(vmax(vload(mass + j), vset(EPS_MASS)));
                 vstore(ws.bias_new.data() + j, vload(ws.bias_new.data() + j) + (lm - (vload(yi + j) - z)));
             }
         });
+        gemm_rows(x, ldx, n_q, ws.v_gone.data(), ld, n_gone, ld, ws.r.data() + (int64_t) q0*ld, ld, false);
     }
     for_rows(n_merged, [&](int32_t t) { ws.bias_new[t] = std::clamp(ws.bias_new[t]/(float) n_query, BIAS_MIN, BIAS_MAX); });
 }
@@ -383,55 +414,46 @@ void solve_ridge(float * a, int64_t lda, int32_t n, float ridge, float * b, int6
 
 // Moves the merged values so that the queries' outputs come out as before the pass: least squares over the queries, with a
 // ridge as large as the outputs' mean squared residual asks for in comparison with the values' scatter about their means.
-void fit_values(const head_shape & shape, const counts & c, int32_t n_merged, int32_t n_query, pass_workspace & ws) {
+void fit_values(const head_shape & shape, int32_t n_gone, int32_t n_merged, int32_t n_query, pass_workspace & ws) {
     const int32_t d_k    = shape.n_embd_head_k, d_v = shape.n_embd_head_v;
     const int32_t n_cols = (int32_t) pad_to(n_merged, NR), ld = (int32_t) value_stride(shape);
 
-    double scatter = 0.0;
-    for_rows(ws.count[c.n_cand], [&](int32_t m) {
-        const int32_t i = ws.members[m], t = ws.rank[ws.winner[i]];
-        scatter += distance2(ws.v.data() + (int64_t) i*ld, ws.v_new.data() + (int64_t) t*ld, d_v);
+    double  scatter  = 0.0;
+    int32_t n_member = 0;
+    for_rows(n_gone, [&](int32_t m) {
+        if (const int32_t j = ws.winner[ws.gone[m]]; j != DROPPED) {
+            scatter += distance2(ws.v_gone.data() + (int64_t) m*ld, ws.v_new.data() + (int64_t) ws.rank[j]*ld, d_v);
+            ++n_member;
+        }
     });
-    scatter /= ws.count[c.n_cand];
-
-    float * keep = ws.keep.data(); // 1 for a row that stays as it is
-    std::fill(keep, keep + c.n_cols, 1.0f);
-    for_rows(c.n_cand, [&](int32_t i) { keep[i] = ws.winner[i] == i && ws.count[i] == 1 ? 1.0f : 0.0f; });
+    scatter /= n_member;
     std::fill(ws.bias_new.begin() + n_merged, ws.bias_new.begin() + n_cols, PAD_LOGIT);
 
-    // the equations: shares of the merged rows at [n_merged, n_query], with their sign changed, and what is missing r [n_query, d_v]
-    const int32_t n_block = block_rows(c.n_cols + n_cols);
-    float * x = ws.x.data();
-    float * y = x + (int64_t) n_block*c.n_cols;
+    // The equations: shares of the merged rows at [n_merged, n_query], with their sign changed, and what is missing r [n_query, d_v].
+    // Without the gone rows and with the merged ones the shares sum up to 1/inv instead of 1, so the rows that stay now give
+    // inv (output - gone part), and the output lacks output - inv (output - gone part + merged part).
+    const int32_t n_block = block_rows(n_cols);
+    float * y = ws.x.data();
     double missing = 0.0;
     for (int32_t q0 = 0; q0 < n_query; q0 += n_block) {
         const int32_t n_q = std::min(n_block, n_query - q0);
-        const float * q   = ws.q.data() + (int64_t) q0*d_k;
         float       * r   = ws.r.data() + (int64_t) q0*ld;
-        logits(q, n_q, ws.panels.data(), c.n_cols, shape, x);
-        logits(q, n_q, ws.mk.data(), n_cols, shape, y); // panels of the merged keys, see fit_bias
+        logits(ws.q.data() + (int64_t) q0*d_k, n_q, ws.mk.data(), n_cols, shape, y); // panels of the merged keys, see fit_bias
         for_rows(n_q, [&](int32_t i) {
             const float z = ws.z[q0 + i];
-            float * xi = x + (int64_t) i*c.n_cols, * yi = y + (int64_t) i*n_cols;
+            float * yi = y + (int64_t) i*n_cols, * ri = r + (int64_t) i*ld;
             vf sum = {};
-            for (int32_t j = 0; j < c.n_cols; j += VL) {
-                const vf p = vexp(vload(xi + j) + vload(ws.bias.data() + j) - z);
-                vstore(xi + j, p);
-                sum += p*vload(keep + j);
-            }
             for (int32_t j = 0; j < n_cols; j += VL) {
                 const vf p = vexp(vload(yi + j) + vload(ws.bias_new.data() + j) - z);
                 vstore(yi + j, p);
                 sum += p;
             }
-            const float inv = 1.0f/vsum(sum);
-            for (int32_t j = 0; j < c.n_cols; j += VL) {
-                vstore(xi + j, vload(xi + j)*(1.0f - inv*vload(keep + j)));
-            }
+            const float   inv = 1.0f/(1.0f - ws.s_gone[q0 + i] + vsum(sum));
+            const float * out = ws.out.data() + (int64_t) (q0 + i)*ld;
             for_rows(n_merged, [&](int32_t t) { ws.at[(int64_t) t*n_query + q0 + i] = yi[t] *= -inv; });
+            for_rows(ld, [&](int32_t e) { ri[e] = (1.0f - inv)*out[e] + inv*ri[e]; });
         });
-        gemm_rows(x, c.n_cols, n_q, ws.v.data(),     ld, c.n_rows, ld, r, ld, false);
-        gemm_rows(y, n_cols,   n_q, ws.v_new.data(), ld, n_merged, ld, r, ld, true);
+        gemm_rows(y, n_cols, n_q, ws.v_new.data(), ld, n_merged, ld, r, ld, true);
         for_rows(n_q, [&](int32_t i) { missing += dot(r + (int64_t) i*ld, r + (int64_t) i*ld, d_v); });
     }
     missing /= n_query;
@@ -587,7 +609,7 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
     grow(panels,    n*dk);
     grow(v,         n*ld);
     grow(q,         (int64_t) n_query*dk);
-    grow(x,         8*MR*3*n + n);
+    grow(x,         std::max<int64_t>(BLOCK, MR*(2*n + 2*NR)) + n); // see block_rows
     grow(mk,        n*dk);
     grow(k_new,     pad_to(n_rows/2, NR)*dk); // a merged row has two members at least
     grow(v_new,     pad_to(n_rows/2, NR)*ld);
@@ -596,20 +618,23 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
     grow(at,        n_merged*n_fit);
     grow(at_panels, n_merged*n_fit);
     grow(r,         n_fit*ld);
+    grow(out,       n_fit*ld);
+    grow(v_gone,    n*ld);
+    grow(s_gone,    n_fit);
     grow(m,         dk*dk);
     grow(v_mean,    ld);
     grow(z,         n_query);
-    for (auto * v : { &bias, &s_use, &s_dev, &w, &bias_new, &keep }) {
+    for (auto * v : { &bias, &s_use, &s_dev, &w, &bias_new, &bias_gone }) {
         grow(*v, n);
     }
-    for (auto * v : { &order, &rank, &winner, &members, &merged, &count }) {
+    for (auto * v : { &order, &rank, &winner, &gone, &merged, &count }) {
         grow(*v, n + 1);
     }
     grow(meta, n);
 }
 
 int32_t score_head(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
-                   const rope & r, pass_workspace & ws) {
+                   const rope & r, bool outputs, pass_workspace & ws) {
     const counts c(rows, stage, queries, shape);
     load_keys(rows, stage, shape, c, ws);
     load_values(rows, stage, shape, c, ws);
@@ -617,16 +642,24 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const query
     for (auto * v : { &ws.s_use, &ws.w }) {
         std::fill(v->begin(), v->begin() + c.n_cols, 0.0f);
     }
-    const int32_t n_block = block_rows(c.n_cols);
-    for (int32_t q0 = 0; q0 < c.n_query; q0 += n_block) {
-        const int32_t n_q = std::min(n_block, c.n_query - q0);
-        logits(ws.q.data() + (int64_t) q0*shape.n_embd_head_k, n_q, ws.panels.data(), c.n_cols, shape, ws.x.data());
+    const int32_t n_block = block_rows(c.n_cols), n_out = outputs ? n_fit_query(queries, shape) : 0;
+    const int64_t ld = value_stride(shape);
+    float inv[8*MR];
+    for (int32_t q0 = 0, n_q; q0 < c.n_query; q0 += n_q) {
+        n_q = std::min(n_block, (q0 < n_out ? n_out : c.n_query) - q0);
+        float * x = ws.x.data();
+        logits(ws.q.data() + (int64_t) q0*shape.n_embd_head_k, n_q, ws.panels.data(), c.n_cols, shape, x);
         int32_t i = 0;
         for (; i + 4 <= n_q; i += 4) {
-            add_queries<4>(ws.x.data() + (int64_t) i*c.n_cols, c, ws.z.data() + q0 + i, ws);
+            add_queries<4>(x + (int64_t) i*c.n_cols, c, ws.z.data() + q0 + i, inv + i, ws);
         }
         for (; i < n_q; ++i) {
-            add_queries<1>(ws.x.data() + (int64_t) i*c.n_cols, c, ws.z.data() + q0 + i, ws);
+            add_queries<1>(x + (int64_t) i*c.n_cols, c, ws.z.data() + q0 + i, inv + i, ws);
+        }
+        if (q0 < n_out) {
+            float * out = ws.out.data() + q0*ld;
+            gemm_rows(x, c.n_cols, n_q, ws.v.data(), ld, c.n_rows, (int) ld, out, ld, false);
+            for_rows(n_q, [&](int32_t r) { for_rows((int32_t) ld, [&](int32_t e) { out[r*ld + e] *= inv[r]; }); });
         }
     }
     add_votes(stage, c, rows.n_sink, ws);
@@ -645,7 +678,7 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
     const counts c(rows, stage, queries, shape);
     const int32_t budget = rows.n_alloc - rows.n_sink - stage.n_sink;
     if (params.how == method::semantic) {
-        score_head(rows, stage, queries, shape, r, ws);
+        score_head(rows, stage, queries, shape, r, params.merge && c.n_cand > budget, ws);
     } else {
         load_keys(rows, stage, shape, c, ws);
         load_values(rows, stage, shape, c, ws);
@@ -674,7 +707,7 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
                 ws.mk[i] = std::isnan(s) ? -1.0f : s; // NaN has no order to sort by
             });
             choose_winners(c, budget, ws);
-            assign_losers(shape, c, params.merge, ws);
+            assign_losers(shape, c, params.merge, n_fit_query(queries, shape), ws);
             for_rows(c.n_cand, [&](int32_t i) { ws.w[i] += EPS_WEIGHT; });
         } break;
         case method::paper: {
@@ -688,16 +721,9 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
 
     const int32_t n_merged = merge_clusters(shape, c, ws.w.data(), ws);
     if (n_merged > 0 && params.how == method::semantic) {
-        int32_t n_member = 0;
-        for_rows(c.n_cand, [&](int32_t i) {
-            if (ws.winner[i] != DROPPED && ws.count[ws.winner[i]] > 1) {
-                ws.members[n_member++] = i;
-            }
-        });
-        ws.count[c.n_cand] = n_member;
-        const int32_t n_query = thin_queries(shape, c, ws);
-        fit_bias(shape, c, n_merged, n_query, ws);
-        fit_values(shape, c, n_merged, n_query, ws);
+        const int32_t n_gone = gather_gone(shape, c, ws), n_query = n_fit_query(queries, shape);
+        fit_bias(shape, n_gone, n_merged, n_query, ws);
+        fit_values(shape, n_gone, n_merged, n_query, ws);
     } else {
         for_rows(n_merged, [&](int32_t t) { ws.bias_new[t] = std::log((float) ws.meta[ws.merged[t]].n_tok); });
     }

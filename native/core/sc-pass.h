@@ -13,7 +13,7 @@
 
 namespace semcache {
 
-constexpr int32_t N_FIT = 96; // biases and values of merged rows are fitted to the queries of about so many tokens
+constexpr int32_t N_FIT = 64; // rows are merged by the queries of about so many tokens: distances, biases and values
 
 enum class method { semantic = 0, paper = 1, streaming = 2 };
 
@@ -98,8 +98,9 @@ struct pass_workspace {
     std::vector<float>   m, mk;                    // mean of q q', and its product with keys
     std::vector<float>   k_new, v_new, bias_new;   // merged winners
     std::vector<float>   v, v_mean;                // values, and the candidates' mean
-    std::vector<float>   at, at_panels, r, normal, move, keep; // see fit_values
-    std::vector<int32_t> order, rank, winner, members, merged, count;
+    std::vector<float>   out;                      // outputs of the queries that merged rows are fitted to
+    std::vector<float>   v_gone, bias_gone, s_gone, at, at_panels, r, normal, move; // see gather_gone, fit_bias and fit_values
+    std::vector<int32_t> order, rank, winner, gone, merged, count;
     std::vector<core_meta> meta;
 };
 
@@ -110,9 +111,10 @@ void load_query(const query_rows & queries, const head_shape & shape, int32_t t,
 void load_value(const stage_rows & stage, const head_shape & shape, int32_t t, float * v);
 
 // Scores of the candidates (cores, then new tokens): ws.s_use, ws.s_dev and ws.w [n_cand], as in the reference's score().
-// Adds to the votes of the stage. Leaves keys, turned queries and log-sum-exps in the workspace. Returns the number of candidates.
+// Adds to the votes of the stage. Leaves keys, turned queries, log-sum-exps and, if asked, the outputs of the queries that merged
+// rows are fitted to in the workspace. Returns the number of candidates.
 int32_t score_head(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
-                   const rope & r, pass_workspace & ws);
+                   const rope & r, bool outputs, pass_workspace & ws);
 
 // The whole pass of one head, in place. Without candidates it only takes votes.
 pass_result compress_head(head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,

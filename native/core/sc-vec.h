@@ -138,6 +138,9 @@ static inline vf vexp(vf x) {
 #endif
 }
 
+// cap tanh(x/cap), by tanh(u) = 1 - 2/(e^2u + 1)
+static inline vf vsoftcap(vf x, float cap) { return cap*(1.0f - 2.0f/(vexp(x*(2.0f/cap)) + 1.0f)); }
+
 // ln x for normal x > 0, absolute error below 2e-7 near 1: exponent and mantissa in [sqrt(1/2), sqrt(2)), then
 // ln m = 2 artanh((m - 1)/(m + 1)) as an odd series (last term 2e-9).
 static inline vf vlog(vf x) {

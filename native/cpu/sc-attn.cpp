@@ -27,18 +27,30 @@ struct row_span {
     const uint8_t * p;
     int64_t         stride; // bytes
     row_type        type;
+    int64_t         size;   // bytes of a row
+
+    const uint8_t * row(int32_t i) const { return p + i*stride; }
+
+    // What is read next is fetched while the present rows are computed with.
+    void prefetch(int32_t i) const {
+        for (int64_t at = 0; at < size; at += 64) {
+            __builtin_prefetch(row(i) + at);
+        }
+    }
 };
 
 row_span k_span(const attn_args & a, int32_t h, bool core, int32_t row) {
-    const int64_t size = row_size(a.k_type, a.n_embd_head_k);
-    return core ? row_span { a.k_core + (a.row_first[h] + row)*size, size, a.k_type } :
-        row_span { (const uint8_t *) (a.k + h*a.k_head + row*a.k_cell), a.k_cell*(int64_t) sizeof(f16), row_type::f16 };
+    const row_type type = core ? a.k_type : row_type::f16;
+    const int64_t  size = row_size(type, a.n_embd_head_k);
+    return core ? row_span { a.k_core + (a.row_first[h] + row)*size, size, type, size } :
+        row_span { (const uint8_t *) (a.k + h*a.k_head + row*a.k_cell), a.k_cell*(int64_t) sizeof(f16), type, size };
 }
 
 row_span v_span(const attn_args & a, int32_t h, bool core, int32_t row) {
-    const int64_t size = row_size(a.v_type, a.n_embd_head_v);
-    return core ? row_span { a.v_core + (a.row_first[h] + row)*size, size, a.v_type } :
-        row_span { (const uint8_t *) (a.v + h*a.v_head + row*a.v_cell), a.v_cell*(int64_t) sizeof(f16), row_type::f16 };
+    const row_type type = core ? a.v_type : row_type::f16;
+    const int64_t  size = row_size(type, a.n_embd_head_v);
+    return core ? row_span { a.v_core + (a.row_first[h] + row)*size, size, type, size } :
+        row_span { (const uint8_t *) (a.v + h*a.v_head + row*a.v_cell), a.v_cell*(int64_t) sizeof(f16), type, size };
 }
 
 int32_t tokens_at_once(const attn_args & a) {
@@ -99,8 +111,18 @@ float mask_at(const attn_args & a, int32_t token, int32_t cell) {
 
 // Adds the mask of one token to a row of logits; true if any cell is visible.
 bool add_mask(const attn_args & a, int32_t token, int32_t cell, int32_t n, float * x) {
-    bool any = false;
-    for (int32_t i = 0; i < n; ++i) {
+    const int64_t first = token*a.mask_token + cell;
+    const f16   * m16   = (const f16 *) a.mask + first;
+    const float * m32   = (const float *) a.mask + first;
+    vf      top = vset(-INFINITY);
+    int32_t i   = 0;
+    for (; i + VL <= n; i += VL) {
+        const vf b = a.mask_f16 ? vload_f16(m16 + i) : vload(m32 + i);
+        top = vmax(top, b);
+        vstore(x + i, b > MASKED_LO ? vload(x + i) + b : vset(MASKED));
+    }
+    bool any = vmax(top) > MASKED_LO;
+    for (; i < n; ++i) {
         const float b = mask_at(a, token, cell + i);
         any  = any || b > MASKED_LO;
         x[i] = b > MASKED_LO ? x[i] + b : MASKED;
@@ -122,12 +144,13 @@ bool visible(const attn_args & a, int32_t token0, int32_t n_tokens, int32_t cell
 // Logits of query row r become shares of its running softmax: x [n], padded with zeros to n_cols.
 void soft_max_step(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t n_cols, int32_t token, int32_t r, online & s) {
     float * x = s.x + r*s.ld_x;
-    if (a.softcap > 0.0f) {
-        for (int32_t i = 0; i < n; ++i) {
-            x[i] = a.softcap*std::tanh(x[i]/a.softcap);
-        }
-    }
     std::fill(x + n, x + n_cols, MASKED);
+    if (a.softcap > 0.0f) {
+        for (int32_t i = 0; i < n; i += VL) {
+            vstore(x + i, vsoftcap(vload(x + i), a.softcap));
+        }
+        std::fill(x + n, x + n_cols, MASKED);
+    }
     if (core) {
         const float * bias = a.bias + a.row_first[h] + row;
         for (int32_t i = 0; i < n; ++i) {
@@ -172,10 +195,10 @@ void add_tile(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n,
     const row_span k = k_span(a, h, core, row), v = v_span(a, h, core, row);
     const bool transposed = !core && a.v_elem != 1;
     for (int32_t i = 0; i < n; ++i) {
-        decode_row(k.type, k.p + i*k.stride, s.k + (int64_t) i*d_k, d_k);
+        decode_row(k.type, k.row(i), s.k + (int64_t) i*d_k, d_k);
         float * to = s.v + i*s.ld_v;
         if (!transposed) {
-            decode_row(v.type, v.p + i*v.stride, to, d_v);
+            decode_row(v.type, v.row(i), to, d_v);
         }
         std::fill(to + d_v, to + s.ld_v, 0.0f);
     }
@@ -220,11 +243,14 @@ template <row_type T> vf load_values(const uint8_t * row, int32_t e) {
     }
 }
 
-// x[r][i] = q_r.k_i for NQ query rows and n keys, NK of these at a time
-template <row_type T, int NQ, int NK> void few_logits(const float * q, int32_t d, const row_span & k, int32_t n, float * x, int64_t ld_x) {
-    int32_t i = 0;
+// x[r][i] = q_r.k_i for NQ query rows and the keys i, i + 1, ... < n, NK of these at a time
+template <row_type T, int NQ, int NK>
+void few_logits(const float * q, int32_t d, const row_span & k, const row_span & next, int32_t i, int32_t n, float * x, int64_t ld_x) {
     for (; i + NK <= n; i += NK) {
-        const uint8_t * row = k.p + i*k.stride;
+        const uint8_t * row = k.row(i);
+        for (int j = 0; j < NK; ++j) {
+            next.prefetch(i + j);
+        }
         vf acc[NQ][NK] = {};
         for (int32_t e = 0; e < d; e += VL) {
             vf key[NK];
@@ -253,13 +279,14 @@ template <row_type T, int NQ, int NK> void few_logits(const float * q, int32_t d
     }
     if constexpr (NK > 1) {
         if (i < n) {
-            few_logits<T, NQ, 1>(q, d, { k.p + i*k.stride, k.stride, k.type }, n - i, x + i, ld_x);
+            few_logits<T, NQ, 1>(q, d, k, next, i, n, x, ld_x);
         }
     }
 }
 
 // o[r] += sum_i x[r][i] v_i, NV vectors of the values from e on
-template <row_type T, int NQ, int NV> void few_values(const float * x, int64_t ld_x, const row_span & v, int32_t n, int32_t e, float * o, int64_t ld_v) {
+template <row_type T, int NQ, int NV>
+void few_values(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t e, float * o, int64_t ld_v) {
     vf acc[NQ][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < NQ; ++r) {
@@ -269,10 +296,13 @@ template <row_type T, int NQ, int NV> void few_values(const float * x, int64_t l
         }
     }
     for (int32_t i = 0; i < n; ++i) {
+        if (next) {
+            next->prefetch(i);
+        }
         vf y[NV];
 #pragma GCC unroll 2
         for (int j = 0; j < NV; ++j) {
-            y[j] = load_values<T>(v.p + i*v.stride, e + j*VL);
+            y[j] = load_values<T>(v.row(i), e + j*VL);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < NQ; ++r) {
@@ -293,13 +323,14 @@ template <row_type T, int NQ, int NV> void few_values(const float * x, int64_t l
 }
 
 // The same with the number of query rows and the type known when the code runs only.
-template <row_type T, int NQ> void few_values(const float * x, int64_t ld_x, const row_span & v, int32_t n, int32_t d, float * o, int64_t ld_v) {
+template <row_type T, int NQ>
+void few_values(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t d, float * o, int64_t ld_v) {
     int32_t e = 0;
-    for (; e + 2*VL <= d; e += 2*VL) {
-        few_values<T, NQ, 2>(x, ld_x, v, n, e, o, ld_v);
+    for (; e + 2*VL <= d; e += 2*VL, next = nullptr) {
+        few_values<T, NQ, 2>(x, ld_x, v, next, n, e, o, ld_v);
     }
     if (e < d) {
-        few_values<T, NQ, 1>(x, ld_x, v, n, e, o, ld_v);
+        few_values<T, NQ, 1>(x, ld_x, v, next, n, e, o, ld_v);
     }
 }
 
@@ -343,15 +374,16 @@ void add_strip(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n
     with_type(k.type, [&](auto type) {
         for_queries(n_row, [&](int32_t r, auto n_q) {
             constexpr int NQ = decltype(n_q)::value;
-            few_logits<decltype(type)::value, NQ, (NQ <= 4 ? 4 : 2)>(q + (int64_t) r*d_k, d_k, k, n, s.x + r*s.ld_x, s.ld_x);
+            few_logits<decltype(type)::value, NQ, (NQ <= 4 ? 4 : 2)>(q + (int64_t) r*d_k, d_k, k, v, 0, n, s.x + r*s.ld_x, s.ld_x);
         });
     });
     for (int32_t r = 0; r < n_row; ++r) {
         soft_max_step(a, h, core, row, n, (int32_t) pad_to(n, VL), r/n_gqa, r, s);
     }
+    const row_span k_next = k_span(a, h, core, row + n); // of the next strip, if there is one
     with_type(v.type, [&](auto type) {
         for_queries(n_row, [&](int32_t r, auto n_q) {
-            few_values<decltype(type)::value, decltype(n_q)::value>(s.x + r*s.ld_x, s.ld_x, v, n, d_v, s.o + r*s.ld_v, s.ld_v);
+            few_values<decltype(type)::value, decltype(n_q)::value>(s.x + r*s.ld_x, s.ld_x, v, r == 0 ? &k_next : nullptr, n, d_v, s.o + r*s.ld_v, s.ld_v);
         });
     });
 }
@@ -379,7 +411,7 @@ void attend(const attn_args & a, const piece & p, int32_t token0, int32_t n_toke
     const int32_t n_core = a.row_count[p.head], mid = std::clamp(n_core, p.begin, p.end);
     auto rows = [&](bool core, int32_t begin, int32_t end) {
         const bool    strips = a.n_tokens <= N_FEW && strips_fit(a, core);
-        const int32_t step   = strips ? N_STRIP : N_TILE, first = core ? 0 : n_core;
+        const int32_t step   = strips && core ? N_STRIP : N_TILE, first = core ? 0 : n_core; // tiles of cells that nobody sees are skipped
         for (int32_t i = begin; i < end; i += step) {
             const int32_t n = std::min(step, end - i);
             if (strips) {

@@ -213,7 +213,7 @@ def has_margins(case: Case, inp: reference.PassInput, params: reference.PassPara
     if not params.merge:
         return True
     result = reference.compress_head(inp, params)
-    metric = reference.query_metric(q)
+    metric = reference.query_metric(reference.fitted_queries(q))
     for i in np.setdiff1d(np.arange(inp.n_cand), result.winner):
         d = rows.k[i] - rows.k[result.winner[rows.chunk[result.winner] == rows.chunk[i]]]
         distance = np.sort(np.sum(d @ metric * d, axis=1))

@@ -165,7 +165,7 @@ void check_case(const golden & g, const std::string & name, bool first, const la
 
     if (params.how == method::semantic) {
         stage_store stage(t, shape, l);
-        CHECK_EQ(score_head(h.rows(), stage.rows(), stage.queries(), shape, r, ws), g.n_cand());
+        CHECK_EQ(score_head(h.rows(), stage.rows(), stage.queries(), shape, r, false, ws), g.n_cand());
         for (int32_t i = 0; i < g.n_stage(); ++i) {
             const token_votes got = stage.votes_of(t.n_sink + i);
             CHECK_CLOSE(&got.p4, &g.taken_p4[i], 1, 4*SCORE_RTOL, std::pow(PROB_FLOOR, 4));

@@ -32,8 +32,8 @@ BIAS_MIN, BIAS_MAX = -6.0, 8.0
 RIDGE = 10.0
 """Weight of the ridge on the fitted values."""
 
-N_FIT = 96
-"""Biases and values are fitted on the queries of about this many tokens."""
+N_FIT = 64
+"""Rows are merged by the queries of about this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -291,9 +291,9 @@ def compress_head(inp: PassInput, params: PassParams) -> PassResult:
     member_of[winner] = np.arange(len(winner))
     if not params.merge:
         return PassResult(rows.take(winner), winner, member_of)
+    q = fitted_queries(q)
     member_of = cluster(rows.k, rows.chunk, winner, query_metric(q))
     out = merge_rows(rows, winner, member_of, scores.w)
-    q = q[::max(1, len(q) // N_FIT)].reshape(-1, q.shape[-1])
     out = replace(out, bias=fit_bias(inp, params, q, out, member_of))
     out = replace(out, v=fit_values(inp, params, q, out, member_of))
     return PassResult(out, winner, member_of)
@@ -367,18 +367,23 @@ def choose_winners(value, budget: int) -> np.ndarray:
     return np.sort(order[:budget])
 
 
+def fitted_queries(q) -> np.ndarray:
+    """Queries that rows are merged by, those of about `N_FIT` tokens: of the tokens 0, s, 2 s, ... with s = max(1, n_q // N_FIT), a line
+    per query head; shapes [n_q, gqa, d_k] -> [n, d_k]."""
+    return q[:: max(1, len(q) // N_FIT)].reshape(-1, q.shape[-1])
+
+
 def query_metric(q) -> np.ndarray:
-    """M = mean over all queries of q q': (a - b)' M (a - b) is the mean squared difference of the raw logits of keys a and b.
+    """M = mean over queries of q q': (a - b)' M (a - b) is the mean squared difference of the raw logits of keys a and b.
 
     Parameters
     ----------
-    q : ndarray, shape [n_q, gqa, d_k]
+    q : ndarray, shape [n, d_k]
 
     Returns
     -------
     ndarray of float64, shape [d_k, d_k]
     """
-    q = q.reshape(-1, q.shape[-1])
     return q.T @ q / len(q)
 
 
@@ -436,7 +441,7 @@ def fit_bias(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) ->
     Parameters
     ----------
     q : ndarray, shape [n, d_k]
-        Look-ahead queries of the tokens 0, s, 2 s, ... with s = max(1, n_q // 96), all their query heads.
+        See `fitted_queries`.
     out : HeadRows
         Merged rows. The bias of those with one member stays.
     member_of : ndarray of int, shape [n_cand]

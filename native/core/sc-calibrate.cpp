@@ -139,7 +139,7 @@ std::vector<double> output_errors(const text_rows & text, const head_shape & sha
         for (const text_pass & pass : passes) {
             stage_rows stage = pass.stage;
             stage.votes = votes.data();
-            ws.reserve(shape, cores.n_used + stage.n_sink + stage.n_new + stage.n_window, pass.queries.n*shape.n_gqa);
+            ws.reserve(shape, cores.n_used + stage.n_sink + stage.n_new + stage.n_window, stage.n_new, pass.queries.n);
             compress_head(cores, stage, pass.queries, shape, r, params.pass, ws);
         }
         rows.n = 0;

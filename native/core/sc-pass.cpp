@@ -594,7 +594,7 @@ void load_value(const stage_rows & stage, const head_shape & shape, int32_t t, f
     for_rows(shape.n_embd_head_v, [&](int32_t e) { v[e] = f16_to_f32(x[e*stage.v_elem]); });
 }
 
-void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n_query) {
+void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n_loser, int32_t n_query) {
     auto grow = [](auto & v, int64_t n) {
         if ((int64_t) v.size() < n) {
             v.resize(n);
@@ -602,16 +602,15 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
     };
     const int64_t n  = pad_to(n_rows, NR);
     const int64_t dk = shape.n_embd_head_k, ld = value_stride(shape);
-    const int64_t n_tok    = n_query/shape.n_gqa;
-    const int64_t n_fit    = std::min<int64_t>(n_tok, 2*N_FIT)*shape.n_gqa;
-    const int64_t n_merged = pad_to(std::min<int64_t>(n_rows/2, n_tok), NR); // each has a loser; there is at most one for a new token
+    const int64_t n_fit    = (int64_t) std::min(n_query, 2*N_FIT)*shape.n_gqa;
+    const int64_t n_merged = pad_to(std::min(n_rows/2, n_loser), NR); // a merged row has two members at least, one of them a loser
     grow(k,         n*dk);
     grow(panels,    n*dk);
     grow(v,         n*ld);
-    grow(q,         (int64_t) n_query*dk);
+    grow(q,         (int64_t) n_query*shape.n_gqa*dk);
     grow(x,         std::max<int64_t>(BLOCK, MR*(2*n + 2*NR)) + n); // see block_rows
     grow(mk,        n*dk);
-    grow(k_new,     pad_to(n_rows/2, NR)*dk); // a merged row has two members at least
+    grow(k_new,     pad_to(n_rows/2, NR)*dk);
     grow(v_new,     pad_to(n_rows/2, NR)*ld);
     grow(move,      n_merged*ld);
     grow(normal,    n_merged*n_merged);
@@ -623,7 +622,7 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
     grow(s_gone,    n_fit);
     grow(m,         dk*dk);
     grow(v_mean,    ld);
-    grow(z,         n_query);
+    grow(z,         (int64_t) n_query*shape.n_gqa);
     for (auto * v : { &bias, &s_use, &s_dev, &w, &bias_new, &bias_gone }) {
         grow(*v, n);
     }

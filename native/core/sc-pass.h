@@ -90,8 +90,9 @@ struct pass_result {
 
 // Scratch of one thread.
 struct pass_workspace {
-    // For heads of up to n_rows candidates, sinks and window together, and n_query tokens' query heads. Throws std::bad_alloc.
-    void reserve(const head_shape & shape, int32_t n_rows, int32_t n_query);
+    // For heads of up to n_rows candidates, sinks and window together, of which n_loser lose at most (in the semantic method the
+    // candidates above the budget), and n_query tokens that vote. Throws std::bad_alloc.
+    void reserve(const head_shape & shape, int32_t n_rows, int32_t n_loser, int32_t n_query);
 
     std::vector<float>   k, panels, q, x;          // keys, packed keys, turned queries, a block of logits
     std::vector<float>   bias, s_use, s_dev, w, z; // per row; z per query

@@ -613,7 +613,7 @@ void llama_semcache::pass(llama_context * lctx) {
         host_layer::reserve(arena, l);
         const int32_t n_rows = *std::max_element(l.row_count.begin(), l.row_count.end()) + n_tokens;
         for (auto & w : ws) {
-            w.reserve(l.shape, n_rows, (int32_t) ring.size()*l.shape.n_gqa);
+            w.reserve(l.shape, n_rows, n_stop, (int32_t) ring.size());
         }
     }
 

@@ -189,7 +189,7 @@ struct stage_store {
 
 // Exactly what a pass over this head and stage needs, so that a sanitizer sees every step beyond.
 inline void reserve(pass_workspace & ws, const head_store & h, const tokens & t) {
-    ws.reserve(h.shape, h.n_used + t.n(), t.n_q*h.shape.n_gqa);
+    ws.reserve(h.shape, h.n_used + t.n(), std::max(0, h.n_used + t.n_sink + t.n_new - h.n_alloc), t.n_q);
 }
 
 // One pass over `h` with the stage in the given layout.

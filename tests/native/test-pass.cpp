@@ -583,14 +583,14 @@ void test_workspaces() {
         const head_store want = both(tight, []() {});
         CHECK_SAME_ROWS(both(same, []() {}), want);
         CHECK_SAME_ROWS(both(same, []() {}), want); // again in the same one
-        large.reserve(other.shape, 1000, 3000);
+        large.reserve(other.shape, 1000, 500, 3000);
         CHECK_SAME_ROWS(both(large, []() {}), want);
         CHECK_SAME_ROWS(both(used, [&]() {
             head_store h(other.shape, 60);
             reserve(used, h, o);
             run_pass(h, o, other.rp, other.params(), used);
         }), want);
-        dirty.reserve(other.shape, 1000, 3000);
+        dirty.reserve(other.shape, 1000, 500, 3000);
         CHECK_SAME_ROWS(both(dirty, [&]() {
             for (auto * v : { &dirty.k, &dirty.panels, &dirty.q, &dirty.x, &dirty.bias, &dirty.s_use, &dirty.s_dev, &dirty.w, &dirty.z,
                     &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new, &dirty.bias_new, &dirty.v, &dirty.v_mean, &dirty.out, &dirty.v_gone,

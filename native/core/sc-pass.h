@@ -13,7 +13,7 @@
 
 namespace semcache {
 
-constexpr int32_t N_FIT = 64; // rows are merged by the queries of about so many tokens: distances, biases and values
+constexpr int32_t N_FIT = 96; // rows are merged by the queries of about so many tokens: distances, biases and values
 
 enum class method { semantic = 0, paper = 1, streaming = 2 };
 

@@ -451,7 +451,7 @@ void test_long_text() {
     specs[3].how = method::streaming;
     specs[4].d_k = 80; specs[4].d_v = 80; specs[4].n_gqa = 1; specs[4].n_rot = 32; specs[4].softcap = 20.0f;
     specs[5].d_k = 32; specs[5].d_v = 32; specs[5].n_gqa = 7; specs[5].n_rot = 32; specs[5].neox = false; specs[5].n_alloc = 20;
-    specs[6].n_rot = 0; specs[6].n_alloc = 200; specs[6].n_new = 250; specs[6].n_window = 40; // fits look at every fourth query
+    specs[6].n_rot = 0; specs[6].n_alloc = 200; specs[6].n_new = 250; specs[6].n_window = 40; // fits look at every third query
     specs[7].n_sink = 0; specs[7].n_alloc = 5; specs[7].n_window = 1; specs[7].n_chunk = 40;
     specs[8].how = method::paper; specs[8].n_alloc = 9; // fewer rows than chunks
     specs[9].voted = true;

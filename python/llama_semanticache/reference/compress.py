@@ -32,7 +32,7 @@ BIAS_MIN, BIAS_MAX = -6.0, 8.0
 RIDGE = 10.0
 """Weight of the ridge on the fitted values."""
 
-N_FIT = 64
+N_FIT = 96
 """Rows are merged by the queries of about this many tokens."""
 
 

@@ -911,13 +911,16 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
 
         const stage_tokens st = collect(); // restored by the cache itself just before
         const bool fits = pos == st.pos && tok.size() == pos.size() && n_past_new >= 0 && (pos.empty() || pos[0] >= n_past_new) &&
-            n_asked_new >= n_past_new && (pos.empty() || pos.back() < n_asked_new + n_ring) &&
+            n_asked_new >= n_past_new && n_asked_new <= (pos.empty() ? n_past_new : pos.back() + 1) && (pos.empty() || pos.back() < n_asked_new + n_ring) &&
             (size_t) next_id == starts.size() && std::is_sorted(starts.begin(), starts.end()) && (starts.empty() || starts.back() < n_past_new);
         if (!fits) {
             throw semcache_error(SEMCACHE_ERR_IO, "state: expected the tokens of the stage and their chunks, got others; the file is damaged");
         }
         for (int32_t cell : st.cell) {
             io.read(&n_voted[cell], sizeof(n_voted[cell]));
+            if (n_voted[cell] < 0) {
+                throw semcache_error(SEMCACHE_ERR_IO, "state: expected at least 0 votes on a token, got " + std::to_string(n_voted[cell]) + "; the file is damaged");
+            }
         }
         for (auto & l : layers) {
             std::vector<int32_t> count(l.row_count.size());

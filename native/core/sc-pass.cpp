@@ -627,7 +627,7 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
         grow(*v, n);
     }
     for (auto * v : { &order, &rank, &winner, &gone, &merged, &count }) {
-        grow(*v, n + 1);
+        grow(*v, n);
     }
     grow(meta, n);
 }

@@ -75,3 +75,19 @@ def test_speed_of_a_text_that_is_too_short(wide, tmp_path):
     text.write_text("short")
     done = CliRunner().invoke(main, ["bench", "speed", wide, "--text", str(text), "--depth", "300", "--setting", "stock:q4_0", "--threads", "1"])
     assert done.exit_code == 1 and "expected at least 364 tokens" in done.output
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("stock:q5_0", "expected one of stock:f16, stock:q8_0, stock:q4_0"),
+        ("semanticache:much", "setting: expected METHOD:RATIO"),
+        ("stock:q8_0", "stock:q8_0: expected a measurement, got the end of its process"),  # heads of 16 values
+    ],
+)
+def test_speed_of_a_setting_that_cannot_be(setting, message, tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox. " * 100)
+    done = CliRunner().invoke(main, ["bench", "speed", tiny("llama"), "--text", str(text), "--depth", "50", "--setting", setting, "--threads", "1"])
+    assert done.exit_code == 1 and "Error: " in done.output
+    assert message in done.output and "Traceback" not in done.output

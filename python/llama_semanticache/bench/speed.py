@@ -21,7 +21,7 @@ from typing import Any, Sequence
 import click
 
 from .. import models, profile, upstream_commit
-from ..errors import ArgumentError
+from ..errors import ArgumentError, SemanticCacheError
 from ..memory import estimate, read_shape
 from .settings import parse_setting
 
@@ -33,7 +33,8 @@ STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
 class Worker:
     """A process of `worker.py`."""
 
-    def __init__(self, library: Path | None):
+    def __init__(self, setting: str, library: Path | None):
+        self.setting = setting
         env = dict(os.environ)
         env.pop("LLAMA_CPP_LIB_PATH", None)
         if library is not None:
@@ -55,7 +56,9 @@ class Worker:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of the measurement ended with status {self.process.wait()}; its own message stands above")
+            raise SemanticCacheError(
+                f"{self.setting}: expected a measurement, got the end of its process (status {self.process.wait()}); its own message stands above"
+            )
         return json.loads(line)
 
 
@@ -77,11 +80,12 @@ def measure(
 
     n_ctx = -(-(max(depths) + n_decode) // 256) * 256
     records = {(s, d): {"setting": s, "depth": d, "prefill_s": [], "decode_s": [], "pass_s": []} for d in depths for s in settings}
+    options = {setting: load_options(setting, path, n_ctx, threads) for setting in settings}
     with ExitStack() as stack, tqdm(total=len(records) * rounds, unit="run") as bar:
         workers = {}
         for setting in settings:
-            worker = stack.enter_context(Worker(stock_lib if setting.startswith("stock:") else None))
-            worker.ask(load=load_options(setting, path, n_ctx, threads))
+            worker = stack.enter_context(Worker(setting, stock_lib if setting.startswith("stock:") else None))
+            worker.ask(load=options[setting])
             workers[setting] = worker
         tokens = workers[settings[0]].ask(tokenize=text)["tokens"]
         if len(tokens) < max(depths) + n_decode:
@@ -149,7 +153,7 @@ def speed(model, text_path, depths, settings, n_decode, rounds, threads, stock_l
     if stock_lib is None:
         raise ArgumentError(f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}")
     path = models.resolve(model)
-    settings = [BASE, *(s for s in settings or (*STOCK, "semanticache:0.25", "semanticache:0.125") if s != BASE)]
+    settings = list(dict.fromkeys([BASE, *(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))]))
     if any(s.startswith("semanticache") for s in settings):
         profile.ensure(path, n_threads=threads)
     text = Path(text_path).read_text(encoding="utf-8")

@@ -54,6 +54,7 @@ void attend(const float * q, const exact_rows & rows, int32_t n_see, const head_
 struct text_pass {
     stage_rows           stage;
     query_rows           queries;
+    std::vector<int32_t> voter;   // rows of those whose queries vote
     std::vector<float>   cs;
     std::vector<int32_t> n_voted; // of the stage's tokens
 };
@@ -66,7 +67,7 @@ std::vector<text_pass> passes_of(const text_rows & text, const rope & r, const c
     std::vector<int32_t>   n_voted(n_read, 0); // by token
     int32_t done = 0; // tokens that went into the cores
     for (int32_t begin = 0, end; begin < n_read; begin = end) {
-        text_pass pass = { all, text.queries, {}, {} };
+        text_pass pass = { all, text.queries, {}, {}, {} };
         end = std::min(begin + params.n_pass, n_read);
         const int32_t n_sink = done == 0 ? all.n_sink : 0, stop = std::max(done, end - params.n_window);
         stage_rows & stage = pass.stage;
@@ -77,15 +78,16 @@ std::vector<text_pass> passes_of(const text_rows & text, const rope & r, const c
         stage.chunk    = all.chunk + std::max(done - all.n_sink, 0);
         pass.n_voted.assign(n_voted.begin() + done, n_voted.begin() + end);
         stage.n_voted  = pass.n_voted.data();
-        pass.queries.row = text.queries.row + begin;
-        pass.queries.n   = end - begin;
         const int64_t now = (int64_t) text.pos[end - 1] + 1 + params.n_window;
         delta.clear();
-        for (int32_t t = begin; t < end; ++t) {
+        for (int32_t t = begin; t < end; t += VOTE_EVERY) {
+            pass.voter.push_back(text.queries.row[t]);
             delta.push_back(now + look_ahead(params.seed, text.pos[t], params.n_horizon) - text.pos[t]);
         }
         r.table(delta, pass.cs);
-        pass.queries.cs = pass.cs.data();
+        pass.queries.row = pass.voter.data();
+        pass.queries.n   = (int32_t) pass.voter.size();
+        pass.queries.cs  = pass.cs.data();
         done += stage.n_sink + stage.n_new;
         for (int32_t t = done; t < end; ++t) {
             n_voted[t] += pass.queries.n;

@@ -237,13 +237,10 @@ template <typename F> void for_chunks(const counts & c, const pass_workspace & w
 // winner[i]: i for a winner, the winner that a loser joins, or DROPPED. Nearest by (k_i - k_j)' M (k_i - k_j), the mean
 // squared difference of the logits that the two would receive from the first n_query queries.
 void assign_losers(const head_shape & shape, const counts & c, bool merge, int32_t n_query, pass_workspace & ws) {
-    const int32_t d = shape.n_embd_head_k;
+    const int32_t d = shape.n_embd_head_k, ld = (int32_t) pad_to(d, NR); // the columns that fill a tile mean nothing
     if (merge) {
-        std::fill(ws.m.begin(), ws.m.begin() + (int64_t) d*d, 0.0f);
-        for_rows(n_query, [&](int32_t q) {
-            const float * x = ws.q.data() + (int64_t) q*d;
-            for_rows(d, [&](int32_t i) { axpy(x[i], x, ws.m.data() + (int64_t) i*d, d); });
-        });
+        gemm_cols(ws.q.data(), d, d, ws.q.data(), d, n_query, ld, ws.m.data(), ld);
+        gemm_rows(ws.k.data(), d, c.n_cand, ws.m.data(), ld, d, ld, ws.mk.data(), ld, false);
     }
     for_chunks(c, ws, [&](int32_t begin, int32_t end) {
         int32_t n_win = 0;
@@ -255,18 +252,13 @@ void assign_losers(const head_shape & shape, const counts & c, bool merge, int32
             return;
         }
         for (int32_t i = begin; i < end; ++i) {
-            for_rows(d, [&](int32_t j) {
-                ws.mk[(int64_t) i*d + j] = dot(ws.m.data() + (int64_t) j*d, ws.k.data() + (int64_t) i*d, d);
-            });
-        }
-        for (int32_t i = begin; i < end; ++i) {
             float best = std::numeric_limits<float>::infinity();
             for (int32_t j = begin; j < end && !ws.rank[i]; ++j) {
                 if (!ws.rank[j]) {
                     continue;
                 }
                 const float * ki = ws.k.data()  + (int64_t) i*d, * kj = ws.k.data()  + (int64_t) j*d;
-                const float * mi = ws.mk.data() + (int64_t) i*d, * mj = ws.mk.data() + (int64_t) j*d;
+                const float * mi = ws.mk.data() + (int64_t) i*ld, * mj = ws.mk.data() + (int64_t) j*ld;
                 float dist = 0.0f;
                 for (int32_t e = 0; e < d; ++e) {
                     dist += (ki[e] - kj[e])*(mi[e] - mj[e]);
@@ -322,20 +314,26 @@ int32_t merge_clusters(const head_shape & shape, const counts & c, const float *
     return n_merged;
 }
 
-// The candidates that do not stay as they are: those dropped and the members of clusters. Their keys take the place of all rows'
-// panels, since only what they change is looked at from here on. Returns their number.
-int32_t gather_gone(const head_shape & shape, const counts & c, pass_workspace & ws) {
+// The candidates that do not stay as they are: the members of clusters, cluster by cluster, then those dropped. ws.order[t] is the
+// end of the t-th cluster. Their keys take the place of all rows' panels, since only what they change is looked at from here on.
+// Returns their number.
+int32_t gather_gone(const head_shape & shape, const counts & c, int32_t n_merged, pass_workspace & ws) {
     const int32_t d_k = shape.n_embd_head_k;
     const int64_t ld  = value_stride(shape);
     int32_t n = 0;
+    for_rows(n_merged, [&](int32_t t) {
+        ws.order[t] = n;
+        n += ws.count[ws.merged[t]];
+    });
     for_rows(c.n_cand, [&](int32_t i) {
-        if (ws.winner[i] == i && ws.count[i] == 1) {
+        const int32_t j = ws.winner[i];
+        if (j == i && ws.count[i] == 1) {
             return;
         }
-        std::copy_n(ws.k.data() + (int64_t) i*d_k, d_k, ws.mk.data() + (int64_t) n*d_k);
-        std::copy_n(ws.v.data() + i*ld, ld, ws.v_gone.data() + n*ld);
-        ws.bias_gone[n] = ws.bias[i];
-        ws.gone[n++]    = i;
+        const int32_t at = j == DROPPED ? n++ : ws.order[ws.rank[j]]++;
+        std::copy_n(ws.k.data() + (int64_t) i*d_k, d_k, ws.mk.data() + (int64_t) at*d_k);
+        std::copy_n(ws.v.data() + i*ld, ld, ws.v_gone.data() + at*ld);
+        ws.bias_gone[at] = ws.bias[i];
     });
     pack_panels(ws.mk.data(), d_k, n, d_k, ws.panels.data());
     std::fill(ws.bias_gone.begin() + n, ws.bias_gone.begin() + pad_to(n, NR), PAD_LOGIT);
@@ -356,6 +354,7 @@ void fit_bias(const head_shape & shape, int32_t n_gone, int32_t n_merged, int32_
     float * x    = ws.x.data();
     float * y    = x + (int64_t) n_block*ldx;
     float * mass = y + (int64_t) n_block*n_cols;
+    std::fill(mass + n_merged, mass + n_cols, 0.0f);
     for (int32_t q0 = 0; q0 < n_query; q0 += n_block) {
         const int32_t n_q = std::min(n_block, n_query - q0);
         const float * q   = ws.q.data() + (int64_t) q0*d;
@@ -371,12 +370,13 @@ void fit_bias(const head_shape & shape, int32_t n_gone, int32_t n_merged, int32_
                 sum += p;
             }
             ws.s_gone[q0 + i] = vsum(sum);
-            std::fill(mass, mass + n_cols, 0.0f);
-            for_rows(n_gone, [&](int32_t m) {
-                if (const int32_t j = ws.winner[ws.gone[m]]; j != DROPPED) {
-                    mass[ws.rank[j]] += xi[m];
+            for (int32_t t = 0, m = 0; t < n_merged; ++t) {
+                float in = 0.0f;
+                for (; m < ws.order[t]; ++m) {
+                    in += xi[m];
                 }
-            });
+                mass[t] = in;
+            }
             const float * yi = y + (int64_t) i*n_cols;
             for (int32_t j = 0; j < n_cols; j += VL) {
                 const vf lm = vlog(vmax(vload(mass + j), vset(EPS_MASS)));
@@ -414,30 +414,28 @@ void solve_ridge(float * a, int64_t lda, int32_t n, float ridge, float * b, int6
 
 // Moves the merged values so that the queries' outputs come out as before the pass: least squares over the queries, with a
 // ridge as large as the outputs' mean squared residual asks for in comparison with the values' scatter about their means.
-void fit_values(const head_shape & shape, int32_t n_gone, int32_t n_merged, int32_t n_query, pass_workspace & ws) {
+void fit_values(const head_shape & shape, int32_t n_merged, int32_t n_query, pass_workspace & ws) {
     const int32_t d_k    = shape.n_embd_head_k, d_v = shape.n_embd_head_v;
     const int32_t n_cols = (int32_t) pad_to(n_merged, NR), ld = (int32_t) value_stride(shape);
 
     double  scatter  = 0.0;
     int32_t n_member = 0;
-    for_rows(n_gone, [&](int32_t m) {
-        if (const int32_t j = ws.winner[ws.gone[m]]; j != DROPPED) {
-            scatter += distance2(ws.v_gone.data() + (int64_t) m*ld, ws.v_new.data() + (int64_t) ws.rank[j]*ld, d_v);
-            ++n_member;
+    for_rows(n_merged, [&](int32_t t) {
+        for (; n_member < ws.order[t]; ++n_member) {
+            scatter += distance2(ws.v_gone.data() + (int64_t) n_member*ld, ws.v_new.data() + (int64_t) t*ld, d_v);
         }
     });
     scatter /= n_member;
     std::fill(ws.bias_new.begin() + n_merged, ws.bias_new.begin() + n_cols, PAD_LOGIT);
 
-    // The equations: shares of the merged rows at [n_merged, n_query], with their sign changed, and what is missing r [n_query, d_v].
+    // The equations: shares of the merged rows [n_query, n_merged], with their sign changed, and what is missing r [n_query, d_v].
     // Without the gone rows and with the merged ones the shares sum up to 1/inv instead of 1, so the rows that stay now give
     // inv (output - gone part), and the output lacks output - inv (output - gone part + merged part).
     const int32_t n_block = block_rows(n_cols);
-    float * y = ws.x.data();
     double missing = 0.0;
     for (int32_t q0 = 0; q0 < n_query; q0 += n_block) {
         const int32_t n_q = std::min(n_block, n_query - q0);
-        float       * r   = ws.r.data() + (int64_t) q0*ld;
+        float * r = ws.r.data() + (int64_t) q0*ld, * y = ws.shares.data() + (int64_t) q0*n_cols;
         logits(ws.q.data() + (int64_t) q0*d_k, n_q, ws.mk.data(), n_cols, shape, y); // panels of the merged keys, see fit_bias
         for_rows(n_q, [&](int32_t i) {
             const float z = ws.z[q0 + i];
@@ -450,7 +448,9 @@ void fit_values(const head_shape & shape, int32_t n_gone, int32_t n_merged, int3
             }
             const float   inv = 1.0f/(1.0f - ws.s_gone[q0 + i] + vsum(sum));
             const float * out = ws.out.data() + (int64_t) (q0 + i)*ld;
-            for_rows(n_merged, [&](int32_t t) { ws.at[(int64_t) t*n_query + q0 + i] = yi[t] *= -inv; });
+            for (int32_t j = 0; j < n_cols; j += VL) {
+                vstore(yi + j, vload(yi + j)*-inv);
+            }
             for_rows(ld, [&](int32_t e) { ri[e] = (1.0f - inv)*out[e] + inv*ri[e]; });
         });
         gemm_rows(y, n_cols, n_q, ws.v_new.data(), ld, n_merged, ld, r, ld, true);
@@ -461,9 +461,8 @@ void fit_values(const head_shape & shape, int32_t n_gone, int32_t n_merged, int3
     if (!(ridge > 0.0f) || !std::isfinite(ridge)) {
         return; // nothing is missing, or the members are all alike
     }
-    pack_panels(ws.at.data(), n_query, n_merged, n_query, ws.at_panels.data());
-    gemm_panels(ws.at.data(), n_query, n_merged, ws.at_panels.data(), n_query, n_cols, ws.normal.data(), n_cols);
-    gemm_rows(ws.at.data(), n_query, n_merged, ws.r.data(), ld, n_query, ld, ws.move.data(), ld, false);
+    gemm_cols(ws.shares.data(), n_cols, n_merged, ws.shares.data(), n_cols, n_query, n_cols, ws.normal.data(), n_cols);
+    gemm_cols(ws.shares.data(), n_cols, n_merged, ws.r.data(), ld, n_query, ld, ws.move.data(), ld);
     solve_ridge(ws.normal.data(), n_cols, n_merged, ridge, ws.move.data(), ld, d_v);
     for_rows(n_merged, [&](int32_t t) { axpy(-1.0f, ws.move.data() + (int64_t) t*ld, ws.v_new.data() + (int64_t) t*ld, d_v); });
 }
@@ -601,32 +600,31 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
         }
     };
     const int64_t n  = pad_to(n_rows, NR);
-    const int64_t dk = shape.n_embd_head_k, ld = value_stride(shape);
+    const int64_t dk = shape.n_embd_head_k, ldm = pad_to(dk, NR), ld = value_stride(shape);
     const int64_t n_fit    = (int64_t) std::min(n_query, 2*N_FIT)*shape.n_gqa;
     const int64_t n_merged = pad_to(std::min(n_rows/2, n_loser), NR); // a merged row has two members at least, one of them a loser
     grow(k,         n*dk);
     grow(panels,    n*dk);
     grow(v,         n*ld);
-    grow(q,         (int64_t) n_query*shape.n_gqa*dk);
+    grow(q,         (int64_t) n_query*shape.n_gqa*dk + NR); // a tile may end behind the last row
     grow(x,         std::max<int64_t>(BLOCK, MR*(2*n + 2*NR)) + n); // see block_rows
-    grow(mk,        n*dk);
+    grow(mk,        n*ldm);
     grow(k_new,     pad_to(n_rows/2, NR)*dk);
     grow(v_new,     pad_to(n_rows/2, NR)*ld);
     grow(move,      n_merged*ld);
     grow(normal,    n_merged*n_merged);
-    grow(at,        n_merged*n_fit);
-    grow(at_panels, n_merged*n_fit);
+    grow(shares,    n_merged*n_fit);
     grow(r,         n_fit*ld);
     grow(out,       n_fit*ld);
     grow(v_gone,    n*ld);
     grow(s_gone,    n_fit);
-    grow(m,         dk*dk);
+    grow(m,         dk*ldm);
     grow(v_mean,    ld);
     grow(z,         (int64_t) n_query*shape.n_gqa);
     for (auto * v : { &bias, &s_use, &s_dev, &w, &bias_new, &bias_gone }) {
         grow(*v, n);
     }
-    for (auto * v : { &order, &rank, &winner, &gone, &merged, &count }) {
+    for (auto * v : { &order, &rank, &winner, &merged, &count }) {
         grow(*v, n);
     }
     grow(meta, n);
@@ -720,9 +718,9 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
 
     const int32_t n_merged = merge_clusters(shape, c, ws.w.data(), ws);
     if (n_merged > 0 && params.how == method::semantic) {
-        const int32_t n_gone = gather_gone(shape, c, ws), n_query = n_fit_query(queries, shape);
+        const int32_t n_gone = gather_gone(shape, c, n_merged, ws), n_query = n_fit_query(queries, shape);
         fit_bias(shape, n_gone, n_merged, n_query, ws);
-        fit_values(shape, n_gone, n_merged, n_query, ws);
+        fit_values(shape, n_merged, n_query, ws);
     } else {
         for_rows(n_merged, [&](int32_t t) { ws.bias_new[t] = std::log((float) ws.meta[ws.merged[t]].n_tok); });
     }

@@ -13,6 +13,7 @@
 
 namespace semcache {
 
+constexpr int32_t VOTE_EVERY = 2; // of the tokens since the last pass, beginning with the first, every so many'th has queries that vote
 constexpr int32_t N_FIT = 96; // rows are merged by the queries of about so many tokens: distances, biases and values
 
 enum class method { semantic = 0, paper = 1, streaming = 2 };
@@ -59,7 +60,7 @@ struct stage_rows {
     const int32_t * n_voted; // [n_sink + n_new + n_window] tokens whose queries voted; of 0 the votes are not read
 };
 
-// The queries that vote in a pass: those of the tokens that came since the last one.
+// The queries that vote in a pass, see VOTE_EVERY.
 struct query_rows {
     const f16 * q; int64_t q_row;                  // [n_gqa, n_embd_head_k] per row, contiguous
     const int32_t * row;     // [n] row of each token's queries
@@ -100,8 +101,8 @@ struct pass_workspace {
     std::vector<float>   k_new, v_new, bias_new;   // merged winners
     std::vector<float>   v, v_mean;                // values, and the candidates' mean
     std::vector<float>   out;                      // outputs of the queries that merged rows are fitted to
-    std::vector<float>   v_gone, bias_gone, s_gone, at, at_panels, r, normal, move; // see gather_gone, fit_bias and fit_values
-    std::vector<int32_t> order, rank, winner, gone, merged, count;
+    std::vector<float>   v_gone, bias_gone, s_gone, shares, r, normal, move; // see gather_gone, fit_bias and fit_values
+    std::vector<int32_t> order, rank, winner, merged, count;
     std::vector<core_meta> meta;
 };
 

@@ -291,9 +291,9 @@ static inline void axpy(float a, const float * x, float * y, int n) {
     }
 }
 
-// Register tile: c[m][0..NR) (+)= sum_k a[m*lda + k] * b[k*ldb + 0..NR) for m < M. b is a packed panel (ldb = NR) or rows.
+// Register tile: c[m][0..NR) (+)= sum_k a[m*lda + k*a_k] * b[k*ldb + 0..NR) for m < M. b is a packed panel (ldb = NR) or rows.
 template <int M>
-static inline void gemm_tile(const float * a, int64_t lda, const float * b, int64_t ldb, int n_k, float * c, int64_t ldc, bool add) {
+static inline void gemm_tile(const float * a, int64_t lda, int64_t a_k, const float * b, int64_t ldb, int n_k, float * c, int64_t ldc, bool add) {
     vf acc0[M], acc1[M];
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
@@ -305,7 +305,7 @@ static inline void gemm_tile(const float * a, int64_t lda, const float * b, int6
         const vf b1 = vload(b + k*ldb + VL);
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
-            const float x = a[m*lda + k];
+            const float x = a[m*lda + k*a_k];
             acc0[m] += x*b0;
             acc1[m] += x*b1;
         }
@@ -317,33 +317,38 @@ static inline void gemm_tile(const float * a, int64_t lda, const float * b, int6
     }
 }
 
-// c[m][n] (+)= sum_k a[m][k] * panels[n/NR][k][n%NR], n_m rows, n_n columns (a multiple of NR)
+// A column of tiles: NR columns of all n_m rows.
+static inline void gemm_tiles(const float * a, int64_t lda, int64_t a_k, int n_m, const float * b, int64_t ldb, int n_k, float * c, int64_t ldc, bool add) {
+    int m = 0;
+    for (; m + MR <= n_m; m += MR) {
+        gemm_tile<MR>(a + m*lda, lda, a_k, b, ldb, n_k, c + m*ldc, ldc, add);
+    }
+    for (; m + 3 <= n_m; m += 3) {
+        gemm_tile<3>(a + m*lda, lda, a_k, b, ldb, n_k, c + m*ldc, ldc, add);
+    }
+    for (; m < n_m; ++m) {
+        gemm_tile<1>(a + m*lda, lda, a_k, b, ldb, n_k, c + m*ldc, ldc, add);
+    }
+}
+
+// c[m][n] = sum_k a[m][k] * panels[n/NR][k][n%NR], n_m rows, n_n columns (a multiple of NR)
 static inline void gemm_panels(const float * a, int64_t lda, int n_m, const float * panels, int n_k, int n_n, float * c, int64_t ldc) {
     for (int n = 0; n < n_n; n += NR) {
-        const float * b = panels + (int64_t) n*n_k;
-        int m = 0;
-        for (; m + MR <= n_m; m += MR) {
-            gemm_tile<MR>(a + m*lda, lda, b, NR, n_k, c + m*ldc + n, ldc, false);
-        }
-        for (; m + 3 <= n_m; m += 3) {
-            gemm_tile<3>(a + m*lda, lda, b, NR, n_k, c + m*ldc + n, ldc, false);
-        }
-        for (; m < n_m; ++m) {
-            gemm_tile<1>(a + m*lda, lda, b, NR, n_k, c + m*ldc + n, ldc, false);
-        }
+        gemm_tiles(a, lda, 1, n_m, panels + (int64_t) n*n_k, NR, n_k, c + n, ldc, false);
     }
 }
 
 // c[m][n] (+)= sum_k a[m][k]*b[k][n], n_m rows, n_n columns (a multiple of NR)
 static inline void gemm_rows(const float * a, int64_t lda, int n_m, const float * b, int64_t ldb, int n_k, int n_n, float * c, int64_t ldc, bool add) {
     for (int n = 0; n < n_n; n += NR) {
-        int m = 0;
-        for (; m + MR <= n_m; m += MR) {
-            gemm_tile<MR>(a + m*lda, lda, b + n, ldb, n_k, c + m*ldc + n, ldc, add);
-        }
-        for (; m < n_m; ++m) {
-            gemm_tile<1>(a + m*lda, lda, b + n, ldb, n_k, c + m*ldc + n, ldc, add);
-        }
+        gemm_tiles(a, lda, 1, n_m, b + n, ldb, n_k, c + n, ldc, add);
+    }
+}
+
+// c[m][n] = sum_k a[k][m]*b[k][n], n_m rows, n_n columns (a multiple of NR)
+static inline void gemm_cols(const float * a, int64_t lda, int n_m, const float * b, int64_t ldb, int n_k, int n_n, float * c, int64_t ldc) {
+    for (int n = 0; n < n_n; n += NR) {
+        gemm_tiles(a, 1, lda, n_m, b + n, ldb, n_k, c + n, ldc, false);
     }
 }
 

@@ -8,31 +8,48 @@
 
 namespace {
 
-// Rows of the query ring that the tokens of a batch go to.
+// Tokens of a batch whose queries vote, and the rows of the query ring that they go to.
 class llm_graph_input_semcache : public llm_graph_input_i {
 public:
     llm_graph_input_semcache(ggml_context * ctx, const llama_kv_cache_context * mctx, const llama_ubatch & ubatch) :
-        mctx(mctx), has_cores(mctx->get_semcache()->has_cores()), idxs(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens)) {
-        ggml_set_input(idxs);
+        mctx(mctx), has_cores(mctx->get_semcache()->has_cores()), n_tokens(ubatch.n_tokens), n_vote(mctx->get_semcache()->n_vote(n_tokens)),
+        token(n_vote < n_tokens ? ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_vote) : nullptr), row(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_vote)) {
+        if (token) {
+            ggml_set_input(token);
+        }
+        ggml_set_input(row);
     }
 
+    // As many tokens as could vote at the most, so that the graph does not depend on where the batch begins.
     void set_input(const llama_ubatch * ubatch) override {
+        const llama_semcache & store = *mctx->get_semcache();
+        std::vector<int32_t> tokens;
         std::vector<int64_t> rows;
-        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
-            rows.push_back(mctx->get_semcache()->ring_row(ubatch->pos[i]));
+        for (int32_t i = 0; i < n_tokens; ++i) {
+            if (store.is_voter(ubatch->pos[i])) {
+                tokens.push_back(i);
+                rows.push_back(store.ring_row(ubatch->pos[i]));
+            }
         }
-        ggml_backend_tensor_set(idxs, rows.data(), 0, rows.size()*sizeof(rows[0]));
+        tokens.resize(n_vote, 0);
+        rows.resize(n_vote, store.ring_end());
+        if (token) {
+            ggml_backend_tensor_set(token, tokens.data(), 0, ggml_nbytes(token));
+        }
+        ggml_backend_tensor_set(row, rows.data(), 0, ggml_nbytes(row));
     }
 
     // The op reads the rows in use when it runs: only the first ones change the graph.
     bool can_reuse(const llm_graph_params & params) override {
         mctx = semcache_find(params.mctx);
-        return mctx && idxs->ne[0] == (int64_t) params.ubatch.n_tokens && has_cores == mctx->get_semcache()->has_cores();
+        return mctx && n_tokens == (int32_t) params.ubatch.n_tokens && has_cores == mctx->get_semcache()->has_cores();
     }
 
     const llama_kv_cache_context * mctx;
-    const bool has_cores;
-    ggml_tensor * idxs; // I64 [n_tokens]
+    const bool    has_cores;
+    const int32_t n_tokens, n_vote;
+    ggml_tensor * token; // I32 [n_vote], NULL if all vote
+    ggml_tensor * row;   // I64 [n_vote]
 };
 
 llm_graph_input_semcache * graph_input(const llm_graph_context & graph, const llama_kv_cache_context * mctx) {
@@ -57,13 +74,16 @@ ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor *
     ggml_context * ctx = graph.ctx0;
     l->shape.scale = kq_scale;
 
-    // the tokens' queries go to the ring
+    // the voters' queries go to the ring
     if (q->nb[1] != ggml_row_size(q->type, q->ne[0]) || q->nb[2] != q->nb[1]*q->ne[1]) {
         q = ggml_cont(ctx, q);
     }
     ggml_tensor * q_rows = ggml_reshape_2d(ctx, q, q->ne[0]*q->ne[1], q->ne[2]);
     const auto * input = graph_input(graph, mctx);
-    ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, l->q, q_rows, input->idxs));
+    if (input->token) {
+        q_rows = ggml_get_rows(ctx, q_rows, input->token);
+    }
+    ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, l->q, q_rows, input->row));
     if (!input->has_cores) {
         return nullptr; // upstream's own attention, to the bit
     }

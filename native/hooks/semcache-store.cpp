@@ -25,7 +25,7 @@ using semcache::f16;
 namespace {
 
 constexpr uint32_t STATE_MAGIC   = 0x6d657363; // "csem": no stock cache state begins with so many streams
-constexpr uint32_t STATE_VERSION = 3;
+constexpr uint32_t STATE_VERSION = 4;
 
 // Fits core_meta::chunk; a chunk id is used up per delimiter and never again until the cache is cleared.
 constexpr int32_t N_CHUNK_MAX = 1 << 24;
@@ -249,7 +249,7 @@ std::shared_ptr<llama_semcache> semcache_attach(llama_kv_cache & kv, llama_swa_t
 
 llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope & scope, bool v_trans) :
     kv(kv), v_trans(v_trans), params(scope.config->params), n_ctx(scope.cparams.n_ctx), n_batch(scope.cparams.n_batch),
-    n_ring(params.calibrate ? params.n_stage : params.n_stage - params.n_window), n_voted(params.n_stage) {
+    vote_every(params.calibrate ? 1 : semcache::VOTE_EVERY), n_ring(params.calibrate ? params.n_stage : params.n_stage - params.n_window), n_voted(params.n_stage) {
     const auto & hparams = scope.model.hparams;
     const auto & config  = *scope.config;
 
@@ -365,7 +365,7 @@ void llama_semcache::allocate(const llama_semcache_scope & scope) {
         l.rows = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, l.n_head_kv(), 2);
         // queries only vote: 8 bits are enough for that (docs/decisions.md)
         const int64_t n_embd_q = (int64_t) l.shape.n_embd_head_k*l.n_head;
-        l.q    = ggml_new_tensor_2d(ctx, n_embd_q%semcache::Q_BLOCK == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16, n_embd_q, n_ring);
+        l.q    = ggml_new_tensor_2d(ctx, n_embd_q%semcache::Q_BLOCK == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16, n_embd_q, ring_end() + 1);
         ggml_format_name(l.k,    "core_k_l%d",    l.il);
         ggml_format_name(l.v,    "core_v_l%d",    l.il);
         ggml_format_name(l.bias, "core_bias_l%d", l.il);
@@ -567,13 +567,13 @@ void llama_semcache::pass(llama_context * lctx) {
     }
     const int32_t n_window = n_tokens - n_stop;
 
-    // who votes: the tokens since the last pass, as far back as the ring goes
+    // who votes
     std::vector<int32_t> ring, asked(n_tokens);
     std::vector<int64_t> delta;
     for (int32_t i = 0; i < n_tokens; ++i) {
         if (st.pos[i] < n_asked) {
             asked[i] = n_voted[st.cell[i]];
-        } else if (st.pos[i] >= pos_end - n_ring) {
+        } else if (is_voter(st.pos[i])) {
             ring.push_back((int32_t) ring_row(st.pos[i]));
             // a row is asked when it has left the window
             delta.push_back((int64_t) pos_end + params.n_window + semcache::look_ahead(params.seed, st.pos[i], params.n_horizon) - st.pos[i]);
@@ -753,11 +753,13 @@ bool llama_semcache::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) con
     return p0 <= 0 ? to_end : p0 >= n_past || (to_end && floor(p0) == p0);
 }
 
-void llama_semcache::rm(llama_seq_id seq_id, llama_pos p0) {
+void llama_semcache::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     if (seq_id > 0) {
         return;
     }
-    n_asked = std::min(n_asked, std::max(p0, 0));
+    if (p1 > kv.v_cells[0].seq_pos_max(0)) { // what comes at these positions votes anew
+        n_asked = std::min(n_asked, std::max(p0, 0));
+    }
     if (!has_cores() || p0 >= n_past) {
         return;
     }
@@ -885,7 +887,9 @@ void llama_semcache::state_write_data(llama_io_write_i & io) const {
         }
         for (size_t i = 0; i < st.cell.size(); ++i) {
             if (st.pos[i] >= n_asked) {
-                io.write_tensor(l.q, ring_row(st.pos[i])*l.q->nb[1], l.q->nb[1]);
+                if (is_voter(st.pos[i])) {
+                    io.write_tensor(l.q, ring_row(st.pos[i])*l.q->nb[1], l.q->nb[1]);
+                }
                 continue;
             }
             for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
@@ -916,6 +920,7 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
         if (!fits) {
             throw semcache_error(SEMCACHE_ERR_IO, "state: expected the tokens of the stage and their chunks, got others; the file is damaged");
         }
+        n_asked = n_asked_new; // tells the rows of the ring
         for (int32_t cell : st.cell) {
             io.read(&n_voted[cell], sizeof(n_voted[cell]));
             if (n_voted[cell] < 0) {
@@ -948,8 +953,10 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
             l.row_count = count;
             l.publish();
             for (size_t i = 0; i < st.cell.size(); ++i) {
-                if (st.pos[i] >= n_asked_new) {
-                    io.read_tensor(l.q, ring_row(st.pos[i])*l.q->nb[1], l.q->nb[1]);
+                if (st.pos[i] >= n_asked) {
+                    if (is_voter(st.pos[i])) {
+                        io.read_tensor(l.q, ring_row(st.pos[i])*l.q->nb[1], l.q->nb[1]);
+                    }
                     continue;
                 }
                 for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
@@ -964,7 +971,6 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
             cells.ext_set(st.cell[i], ext);
         }
         n_past          = n_past_new;
-        n_asked         = n_asked_new;
         chunker.next_id = next_id;
         chunk_start     = std::move(starts);
         rows_merged     = counts[0];

@@ -81,7 +81,7 @@ public:
         ggml_tensor * v;       // F16, Q8_0 or Q4_0 [n_embd_head_v, n_row]
         ggml_tensor * bias;    // F32 [n_row]
         ggml_tensor * rows;    // I32 [n_head_kv, 2] first row of each head and its rows in use, for the graph
-        ggml_tensor * q;       // Q8_0 (F16 if rows are no whole blocks) [n_embd_head_k*n_head, n_ring], see llama_semcache::ring_row
+        ggml_tensor * q;       // Q8_0 (F16 if rows are no whole blocks) [n_embd_head_k*n_head, n_vote(n_ring) + 1], see llama_semcache::ring_row
         semcache::head_shape shape;
         int32_t rope;          // index into ropes
         std::vector<int32_t> row_first; // [n_head_kv + 1]
@@ -103,8 +103,14 @@ public:
     bool    has_cores() const { return n_past > 0; }
     int32_t pos_end()   const { return n_past; }
 
-    // Row of the query ring that a token's queries go to. The ring holds those of the tokens since the last pass.
-    int64_t ring_row(llama_pos pos) const { return pos%n_ring; }
+    // Of n tokens in a row, those that vote at the most.
+    int32_t n_vote(int32_t n) const { return (n + vote_every - 1)/vote_every; }
+
+    // Whether a token that no pass has asked votes in the next one, and the row of the query ring that its queries then go to. The
+    // row behind those of the voters may be written too and is never read.
+    bool    is_voter(llama_pos pos) const { return (pos - n_asked)%vote_every == 0; }
+    int64_t ring_row(llama_pos pos) const { return (pos - n_asked)/vote_every; }
+    int64_t ring_end() const { return n_vote(n_ring); }
 
     // Whether the ring has room for the queries of a batch; if not, a pass has to take their votes first.
     bool has_room(const std::vector<llama_ubatch> & ubatches) const;
@@ -118,7 +124,7 @@ public:
 
     // Whether the positions [p0, p1) of a sequence can be removed, and the removal as far as it concerns the cores.
     bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
-    void rm(llama_seq_id seq_id, llama_pos p0);
+    void rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     llama_pos floor(llama_pos pos) const;
 
     // The same for a cache with sliding-window layers beside it: behind a cut they must still hold their whole window.
@@ -166,7 +172,8 @@ private:
     semcache_params  params;
     int32_t          n_ctx;
     int32_t          n_batch;
-    int32_t          n_ring;
+    int32_t          vote_every; // as VOTE_EVERY; calibration keeps all queries
+    int32_t          n_ring;     // tokens between two passes at the most
     size_t           full_bytes = 0;
 
     std::vector<layer>          layers;

@@ -364,7 +364,7 @@ def estimate(
         core = round(rows * (_plain_bytes(full, 1, kv_type_k, "k") + _plain_bytes(full, 1, kv_type_v, "v") + _BIAS_BYTES * n_head_kv))
         meta = round((rows * _META_BYTES + kv_stage * _VOTES_BYTES) * n_head_kv)
         stage = _plain_bytes(full, kv_stage, "f16")
-        query = sum((kv_stage - kv_window) * _query_row_bytes(layer.n_head * layer.n_embd_head_k) for layer in full)
+        query = sum(_query_rows(kv_stage - kv_window) * _query_row_bytes(layer.n_head * layer.n_embd_head_k) for layer in full)
         other = _plain_bytes(swa, cells_swa, "f16")
         kv_cells = kv_stage
     else:
@@ -383,6 +383,11 @@ def estimate(
         overhead_bytes=_compute_bytes(shape, kv_cells, n_ubatch) + _DRIVER_BYTES,
         compression_factor=f16_bytes / kv_bytes if kv_bytes else 1.0,
     )
+
+
+def _query_rows(n_ring: int) -> int:
+    """Rows of the query ring: for every second token between two passes, and one to spare."""
+    return (n_ring + 1) // 2 + 1
 
 
 def _query_row_bytes(n_embd: int) -> int:

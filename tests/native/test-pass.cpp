@@ -594,10 +594,10 @@ void test_workspaces() {
         CHECK_SAME_ROWS(both(dirty, [&]() {
             for (auto * v : { &dirty.k, &dirty.panels, &dirty.q, &dirty.x, &dirty.bias, &dirty.s_use, &dirty.s_dev, &dirty.w, &dirty.z,
                     &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new, &dirty.bias_new, &dirty.v, &dirty.v_mean, &dirty.out, &dirty.v_gone,
-                    &dirty.bias_gone, &dirty.s_gone, &dirty.at, &dirty.at_panels, &dirty.r, &dirty.normal, &dirty.move }) {
+                    &dirty.bias_gone, &dirty.s_gone, &dirty.shares, &dirty.r, &dirty.normal, &dirty.move }) {
                 std::fill(v->begin(), v->end(), NAN);
             }
-            for (auto * v : { &dirty.order, &dirty.rank, &dirty.winner, &dirty.gone, &dirty.merged, &dirty.count }) {
+            for (auto * v : { &dirty.order, &dirty.rank, &dirty.winner, &dirty.merged, &dirty.count }) {
                 std::fill(v->begin(), v->end(), 0x7fffffff);
             }
             std::fill(dirty.meta.begin(), dirty.meta.end(), core_meta { NAN, 0xffffff, 0xff });

@@ -266,11 +266,28 @@ void test_gemm() {
         check_gemm(r, MR + 4, NR + 3, n_k, 0, 0);
     }
 
+    for (int n_m : { 1, 2, MR, MR + 5, 2*MR + 3 }) {
+        CASE("gemm_cols " + std::to_string(n_m));
+        const int n_k = 11, n_n = 2*NR, lda = 2*MR + 4, ldb = n_n + 1, ldc = n_n + 2;
+        const std::vector<float> a = integers(r, n_k*lda), b = integers(r, n_k*ldb);
+        std::vector<float> c((size_t) n_m*ldc, 7.0f), want = c;
+        gemm_cols(a.data(), lda, n_m, b.data(), ldb, n_k, n_n, c.data(), ldc);
+        for (int m = 0; m < n_m; ++m) {
+            for (int j = 0; j < n_n; ++j) {
+                want[m*ldc + j] = 0.0f;
+                for (int k = 0; k < n_k; ++k) {
+                    want[m*ldc + j] += a[k*lda + m]*b[k*ldb + j];
+                }
+            }
+        }
+        CHECK_CLOSE(c.data(), want.data(), (int64_t) c.size(), 0.0, 0.0);
+    }
+
     CASE("gemm_tile");
     const int n_k = 37, ldb = NR + 5, lda = 40, ldc = NR + 2; // rows, not panels; added to what is there
     const std::vector<float> a = integers(r, 3*lda), b = integers(r, n_k*ldb);
     std::vector<float> c = integers(r, 3*ldc), want = c;
-    gemm_tile<3>(a.data(), lda, b.data(), ldb, n_k, c.data(), ldc, true);
+    gemm_tile<3>(a.data(), lda, 1, b.data(), ldb, n_k, c.data(), ldc, true);
     for (int m = 0; m < 3; ++m) {
         for (int j = 0; j < NR; ++j) {
             for (int k = 0; k < n_k; ++k) {

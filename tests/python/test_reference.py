@@ -815,7 +815,7 @@ def test_errors_of_one_pass_by_hand(seed):
     text = random_text(seed, n_probe=1)
     n, past = len(text.k), text.n_past
     got = ref.output_errors(text, TEXT_PARAMS, (0.3,), n_pass=100, n_window=24)
-    inp = ref.PassInput(text.k, text.v, np.zeros(n), text.n_sink, n - past, text.chunk, [], [], text.q, text.pos)
+    inp = ref.PassInput(text.k, text.v, np.zeros(n), text.n_sink, n - past, text.chunk, [], [], text.q[:: ref.VOTE_EVERY], text.pos[:: ref.VOTE_EVERY])
     result = ref.compress_head(inp, replace(TEXT_PARAMS, n_past=n, n_ahead=24, budget=18 - text.n_sink))
     k, v, bias = ref.rows_after(inp, result)
     out = ref.attend(text.q[-1:], k, v, bias, TEXT_PARAMS.scale) - ref.attend(text.q[-1:], text.k, text.v, np.zeros(n), TEXT_PARAMS.scale)

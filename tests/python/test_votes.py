@@ -55,7 +55,7 @@ def test_tokens_one_by_one_pass_when_the_ring_is_full(tiny, load):
     assert llm.kv_stats().n_tokens_stage == 128 + 300 - 256
 
 
-@pytest.mark.parametrize("n_tokens", [50, 130, 180, 400])
+@pytest.mark.parametrize("n_tokens", [50, 51, 130, 181, 400])
 def test_a_state_carries_votes_and_queries(n_tokens, tiny, load):
     """Whoever restores it goes on alike, through passes that count the votes."""
     llm, other = load(tiny("llama"), **WIDE), load(tiny("llama"), **WIDE)
@@ -96,6 +96,24 @@ def test_a_cut_in_the_stage_before_the_last_pass(cut, tiny, load):
     assert llm.kv_stats().n_tokens == cut + 550
     assert np.isfinite(last_logits(llm)).all()
     check_stats(llm)
+
+
+def test_tokens_between_others_can_go(tiny, load):
+    """Behind the gap stay tokens that have voted and tokens that have not, and both as often as without it."""
+    llm = load(tiny("llama"), **WIDE)
+    llm.eval(TOKENS[:385])
+    stats = llm.kv_stats()
+    n_past = stats.n_tokens - stats.n_tokens_stage
+    assert n_past == 232 and stats.n_pass == 6  # after 360 tokens
+    assert llm._ctx.kv_cache_seq_rm(0, 300, 370)
+    assert llm.kv_stats().n_tokens_stage == stats.n_tokens_stage - 70
+    n = 385
+    while llm.kv_stats().n_pass == 6:
+        llm.eval(TOKENS[:1])
+        n += 1
+    assert n == 360 + 64 + 1  # as much room in the ring as if no token had gone
+    llm.eval(MORE)
+    assert np.isfinite(last_logits(llm)).all()
 
 
 @pytest.mark.parametrize("n_asked", [-1, 10**6])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .attention import attend
-from .compress import HeadRows, PassInput, PassParams, Votes, compress_head, look_ahead, take_votes
+from .compress import VOTE_EVERY, HeadRows, PassInput, PassParams, Votes, compress_head, look_ahead, take_votes
 
 N_PASS, N_WINDOW = 252, 512
 """Tokens from one pass to the next, and those that a pass leaves in the stage: what a stage of 768 does."""
@@ -107,11 +107,11 @@ def read_in_passes(text: TextInput, params: PassParams, n_pass: int, n_window: i
         def rows(x, of_cores):
             return np.concatenate([x[sinks], of_cores, x[new], x[window]])
 
-        stage = np.r_[new, window]
+        stage, voters = np.r_[new, window], slice(begin, end, VOTE_EVERY)
         inp = PassInput(
             k=rows(text.k, cores.k), v=rows(text.v, cores.v), bias=rows(np.zeros(len(text.k)), cores.bias), n_sink=len(text.k[sinks]),
             n_win=end - stop, chunk=np.concatenate([cores.chunk, text.chunk[new.start - text.n_sink:new.stop - text.n_sink]]),
-            s_use=cores.s_use, n_tok=cores.n_tok, q=text.q[begin:end], pos_q=text.pos[begin:end], votes=votes.take(stage),
+            s_use=cores.s_use, n_tok=cores.n_tok, q=text.q[voters], pos_q=text.pos[voters], votes=votes.take(stage),
         )
         now = replace(params, n_past=int(text.pos[end - 1]) + 1, n_ahead=n_window)
         taken = take_votes(inp, now, look_ahead(inp, now))

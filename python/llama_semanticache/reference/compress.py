@@ -32,6 +32,9 @@ BIAS_MIN, BIAS_MAX = -6.0, 8.0
 RIDGE = 10.0
 """Weight of the ridge on the fitted values."""
 
+VOTE_EVERY = 2
+"""Of the tokens since the last pass, beginning with the first, every so many'th has queries that vote."""
+
 N_FIT = 96
 """Rows are merged by the queries of about this many tokens."""
 

@@ -1,5 +1,6 @@
 #include "sc-pass.h"
 
+#include "sc-evict.h"
 #include "sc-quant.h"
 
 #include <algorithm>
@@ -224,6 +225,43 @@ void choose_winners(const counts & c, int32_t budget, pass_workspace & ws) {
     });
     std::fill(ws.rank.begin(), ws.rank.begin() + c.n_cand, 0);
     for_rows(budget, [&](int32_t i) { ws.rank[ws.order[i]] = 1; });
+}
+
+// Scores of an eviction policy, at ws.mk [n_rows]. The stage's tokens keep theirs as votes.
+void evict_scores(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape, const counts & c,
+                  enum method how, pass_workspace & ws) {
+    float * s_old = ws.s_use.data(), * score = ws.mk.data();
+    int32_t row = 0;
+    auto past = [&](float s) { s_old[row] = s; ws.order[row++] = -1; };
+    auto tokens = [&](int32_t begin, int32_t end) {
+        for (int32_t t = begin; t < end; ++t) {
+            s_old[row] = stage.n_voted[t] > 0 ? stage.votes[stage.cell[t]].p : 0.0f;
+            ws.order[row++] = t;
+        }
+    };
+    const int32_t n_past = stage.n_sink + c.n_new;
+    for_rows(c.n_core, [&](int32_t i) { past(rows.meta[rows.n_sink + i].s_use); });
+    tokens(stage.n_sink, n_past);
+    for_rows(rows.n_sink, [&](int32_t) { past(0.0f); });
+    tokens(0, stage.n_sink);
+    tokens(n_past, n_past + stage.n_window);
+
+    const evict_input x = { c.n_cand, c.n_rows, shape.n_embd_head_k, ws.k.data(), s_old, ws.order.data(), queries.n, shape.n_gqa, shape.softcap,
+                            ws.q.data(), queries.token };
+    switch (how) {
+        case method::keydiff: evict_keydiff(x, ws.x.data(), score); break;
+        case method::knorm:   evict_knorm  (x, ws.x.data(), score); break;
+        case method::snapkv:  evict_snapkv (x, ws.x.data(), score); break;
+        case method::tova:    evict_tova   (x, ws.x.data(), score); break;
+        case method::h2o:     evict_h2o    (x, ws.x.data(), score); break;
+        default: break;
+    }
+    for_rows(c.n_rows, [&](int32_t i) {
+        if (ws.order[i] >= 0) {
+            stage.votes[stage.cell[ws.order[i]]].p = score[i];
+        }
+    });
+    std::copy_n(score, c.n_cand, ws.s_use.data());
 }
 
 // Calls f(begin, end) for every run of candidates with one chunk id.
@@ -674,18 +712,24 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
                           const rope & r, const pass_params & params, pass_workspace & ws) {
     const counts c(rows, stage, queries, shape);
     const int32_t budget = rows.n_alloc - rows.n_sink - stage.n_sink;
+    const bool    evicts = params.how >= method::keydiff;
     if (params.how == method::semantic) {
         score_head(rows, stage, queries, shape, r, params.merge && c.n_cand > budget, ws);
     } else {
         load_keys(rows, stage, shape, c, ws);
         load_values(rows, stage, shape, c, ws);
-        std::fill(ws.s_use.begin(), ws.s_use.begin() + c.n_cand, 0.0f);
+        if (evicts) {
+            load_queries(queries, shape, r, ws);
+            evict_scores(rows, stage, queries, shape, c, params.how, ws);
+        } else {
+            std::fill(ws.s_use.begin(), ws.s_use.begin() + c.n_cand, 0.0f);
+        }
     }
     for_rows(c.n_cand, [&](int32_t i) {
         if (i < c.n_core) {
             const core_meta & old = rows.meta[rows.n_sink + i];
             ws.meta[i] = old;
-            ws.meta[i].s_use = std::max(FADE*old.s_use, ws.s_use[i]);
+            ws.meta[i].s_use = evicts ? ws.s_use[i] : std::max(FADE*old.s_use, ws.s_use[i]);
         } else {
             ws.meta[i] = { ws.s_use[i], (uint32_t) stage.chunk[i - c.n_core], 1 };
         }
@@ -713,6 +757,10 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
         } break;
         case method::streaming: {
             for_rows(c.n_cand, [&](int32_t i) { ws.winner[i] = i >= c.n_cand - budget ? i : DROPPED; });
+        } break;
+        default: {
+            choose_winners(c, budget, ws);
+            for_rows(c.n_cand, [&](int32_t i) { ws.winner[i] = ws.rank[i] ? i : DROPPED; });
         } break;
     }
 

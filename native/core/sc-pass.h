@@ -16,7 +16,7 @@ namespace semcache {
 constexpr int32_t VOTE_EVERY = 2; // of the tokens since the last pass, beginning with the first, every so many'th has queries that vote
 constexpr int32_t N_FIT = 96; // rows are merged by the queries of about so many tokens: distances, biases and values
 
-enum class method { semantic = 0, paper = 1, streaming = 2 };
+enum class method { semantic = 0, paper = 1, streaming = 2, keydiff = 3, knorm = 4, snapkv = 5, tova = 6, h2o = 7 }; // from keydiff on: see evict/
 
 // What a pass remembers of a core besides its row.
 struct core_meta {
@@ -65,6 +65,7 @@ struct query_rows {
     const f16 * q; int64_t q_row;                  // [n_gqa, n_embd_head_k] per row, contiguous
     const int32_t * row;     // [n] row of each token's queries
     const float   * cs;      // [n, n_rot/2, 2] turn of each token's queries, see rope::table
+    const int32_t * token;   // [n] place of each token in the stage; read by evict/ only
     int32_t n;               // tokens
 
     // In q8_0 instead of q: rows of q8_row blocks, in which this head's group begins at value q8_first.

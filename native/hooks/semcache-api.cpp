@@ -72,8 +72,8 @@ semcache_params semcache_default_params(void) {
     p.n_sink      = 4;
     p.n_horizon   = 512;
     p.n_chunk     = 32;
-    p.type_k      = GGML_TYPE_F16;
-    p.type_v      = GGML_TYPE_F16;
+    p.type_k      = SEMCACHE_TYPE_AUTO;
+    p.type_v      = SEMCACHE_TYPE_AUTO;
     p.merge       = 1;
     return p;
 }
@@ -88,7 +88,7 @@ int32_t semcache_configure_next(const semcache_params * params) {
         const auto & p = *params;
         auto num = [](auto x) { return std::to_string(x); };
         expect(p.struct_size == sizeof(p), "struct_size", num(sizeof(p)), num(p.struct_size));
-        expect(p.method >= SEMCACHE_METHOD_SEMANTIC && p.method <= SEMCACHE_METHOD_STREAMING, "method", "a semcache_method", num(p.method));
+        expect(p.method >= SEMCACHE_METHOD_SEMANTIC && p.method <= SEMCACHE_METHOD_H2O, "method", "a semcache_method", num(p.method));
         expect(p.ratio > 0.0f && p.ratio <= 1.0f, "ratio", "0 < ratio <= 1", num(p.ratio));
         expect(p.n_window >= 1, "n_window", "at least 1", num(p.n_window));
         expect(p.n_sink >= 0, "n_sink", "at least 0", num(p.n_sink));
@@ -97,8 +97,8 @@ int32_t semcache_configure_next(const semcache_params * params) {
         expect(p.n_chunk >= 1 && p.n_chunk <= 255, "n_chunk", "1 to 255", num(p.n_chunk));
 
         for (const auto & [name, type] : { std::pair("type_k", p.type_k), std::pair("type_v", p.type_v) }) {
-            const bool known = type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
-            expect(known, name, "GGML_TYPE_F16, _Q8_0 or _Q4_0", num(type));
+            const bool known = type == SEMCACHE_TYPE_AUTO || type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+            expect(known, name, "SEMCACHE_TYPE_AUTO, GGML_TYPE_F16, _Q8_0 or _Q4_0", num(type));
         }
 
         auto c = std::make_unique<semcache_config>();

@@ -281,6 +281,17 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
                 std::to_string(n_ctx) + " (sinks and one chunk per head), got " + std::to_string(params.ratio) + "; raise the ratio or n_ctx");
     }
 
+    // types of the rows
+    auto whole_blocks = [&](auto d) {
+        return std::all_of(kv.layers.begin(), kv.layers.end(), [&](const auto & kl) { return hparams.n_head_kv(kl.il) == 0 || d(kl.il)%ggml_blck_size(GGML_TYPE_Q8_0) == 0; });
+    };
+    if (params.type_k == SEMCACHE_TYPE_AUTO) {
+        params.type_k = whole_blocks([&](uint32_t il) { return hparams.n_embd_head_k(il); }) ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
+    }
+    if (params.type_v == SEMCACHE_TYPE_AUTO) {
+        params.type_v = whole_blocks([&](uint32_t il) { return hparams.n_embd_head_v(il); }) ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
+    }
+
     // layers
     layer_of.assign(hparams.n_layer_all, -1);
     size_t at = 0;
@@ -568,15 +579,17 @@ void llama_semcache::pass(llama_context * lctx) {
     const int32_t n_window = n_tokens - n_stop;
 
     // who votes
-    std::vector<int32_t> ring, asked(n_tokens);
+    std::vector<int32_t> ring, voter, asked(n_tokens);
     std::vector<int64_t> delta;
     for (int32_t i = 0; i < n_tokens; ++i) {
         if (st.pos[i] < n_asked) {
             asked[i] = n_voted[st.cell[i]];
         } else if (is_voter(st.pos[i])) {
             ring.push_back((int32_t) ring_row(st.pos[i]));
-            // a row is asked when it has left the window
-            delta.push_back((int64_t) pos_end + params.n_window + semcache::look_ahead(params.seed, st.pos[i], params.n_horizon) - st.pos[i]);
+            voter.push_back(i);
+            // a row is asked when it has left the window; the methods of others ask from where the query is
+            delta.push_back(params.method != SEMCACHE_METHOD_SEMANTIC ? 0 :
+                (int64_t) pos_end + params.n_window + semcache::look_ahead(params.seed, st.pos[i], params.n_horizon) - st.pos[i]);
         }
     }
     std::vector<std::vector<float>> turns(ropes.size());
@@ -632,6 +645,7 @@ void llama_semcache::pass(llama_context * lctx) {
                 j.stage.n_voted = asked.data();
                 j.queries       = queries_of(l, ih, host.back(), ring);
                 j.queries.cs    = turns[l.rope].data();
+                j.queries.token = voter.data();
                 const int64_t first = l.row_first[ih];
                 j.rows = {
                     host.back().k + first*l.k->nb[1], host.back().v + first*l.v->nb[1],

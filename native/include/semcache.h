@@ -54,10 +54,18 @@ enum semcache_status {
     SEMCACHE_ERR_IO        = 7  // a file could not be written, or a state is damaged
 };
 
+// In the place of a ggml_type: Q8_0 where all heads are whole blocks of it, else F16.
+enum { SEMCACHE_TYPE_AUTO = -1 };
+
 enum semcache_method {
     SEMCACHE_METHOD_SEMANTIC  = 0, // look-ahead score, profile budgets, mass-weighted merge, fitted bias
     SEMCACHE_METHOD_PAPER     = 1, // equal budgets, greedy seeds in reading order, cosine threshold, plain mean, log n
-    SEMCACHE_METHOD_STREAMING = 2  // sinks and the newest tokens only (StreamingLLM); a baseline
+    SEMCACHE_METHOD_STREAMING = 2, // sinks and the newest tokens only (StreamingLLM); a baseline
+    SEMCACHE_METHOD_KEYDIFF   = 3, // eviction by others, equal budgets, nothing merged; baselines, see native/core/evict
+    SEMCACHE_METHOD_KNORM     = 4,
+    SEMCACHE_METHOD_SNAPKV    = 5,
+    SEMCACHE_METHOD_TOVA      = 6,
+    SEMCACHE_METHOD_H2O       = 7
 };
 
 struct semcache_params {
@@ -69,7 +77,7 @@ struct semcache_params {
     int32_t      n_sink;        // first tokens of the sequence, kept exact for ever; >= 0
     int32_t      n_horizon;     // the look-ahead rotates queries to n_past + n_window + [0, n_horizon); >= 1
     int32_t      n_chunk;       // longest chunk, tokens; 1 to 255
-    int32_t      type_k;        // ggml_type of the cores' K: F16, Q8_0 or Q4_0; the stage is F16
+    int32_t      type_k;        // ggml_type of the cores' K: F16, Q8_0, Q4_0 or SEMCACHE_TYPE_AUTO; the stage is F16
     int32_t      type_v;        // ggml_type of the cores' V, likewise
     int32_t      merge;         // 1: losers are merged into winners of their chunk; 0: they are dropped
     int32_t      calibrate;     // 1: the context is for semcache_calibrate_add() and also watches the residual stream

@@ -22,9 +22,14 @@ METHODS = {
     "semanticache": _lib.SEMCACHE_METHOD_SEMANTIC,
     "paper": _lib.SEMCACHE_METHOD_PAPER,
     "streaming": _lib.SEMCACHE_METHOD_STREAMING,
+    "keydiff": _lib.SEMCACHE_METHOD_KEYDIFF,
+    "knorm": _lib.SEMCACHE_METHOD_KNORM,
+    "snapkv": _lib.SEMCACHE_METHOD_SNAPKV,
+    "tova": _lib.SEMCACHE_METHOD_TOVA,
+    "h2o": _lib.SEMCACHE_METHOD_H2O,
 }
 
-ROW_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
+ROW_TYPES = {"auto": _lib.SEMCACHE_TYPE_AUTO, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
@@ -81,8 +86,9 @@ class Llama(llama_cpp.Llama):
         Newest tokens of the stage that a pass leaves alone.
     kv_sink : int
         First tokens of the context, exact for ever.
-    kv_type_k, kv_type_v : "f16", "q8_0" or "q4_0"
-        How K and V of the older tokens are stored; the stage is always f16.
+    kv_type_k, kv_type_v : "auto", "f16", "q8_0" or "q4_0"
+        How K and V of the older tokens are stored; the stage is always f16. "auto" is q8_0, or f16 if heads are no multiple of 32
+        values.
     kv_profile : "auto", path or None
         Which head gets how many rows. "auto": the model's profile, measured on first use; None: all heads the same, which
         loses far more.
@@ -105,8 +111,8 @@ class Llama(llama_cpp.Llama):
         kv_stage: int = 768,
         kv_window: int = 512,
         kv_sink: int = 4,
-        kv_type_k: str = "f16",
-        kv_type_v: str = "f16",
+        kv_type_k: str = "auto",
+        kv_type_v: str = "auto",
         kv_profile: str | os.PathLike[str] | None = "auto",
         kv_params: Mapping[str, int] | None = None,
         **kwargs: Any,

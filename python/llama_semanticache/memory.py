@@ -321,8 +321,8 @@ def estimate(
     kv_ratio: float = 0.25,
     kv_stage: int = 768,
     kv_window: int = 512,
-    kv_type_k: str = "f16",
-    kv_type_v: str = "f16",
+    kv_type_k: str = "auto",
+    kv_type_v: str = "auto",
     n_ubatch: int = 512,
     swa_full: bool = False,
 ) -> CacheEstimate:
@@ -361,6 +361,7 @@ def estimate(
         if not swa_full:  # a batch is no larger than what a pass makes room for
             cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window - _N_SINK)))
         n_head_kv = sum(layer.n_head_kv for layer in full)
+        kv_type_k, kv_type_v = _row_type(full, kv_type_k, "k"), _row_type(full, kv_type_v, "v")
         core = round(rows * (_plain_bytes(full, 1, kv_type_k, "k") + _plain_bytes(full, 1, kv_type_v, "v") + _BIAS_BYTES * n_head_kv))
         meta = round((rows * _META_BYTES + kv_stage * _VOTES_BYTES) * n_head_kv)
         stage = _plain_bytes(full, kv_stage, "f16")
@@ -383,6 +384,13 @@ def estimate(
         overhead_bytes=_compute_bytes(shape, kv_cells, n_ubatch) + _DRIVER_BYTES,
         compression_factor=f16_bytes / kv_bytes if kv_bytes else 1.0,
     )
+
+
+def _row_type(layers: Sequence[LayerShape], kind: str, part: str) -> str:
+    """What "auto" stands for: q8_0 where all heads are whole blocks of it."""
+    if kind != "auto":
+        return kind
+    return "f16" if any(getattr(layer, f"n_embd_head_{part}") % 32 for layer in layers) else "q8_0"
 
 
 def _query_rows(n_ring: int) -> int:
@@ -491,8 +499,8 @@ def memory_report(
     kv_ratio: float = 0.25,
     kv_stage: int = 768,
     kv_window: int = 512,
-    kv_type_k: str = "f16",
-    kv_type_v: str = "f16",
+    kv_type_k: str = "auto",
+    kv_type_v: str = "auto",
     cards_gb: Sequence[int] = CARDS_GB,
     swa_full: bool = False,
 ) -> MemoryReport:

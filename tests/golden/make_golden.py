@@ -52,7 +52,7 @@ and the reference's outputs, computed in float64 from these and rounded to float
     score_s_dev      float32 [n_cand]            these six are zero for methods other than the semantic one
     score_w          float32 [n_cand]
     taken_p4         float32 [n_stage]           the votes with those of this pass
-    taken_p          float32 [n_stage]
+    taken_p          float32 [n_stage]           of an eviction policy: its scores
     winner           int32   [n_out]             candidate whose place each core takes
     member_of        int32   [n_cand]            row that each candidate is part of afterwards, -1: dropped
     out_chunk        int32   [n_out]
@@ -79,6 +79,7 @@ import reference  # noqa: E402
 
 MAGIC = 0x43474353
 SEMANTIC, PAPER, STREAMING = range(3)
+EVICTING = dict(enumerate(reference.POLICIES, start=3))  # enum semcache_method: name
 MARGIN = 1e-3
 """Least relative distance of every decision's best from its runner-up; float32 sums of these lengths err below 1e-4."""
 
@@ -132,6 +133,9 @@ CASES = (
     Case("paper-cores", method=PAPER, d_k=80, d_v=80, gqa=1, n_rot=32, n_core=30, n_new=45, n_past=900, budget=30, outliers=True),
     Case("paper-drops-chunks", method=PAPER, d_k=32, d_v=32, gqa=1, n_rot=32, n_core=30, n_new=45, n_past=900, budget=8),
     Case("streaming", method=STREAMING, d_k=32, d_v=32, gqa=1, n_rot=32, n_core=15, n_new=25, n_past=400, budget=21),
+    *(Case(name, method=method, d_k=32, d_v=32, n_rot=32, n_core=20, n_new=34, n_win=50, n_past=1200, n_q=44, budget=24, voted=True)
+      for method, name in EVICTING.items()),
+    Case("tova-softcap", method=6, d_k=32, d_v=32, gqa=2, n_rot=32, n_new=30, n_win=20, budget=18, softcap=3.0),
 )
 
 
@@ -168,6 +172,9 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
     if case.method == SEMANTIC:
         bias[case.n_sink:case.n_sink + case.n_core] += 0.2 * rng.standard_normal(case.n_core) * (n_tok > 1)
         s_use = 0.1 * rng.rand(case.n_core)
+    if case.method in EVICTING:
+        n_tok[:], bias[:] = 1, 0
+        s_use = 2.0 * rng.rand(case.n_core)
     if case.heavy_cores:
         chunk[:case.n_core] = 0
         bias[case.n_sink:case.n_sink + case.n_core] = 7.9375
@@ -195,6 +202,8 @@ def run(method: int, inp: reference.PassInput, params: reference.PassParams) -> 
         return reference.compress_head_paper(inp, params.budget)
     if method == STREAMING:
         return reference.compress_head_streaming(inp, params.budget)
+    if method in EVICTING:
+        return reference.compress_head_evict(inp, params, EVICTING[method])
     return reference.compress_head(inp, params)
 
 
@@ -204,6 +213,9 @@ def has_margins(case: Case, inp: reference.PassInput, params: reference.PassPara
         return _clusters_hold(inp, params.budget)
     if case.method == STREAMING or inp.n_cand <= params.budget:
         return True
+    if case.method in EVICTING:
+        value = np.sort(reference.POLICIES[EVICTING[case.method]](inp, params)[inp.cand])[::-1]
+        return value[params.budget - 1] - value[params.budget] > MARGIN * abs(value[params.budget])
     q = reference.look_ahead(inp, params)
     scores = reference.score(inp, params, q)
     rows = reference.update_scores(inp.candidates(), scores, inp.n_core)
@@ -253,6 +265,9 @@ def case_bytes(case: Case) -> bytes:
     u = np.zeros(len(inp.q))
     scores = reference.Scores(*np.zeros((3, inp.n_cand)))
     taken = reference.Votes.none(len(inp.votes))
+    if case.method in EVICTING:
+        score = reference.POLICIES[EVICTING[case.method]](inp, params)
+        taken = reference.Votes(inp.votes.n, inp.votes.p4, score[inp.n_sink + inp.n_core:])
     if case.method == SEMANTIC:
         u = reference.horizon_positions(inp.pos_q, params.n_horizon, params.seed)
         q = reference.look_ahead(inp, params)

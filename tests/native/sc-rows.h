@@ -109,6 +109,7 @@ struct tokens {
     std::vector<f16>     k, v, q; // [n, d_k], [n, d_v], [n_q, n_gqa, d_k]
     std::vector<int32_t> chunk;   // [n_new]
     std::vector<float>   cs;      // [n_q, n_rot/2, 2]
+    std::vector<int32_t> token;   // [n_q] place in the stage
     std::vector<token_votes> votes;   // [n] of earlier passes; empty: none
     std::vector<int32_t>     n_voted; // [n]
 
@@ -180,7 +181,7 @@ struct stage_store {
     }
 
     query_rows queries() const {
-        return { q.data() + q_off, q_row, ring.data(), t->cs.data(), t->n_q, nullptr, 0, 0 };
+        return { q.data() + q_off, q_row, ring.data(), t->cs.data(), t->token.data(), t->n_q, nullptr, 0, 0 };
     }
 
     // Votes of token i as the last pass left them.
@@ -192,14 +193,19 @@ inline void reserve(pass_workspace & ws, const head_store & h, const tokens & t)
     ws.reserve(h.shape, h.n_used + t.n(), std::max(0, h.n_used + t.n_sink + t.n_new - h.n_alloc), t.n_q);
 }
 
-// One pass over `h` with the stage in the given layout.
-inline pass_result run_pass(head_store & h, const tokens & t, const rope & r, const pass_params & params, pass_workspace & ws,
-                            const layout & l = {}) {
-    stage_store stage(t, h.shape, l);
+// One pass over `h`.
+inline pass_result run_pass(head_store & h, stage_store & stage, const rope & r, const pass_params & params, pass_workspace & ws) {
     head_rows rows = h.rows();
     const pass_result res = compress_head(rows, stage.rows(), stage.queries(), h.shape, r, params, ws);
     h.take(rows);
     return res;
+}
+
+// The same with the stage in the given layout.
+inline pass_result run_pass(head_store & h, const tokens & t, const rope & r, const pass_params & params, pass_workspace & ws,
+                            const layout & l = {}) {
+    stage_store stage(t, h.shape, l);
+    return run_pass(h, stage, r, params, ws);
 }
 
 inline pass_result run_pass(head_store & h, const tokens & t, const rope & r, const pass_params & params, const layout & l = {}) {

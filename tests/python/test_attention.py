@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tiny_models
-from conftest import PASSES, check_stats, continue_with, kl, last_logits, random_tokens, text_tokens
+from conftest import EXACT, PASSES, check_stats, continue_with, kl, last_logits, random_tokens, text_tokens
 
 
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
@@ -20,7 +20,7 @@ def test_ratio_1_is_full_attention_on_a_real_model(flash_attn, smollm2_f32, load
     tokens = text_tokens(full, n)
     full.eval(tokens)
     llm = load(
-        smollm2_f32, n_ctx=512, logits_all=True, flash_attn=flash_attn, kv_compress="semanticache", kv_ratio=1,
+        smollm2_f32, n_ctx=512, logits_all=True, flash_attn=flash_attn, kv_compress="semanticache", kv_ratio=1, **EXACT,
         kv_stage=100, kv_window=32,  # batches of 64: below that upstream adds values up in f16
     )  # fmt: skip
     llm.eval(tokens)
@@ -37,7 +37,7 @@ def test_ratio_1_is_full_attention_on_a_real_model(flash_attn, smollm2_f32, load
 def test_methods_with_room_for_the_whole_text_are_full_attention(method, tiny, load):
     tokens = random_tokens(400)
     full = load(tiny("qwen3"), n_ctx=1024, n_batch=80, logits_all=True)
-    llm = load(tiny("qwen3"), n_ctx=1024, **{**PASSES, "kv_compress": method}, kv_ratio=0.5, logits_all=True)
+    llm = load(tiny("qwen3"), n_ctx=1024, **{**PASSES, "kv_compress": method}, **EXACT, kv_ratio=0.5, logits_all=True)
     for some in (full, llm):
         some.eval(tokens)
     stats = llm.kv_stats()

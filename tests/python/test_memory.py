@@ -104,7 +104,7 @@ def test_8b_by_hand():
     assert sizes["f16"] == f16 == 4 << 30
     assert sizes["q8_0"] == f16 * 34 / 64
     assert sizes["q4_0"] == f16 * 18 / 64
-    compressed = estimate(SHAPE_8B, 32768, "semanticache", kv_ratio=0.25, kv_stage=512, kv_window=256)
+    compressed = estimate(SHAPE_8B, 32768, "semanticache", kv_ratio=0.25, kv_stage=512, kv_window=256, kv_type_k="f16", kv_type_v="f16")
     rows = 32768 // 4 * 8 * 32
     assert compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 12) + 512 * 8 * 32 * 8  # votes on the stage
     assert compressed.stage_bytes == 32 * 2 * 512 * 8 * 128 * 2

@@ -852,6 +852,7 @@ def test_golden_files_are_what_the_generator_writes(make_golden):
     assert sum(map(len, files.values())) < 1_500_000
 
 
+EVICTING = dict(enumerate(ref.POLICIES, start=3))
 CASE_NAMES = (GOLDEN / "index.txt").read_text().split()
 
 
@@ -902,6 +903,8 @@ def test_golden_case_reads_as_documented(name):
         votes = ref.take_votes(inp, params, ref.look_ahead(inp, params))
         np.testing.assert_allclose(c["taken_p4"], votes.p4, rtol=1e-6)
         np.testing.assert_allclose(c["taken_p"], votes.p, rtol=1e-6)
+    elif c["method"] in EVICTING:
+        result = ref.compress_head_evict(inp, params, EVICTING[c["method"]])
     else:
         method = {1: ref.compress_head_paper, 2: ref.compress_head_streaming}[c["method"]]
         result = method(inp, c["budget"])
@@ -914,7 +917,7 @@ def test_golden_case_reads_as_documented(name):
 
 def test_golden_cases_cover_what_they_should():
     cases = [read_case(GOLDEN / f"{name}.bin") for name in CASE_NAMES]
-    assert {c["method"] for c in cases} == {0, 1, 2}
+    assert {c["method"] for c in cases} == {0, 1, 2, *EVICTING}
     passes = [c for c in cases if c["method"] == 0]
     assert {32, 64, 80} <= {c["d_k"] for c in passes} and {1, 3, 7} <= {c["gqa"] for c in passes}
     assert {(c["n_rot"] > 0, c["n_rot"] == c["d_k"], c["rope_neox"]) for c in passes} >= {
@@ -930,3 +933,41 @@ def test_golden_cases_cover_what_they_should():
     assert any(c["n_q"] >= 192 for c in passes)  # the bias is fitted on every second token
     papers = [c for c in cases if c["method"] == 1]
     assert any(c["n_dropped"] for c in papers) and any(c["n_core"] for c in papers)
+
+
+def policy_input(k, q, pos_q, n_win, n_past, **more):
+    n, n_core = len(k) - n_win, len(more.get("s_use", ()))
+    return ref.PassInput(k, np.zeros((len(k), 2)), np.zeros(len(k)), 0, n_win, np.zeros(n), more.pop("s_use", ()), np.ones(n_core), q, pos_q, **more)
+
+
+def test_eviction_by_hand():
+    """Keys of two dimensions; logits are log 3 where key and query agree, and 0 elsewhere."""
+    params = ref.PassParams(1.0, 0.0, np.zeros(0), True, n_past=4, n_horizon=1, seed=0, budget=2)
+    k = [[1, 0], [0, 2], [3, 0], [0, 1]]
+    q = np.array([[[np.log(3), 0]], [[0, np.log(3)]]])  # of the tokens at 1 and 3
+    inp = policy_input(k, q, [1, 3], 1, 4)
+    np.testing.assert_allclose(ref.POLICIES["knorm"](inp, params), [-1, -2, -3, -1])
+    assert ref.compress_head_evict(inp, params, "knorm").winner.tolist() == [0, 1]
+    np.testing.assert_allclose(ref.POLICIES["keydiff"](inp, params), -np.array([2, 1, 2, 1]) / np.sqrt(5))
+    assert ref.compress_head_evict(inp, replace(params, budget=1), "keydiff").winner.tolist() == [1]
+    first, second = np.array([3, 1, 0, 0]) / 4, np.array([1, 9, 1, 3]) / 14
+    np.testing.assert_allclose(ref.POLICIES["tova"](inp, params), second)
+    np.testing.assert_allclose(ref.POLICIES["h2o"](inp, params), first + second)
+    votes = ref.Votes(np.array([2, 0, 0]), np.zeros(3), np.array([0.5, 9, 9]))
+    later = policy_input(k, q, [1, 3], 1, 4, s_use=[0.25], votes=votes)
+    np.testing.assert_allclose(ref.POLICIES["h2o"](later, params), first + second + [0.25, 0.5, 0, 0])
+    smooth = first + second
+    np.testing.assert_allclose(ref.POLICIES["snapkv"](inp, params), [*np.full(3, smooth[:3].sum() / 5), smooth[3]])
+    far = replace(inp, pos_q=np.array([1 - 64, 3]))
+    np.testing.assert_allclose(ref.POLICIES["snapkv"](far, params)[3], second[3])
+
+
+@pytest.mark.parametrize("policy", ref.POLICIES)
+def test_eviction_keeps_rows_as_they_are(policy):
+    rng = np.random.RandomState(0)
+    inp = policy_input(rng.standard_normal((30, 8)), rng.standard_normal((6, 2, 8)), np.arange(34, 40), 6, 40, s_use=np.ones(10))
+    params = ref.PassParams(0.5, 0.0, np.zeros(0), True, n_past=40, n_horizon=1, seed=0, budget=9)
+    result = ref.compress_head_evict(inp, params, policy)
+    assert len(result.rows) == 9 and result.n_dropped == 15 and result.n_merged == 0
+    np.testing.assert_array_equal(result.rows.k, inp.k[result.winner])
+    assert ref.compress_head_evict(inp, replace(params, budget=24), policy).n_dropped == 0

@@ -7,7 +7,7 @@ from copy import copy
 
 import numpy as np
 import pytest
-from conftest import check_stats, continue_with, kl, last_logits, random_tokens
+from conftest import EXACT, check_stats, continue_with, kl, last_logits, random_tokens
 
 from llama_semanticache import StateError
 
@@ -34,7 +34,7 @@ def test_until_the_stage_overflows_passes_only_take_votes(arch, flash_attn, tiny
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 def test_nothing_is_lost_with_every_row_kept(arch, tiny, load):
-    llm, full = load(tiny(arch), **WIDE, kv_ratio=1), load(tiny(arch), n_ctx=1024, n_batch=N_BATCH)
+    llm, full = load(tiny(arch), **WIDE, **EXACT, kv_ratio=1), load(tiny(arch), n_ctx=1024, n_batch=N_BATCH)
     for some in (llm, full):
         some.eval(TOKENS)
     stats = llm.kv_stats()

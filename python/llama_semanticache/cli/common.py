@@ -129,10 +129,10 @@ _LOAD = (
     *(
         click.option(
             f"--kv-type-{part}",
-            type=click.Choice(["f16", "q8_0", "q4_0"]),
-            default="f16",
+            type=click.Choice(["auto", "f16", "q8_0", "q4_0"]),
+            default="auto",
             show_default=True,
-            help=f"How {part.upper()} of the older tokens is stored.",
+            help=f"How {part.upper()} of the older tokens is stored; auto: q8_0 where heads allow it.",
         )
         for part in "kv"
     ),

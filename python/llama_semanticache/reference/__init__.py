@@ -10,6 +10,7 @@ lookahead  positions of the look-ahead and the rotation of queries to them
 attention  proportional attention: softmax over rows that carry a bias
 compress   one pass over one kv head: score, winners, clusters, merged rows, fitted bias
 paper      the baselines: the paper's method and streaming (sinks and newest tokens)
+evict      the baselines: what the eviction methods of others keep
 profile    errors of every kv head over its rows: file format, rows per head
 calibrate  measuring these errors
 """
@@ -44,6 +45,7 @@ from .compress import (
     update_scores,
     value_deviations,
 )
+from .evict import POLICIES, compress_head_evict
 from .lookahead import horizon_positions, rotate, splitmix64
 from .paper import chunk_budgets, compress_head_paper, compress_head_streaming, cosines, greedy_clusters, threshold_clusters
 from .profile import PARTS, Profile, budgets, equal_budgets, error_at, read_profile, steps, write_profile
@@ -55,6 +57,7 @@ __all__ = [
     "FADE",
     "N_FIT",
     "PARTS",
+    "POLICIES",
     "VOTE_EVERY",
     "HeadRows",
     "PassInput",
@@ -71,6 +74,7 @@ __all__ = [
     "chunk_ids",
     "cluster",
     "compress_head",
+    "compress_head_evict",
     "compress_head_paper",
     "compress_head_streaming",
     "cosines",

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 from click.testing import CliRunner
+from conftest import last_logits
 
-from llama_semanticache.bench import speed
+from llama_semanticache.bench import cases, chat, quality, speed, tasks
+from llama_semanticache.bench.runs import Run
 from llama_semanticache.bench.settings import parse_setting
 from llama_semanticache.cli import main
 from llama_semanticache.errors import ArgumentError
@@ -22,14 +28,14 @@ def wide(tmp_path_factory):
 
 
 def test_settings():
-    assert parse_setting("semanticache:0.25")[1] == {"kv_compress": "semanticache", "kv_ratio": 0.25}
+    assert parse_setting("semanticache:0.25") == {"kv_compress": "semanticache", "kv_ratio": 0.25}
     text = "semanticache:0.5:equal:stage=96:type_k=q8_0:merge=0:horizon=7:profile=a.profile"
-    assert parse_setting(text) == (text, {
+    assert parse_setting(text) == {
         "kv_compress": "semanticache", "kv_ratio": 0.5, "kv_stage": 96, "kv_type_k": "q8_0", "kv_profile": "a.profile",
         "kv_params": {"merge": 0, "n_horizon": 7},
-    })  # fmt: skip
+    }  # fmt: skip
     for bad in ("semanticache", "semanticache:x", "semanticache:0.5:stage", "semanticache:0.5:merge=yes"):
-        with pytest.raises(ArgumentError, match="setting: expected METHOD:RATIO"):
+        with pytest.raises(ArgumentError, match="or METHOD:RATIO"):
             parse_setting(bad)
 
 
@@ -51,15 +57,20 @@ def test_speed_measures_every_setting_in_every_round(wide, tmp_path):
     assert os.environ.get(speed.STOCK_VARIABLE), f"expected {speed.STOCK_VARIABLE}, got nothing; run `make test`, which builds the unpatched library"
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
-    result = json.loads(out.read_text())
-    assert [(r["depth"], r["setting"]) for r in result["records"]] == [(d, s) for d in (50, 300) for s in ("stock:f16", *settings)]
-    f16, q8_0, ours = result["records"][3:]
-    for record in result["records"]:
+    records = speed.speed_records(json.loads(out.read_text()))
+    assert [(r["depth"], r["setting"]) for r in records] == [(d, s) for d in (50, 300) for s in ("stock:f16", *settings)]
+    f16, q8_0, ours = records[3:]
+    for record in records:
+        assert record["resident_bytes"] > record["kv_bytes"]
         assert len(record["prefill_s"]) == len(record["decode_s"]) == 2 and min(record["prefill_s"] + record["decode_s"]) > 0
     assert ours["pass_s"] and 0 < sum(ours["pass_s"]) < sum(ours["prefill_s"]) and not f16["pass_s"]
     assert f16["kv_bytes"] == 2 * 2 * 2 * 64 * 2 * 512  # layers, kv heads, K and V, head size, bytes, cells
     assert q8_0["kv_bytes"] == f16["kv_bytes"] * 34 // 64
     assert f"{ours['kv_bytes'] / 2**20:.1f}" in done.output and "semanticache" in done.output
+    written = out.read_text()
+    assert CliRunner().invoke(main, command).exit_code == 0 and out.read_text() == written  # nothing is measured twice
+    done = CliRunner().invoke(main, [*command, "--n-decode", "6"])
+    assert done.exit_code == 1 and "another asked; name another file" in done.output
 
 
 def test_speed_needs_the_stock_library(tiny, tmp_path, monkeypatch):
@@ -80,9 +91,10 @@ def test_speed_of_a_text_that_is_too_short(wide, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stock:q5_0", "expected one of stock:f16, stock:q8_0, stock:q4_0"),
-        ("semanticache:much", "setting: expected METHOD:RATIO"),
-        ("stock:q8_0", "stock:q8_0: expected a measurement, got the end of its process"),  # heads of 16 values
+        ("stock:q5_0", "expected one of stock:f16, stock:q8_0, stock:q4_0 or METHOD:RATIO"),
+        ("semanticache:much", "METHOD:RATIO"),
+        ("stock:q8_0", "expected heads of a multiple of 32 values for q8_0"),
+        ("streaming:0.25:stage=5", "streaming:0.25:stage=5: expected a measurement, got the end of its process"),
     ],
 )
 def test_speed_of_a_setting_that_cannot_be(setting, message, tiny, tmp_path):
@@ -91,3 +103,220 @@ def test_speed_of_a_setting_that_cannot_be(setting, message, tiny, tmp_path):
     done = CliRunner().invoke(main, ["bench", "speed", tiny("llama"), "--text", str(text), "--depth", "50", "--setting", setting, "--threads", "1"])
     assert done.exit_code == 1 and "Error: " in done.output
     assert message in done.output and "Traceback" not in done.output
+
+
+def test_divergence_by_hand():
+    reference = np.log(np.array([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]]))
+    other = np.log(np.array([[0.25, 0.75], [0.6, 0.4], [0.2, 0.8]]))
+    got = quality.divergence(reference, other, [0, 1, 0])
+    first, second = 0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.9 * math.log(1.5) + 0.1 * math.log(0.25)
+    assert got["kl"] == pytest.approx((first + second) / 3)
+    assert got["same_top"] == pytest.approx(2 / 3)  # a tie goes to the first
+    assert got["log_ppl"] == pytest.approx((math.log(0.5 / 0.75) + math.log(0.9 / 0.6)) / 2)
+
+
+def test_facts():
+    for seed in range(5):
+        single, ruler = cases.single_facts(seed), cases.ruler_facts(seed)
+        for facts in (single, ruler):
+            assert [f.depth for f in facts] == list(cases.DEPTHS)
+            for fact in facts:
+                assert all(any(answer in text for _, text in fact.sentences) for answer in fact.answers)
+                assert not any(answer in fact.prompt for answer in fact.answers)
+        assert {f.kind for f in ruler} >= {"multikey", "paraphrase", "multivalue", "tracking"}
+        assert [len(f.sentences) for f in ruler if f.kind in ("multikey", "multivalue", "tracking")].count(3) == 2
+    assert {cases.ruler_facts(s)[0].kind for s in range(5)} >= {"multikey", "paraphrase", "multivalue", "tracking"}
+    three = cases.Fact("multivalue", 0.5, (), "", ("Ann", "Bob", "Eve"))
+    assert three.score(" Bob, Ann and Joe") == pytest.approx(2 / 3)
+
+
+def test_quality(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog. " * 90)
+    out = tmp_path / "quality.json"
+    command = ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "700", "--n-tokens", "900", "--facts", "ruler", "--cases", "2", "--threads", "1"]
+    command += ["--n-following", "40", "--setting", "semanticache:0.25:equal:stage=96:window=12", "--setting", "semanticache:1:equal:stage=96:window=12", "--json", str(out)]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    run = json.loads(out.read_text())
+    rows = {(r["setting"].split(":")[1], r["tokens"]): r for r in quality.text_rows(run)}
+    assert set(rows) == {(s, n) for s in ("f16", "0.25", "1") for n in (700, 900)}
+    for n in (700, 900):
+        assert rows["f16", n]["kl"] is None and rows["1", n]["kl"] < 1e-4 < rows["0.25", n]["kl"]
+        assert rows["0.25", n]["questions"] == 10 and rows["0.25", n]["kv_mib"] < rows["f16", n]["kv_mib"]
+    for record in list(run["records"])[-3:]:  # as if it had been cut off
+        del run["records"][record]
+    kept = {name: dict(r) for name, r in run["records"].items()}
+    out.write_text(json.dumps(run))
+    assert CliRunner().invoke(main, command).exit_code == 0
+    again = json.loads(out.read_text())
+    assert {name: again["records"][name] for name in kept} == kept
+    for r in quality.text_rows(again):
+        assert r["kl"] == pytest.approx(rows[r["setting"].split(":")[1], r["tokens"]]["kl"])
+
+
+STUB = """#!{python}
+import json, sys
+assert sys.argv[1].endswith("kvpress_worker.py")
+for line in sys.stdin:
+    order = json.loads(line)
+    answer = {{"ok": True}} if "load" in order else {{
+        "kl": 0.5, "same_top": 0.25, "log_ppl": 0.0, "prefill_s": 1.0, "pass_s": 0.0, "kv_bytes": int(2**20 * order["keep"]), "rows_used": len(order["tokens"]),
+        "texts": [f"{{order['press']}} {{len(q['tokens'])}} {{q['n']}}" for q in order["questions"]]}}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def test_quality_asks_the_process_of_kvpress(tiny, tmp_path):
+    """With a process that knows nothing: what it is told, and what becomes of its answers. kvpress itself needs torch."""
+    stub, text, out = tmp_path / "stub", tmp_path / "text.txt", tmp_path / "q.json"
+    stub.write_text(STUB.format(python=sys.executable))
+    stub.chmod(0o755)
+    text.write_text("the quick brown fox jumps over a lazy dog. " * 90)
+    run_command("quality", tiny("llama"), "--text", text, "--n-tokens", 400, "--cases", 1, "--n-following", 20, "--threads", 1,
+                "--setting", "kvpress:keydiff:0.5", "--kvpress-python", stub, "--json", out)  # fmt: skip
+    base, press = json.loads(out.read_text())["records"].values()
+    assert press["rows_used"] == 400 and press["kl"] == 0.5 and press["kv_bytes"] == 2**19
+    assert len(press["answers"]) == len(base["answers"]) == 5 and press["answers"][0]["got"].startswith("keydiff ")
+    assert [a["want"] for a in press["answers"]] == [a["want"] for a in base["answers"]]
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("kvpress:keydiff:0.5", "--kvpress-python: expected a Python with kvpress"), ("kvpress:nothing:0.5", "kvpress:NAME:KEEP"), ("kvpress:tova:2", "0 < KEEP <= 1"),
+])  # fmt: skip
+def test_kvpress_that_cannot_be(setting, message, tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("short")
+    done = CliRunner().invoke(main, ["bench", "quality", tiny("llama"), "--text", str(text), "--setting", setting])
+    assert done.exit_code == 1 and message in done.output
+
+
+def test_quality_of_a_text_that_is_too_short(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("short")
+    done = CliRunner().invoke(main, ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "800", "--setting", "streaming:0.5"])
+    assert done.exit_code == 1 and "text: expected more than" in done.output
+
+
+def test_a_package_of_the_extra_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    (tmp_path / "x.json").write_text("{}")
+    done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
+    assert done.exit_code == 1 and "expected the package tabulate" in done.output and "llama-semanticache[bench]" in done.output
+
+
+def test_a_run_names_files_and_not_where_they_lie(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path), "bench", str(tmp_path / "none"), "a b", str(tmp_path)])
+    assert Run(None, "speed", {}).data["command"] == f"{tmp_path.name} bench {tmp_path / 'none'} 'a b' {tmp_path.name}"
+
+
+def test_a_file_that_is_no_run(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("[]")
+    with pytest.raises(ArgumentError, match="expected the JSON of a bench run"):
+        Run(path, "speed", {})
+
+
+def run_command(*words):
+    done = CliRunner().invoke(main, ["bench", *map(str, words)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_task_metrics_by_hand():
+    assert tasks.score("hotpotqa", "The red house!", ["a red car", "Red house"]) == 1.0  # articles, case and punctuation do not count
+    assert tasks.score("hotpotqa", "red house", ["red car"]) == 0.5
+    assert tasks.score("hotpotqa", "", ["red car"]) == 0.0
+    assert tasks.score("multifieldqa_zh", "北京。", ["北京市"]) == pytest.approx(4 / 5)
+    assert tasks.score("gov_report", "the cat sat", ["the cat ran off"]) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert tasks.score("vcsum", "甲乙丁", ["甲乙丙"]) == pytest.approx(2 / 3)
+    assert tasks.score("trec", "\nDescription of a thing\nQuestion: Location", ["Location"]) == 0.0
+    assert tasks.score("trec", "location of it", ["Location"]) == 1.0
+    assert tasks.score("passage_retrieval_en", "Paragraph 7, not 8", ["Paragraph 7"]) == 0.5
+    assert tasks.score("passage_count", "none", ["3"]) == 0.0
+    assert tasks.score("lcc", "# a comment\nreturn x\n", ["return x"]) == 1.0
+    assert tasks.score("repobench-p", "abcd", ["abxy"]) == 0.5
+    assert tasks.cut_middle(range(10), 5) == [0, 1, 7, 8, 9] and tasks.cut_middle(range(3), 5) == [0, 1, 2]
+
+
+def test_tasks(tiny, tmp_path):
+    items, out = tmp_path / "items.jsonl", tmp_path / "tasks.json"
+    lines = [{"task": "hotpotqa", "id": i, "prompt": "the quick brown fox. " * n, "gold": "fox"} for i, n in enumerate((20, 400))]
+    items.write_text("\n".join(map(json.dumps, lines)))
+    command = ("tasks", tiny("llama"), "--tasks", items, "--n-ctx", 1024, "--threads", 1, "--setting", "h2o:0.5:stage=192:window=32", "--json", out)
+    assert "all items" in run_command(*command)
+    records = json.loads(out.read_text())["records"]
+    assert len(records) == 4 and {r["tokens"] for r in records.values()} >= {1024 - 32}  # the long one lost its middle
+    head, cells = tasks.task_table({"asked": {"settings": ["stock:f16", "x:1"]}, "records": {
+        "task|stock:f16|lcc|0": {"score": 0.5, "kv_bytes": 2**21}, "task|stock:f16|trec|0": {"score": 1.0, "kv_bytes": 2**21},
+        "task|x:1|lcc|0": {"score": 0.25, "kv_bytes": 2**20}, "task|x:1|trec|0": {"score": 0.5, "kv_bytes": 2**20}, "task|x:1|trec|1": {"tokens": 9},
+    }})  # fmt: skip
+    assert cells == [
+        ["lcc", "1", "50.0", "25.0"], ["trec", "1", "100.0", "50.0"], ["all items", "2", "75.0", "37.5"],
+        ["of uncompressed", "", "100.0%", "50.0%"], ["KV MiB", "", "2.0", "1.0"],
+    ]  # fmt: skip
+    out.unlink()
+    run_command(*command, "--whole")
+    assert sum("score" not in r for r in json.loads(out.read_text())["records"].values()) == 2
+
+
+def test_tasks_that_are_none(tiny, tmp_path):
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"task": "riddles", "id": 0, "prompt": "", "gold": ""}')
+    done = CliRunner().invoke(main, ["bench", "tasks", tiny("llama"), "--tasks", str(items)])
+    assert done.exit_code == 1 and "line 1: expected task, id, prompt and gold" in done.output and "riddles" in done.output
+
+
+def test_chat(smollm2, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "chat.json"
+    text.write_text("The quick brown fox jumps over a lazy dog and runs into the dark wood. " * 60)
+    settings = ("semanticache:0.25:equal:stage=192:window=32", "shift:0.25")
+    output = run_command("chat", smollm2, "--text", text, "--turns", 6, "--facts", 2, "--n-answer", 40, "--chats", 1, "--n-ctx", 1024,
+                         *(w for s in settings for w in ("--setting", s)), "--json", out)  # fmt: skip
+    records = json.loads(out.read_text())["records"]
+    assert [name.split("|")[1] for name in records] == ["stock:f16", *settings]
+    for record in records.values():
+        assert record["tokens"] > 300 and [a["turn"] for a in record["answers"]] == [1, 2]
+        assert all(a["score"] == (a["want"] in a["got"]) for a in record["answers"])
+    assert [a["score"] for a in records["chat|stock:f16|0"]["answers"]] == [1.0, 1.0]
+    assert "turn 2" in output and "2/2" in output
+    assert chat.chat_options("shift:0.25", Path(smollm2), 8960)[1] in range(2048, 8960 // 2, 256)
+
+
+def test_context_shift_moves_the_newer_half_up(tiny, load):
+    llm = load(tiny("llama"), n_ctx=256, n_batch=64)
+    for start in range(0, 256, 64):
+        llm.eval(list(range(start + 10, start + 74)))
+    chat.shift_if_full(llm, 10, 16)
+    assert llm.n_tokens == 256 - 120
+    assert llm.input_ids[: llm.n_tokens].tolist() == [*range(10, 26), *range(10 + 16 + 120, 266)]
+    llm.eval([5] * 60)
+    assert np.isfinite(last_logits(llm)).all()
+
+
+def test_memory(tiny, tmp_path):
+    out = tmp_path / "memory.json"
+    setting = "semanticache:0.25:equal:stage=192:window=32"
+    output = run_command("memory", tiny("llama"), "--n-ctx", 2048, "--setting", setting, "--fill", 0.5, "--gib", 1, "--threads", 1, "--json", out)
+    records = json.loads(out.read_text())["records"]
+    f16, ours = records["memory|stock:f16|2048"], records[f"memory|{setting}|2048"]
+    assert f16["kv_bytes"] == 2 * 2 * 2 * 16 * 2 * 2048  # layers, kv heads, K and V, head size, bytes, cells
+    assert ours["kv_bytes"] == ours["core_bytes"] + ours["stage_bytes"] + ours["query_bytes"] + ours["meta_bytes"] < f16["kv_bytes"]
+    assert f16["n_tokens"] == ours["n_tokens"] == 1024 and ours["resident_peak"] >= ours["resident_steady"] > 0
+    assert ours["largest"] == f16["largest"] and "tokens in 1 GiB" in output.replace("\n", " ") or "GiB" in output
+
+
+def test_report(tiny, wide, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over a lazy dog. " * 90)
+    ours = "semanticache:0.25:equal:stage=96:window=12"
+    run_command("quality", tiny("llama"), "--text", text, "--n-tokens", 400, "--n-tokens", 500, "--cases", 1, "--n-following", 20,
+                "--setting", ours, "--threads", 1, "--json", tmp_path / "q.json")  # fmt: skip
+    run_command("speed", wide, "--text", text, "--depth", 50, "--n-decode", 3, "--rounds", 1, "--setting", ours, "--threads", 1, "--json", tmp_path / "s.json")
+    assert "2 runs" in run_command("report", tmp_path)
+    markdown, html = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert ours in markdown and "bench quality" not in markdown.split("\n")[0] and "| stock:f16" in markdown
+    assert html.count("<svg") == 2 + 2 + 1 + 1 + 1 + 1 and "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    (tmp_path / "x.json").write_text("{}")
+    done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
+    assert done.exit_code == 1 and "x.json: expected the JSON of a bench run" in done.output

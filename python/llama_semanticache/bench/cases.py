@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..errors import ArgumentError
 from ..llama import Llama
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -17,6 +18,9 @@ PLACES = (
 FIRST = ("Agnes", "Bertram", "Clara", "Desmond", "Edith", "Felix", "Greta", "Hector", "Irene", "Jasper")
 LAST = ("Whitlock", "Marlowe", "Penrose", "Sandford", "Tolliver", "Umber", "Vance", "Wexford", "Yarrow", "Zeller")
 MONTHS = ("January", "March", "April", "June", "July", "September", "October", "December")
+
+CITIES = ("Lisbon", "Bergen", "Krakow", "Valencia", "Tallinn", "Antwerp", "Galway", "Turin")
+JOBS = ("plumber", "surgeon", "translator", "carpenter", "pilot", "florist", "librarian", "baker")
 
 KINDS = {
     # kind: (sentence with {place} and {value}, question, start of the answer)
@@ -38,15 +42,26 @@ KINDS = {
 }
 
 
+PARAPHRASES = {
+    "number": ("Which digits open the door of the {place}?", "The door of the {place} opens with the digits"),
+    "name": ("Who looks after the {place}?", "The person who looks after the {place} is"),
+    "date": ("On which day could the public enter the {place} for the first time?", "The public could first enter the {place} on"),
+}
+
+
 @dataclass(frozen=True)
 class Fact:
-    """One fact, where it stands, and how it is asked for."""
+    """What is asked for, and the sentences that tell it."""
 
     kind: str
-    depth: float
-    sentence: str
+    depth: float  # of the first sentence
+    sentences: tuple[tuple[float, str], ...]  # depth and text
     prompt: str  # question and the start of its answer
-    answer: str  # what must follow, without leading space
+    answers: tuple[str, ...]  # all must be given, in any order
+
+    def score(self, text: str) -> float:
+        """Share of the answers that the text holds."""
+        return sum(answer in text for answer in self.answers) / len(self.answers)
 
 
 @dataclass(frozen=True)
@@ -58,26 +73,89 @@ class Case:
     facts: list[Fact]
 
 
-def make_facts(seed: int) -> list[Fact]:
+def _prompt(question: str, start: str) -> str:
+    return f"\n\nQuestion: {question}\nAnswer: {start}"
+
+
+def _value(rnd: random.Random, kind: str) -> str:
+    if kind == "number":
+        return str(rnd.randrange(10000, 99999))
+    if kind == "name":
+        return f"{rnd.choice(FIRST)} {rnd.choice(LAST)}"
+    return f"{rnd.randrange(1, 29)} {rnd.choice(MONTHS)} {rnd.randrange(1700, 1900)}"
+
+
+def _simple(rnd: random.Random, kind: str, depth: float, place: str, paraphrased: bool = False) -> Fact:
+    value = _value(rnd, kind)
+    sentence, *asked = KINDS[kind]
+    question, start = PARAPHRASES[kind] if paraphrased else asked
+    prompt = _prompt(question, start).format(place=place)
+    return Fact("paraphrase" if paraphrased else kind, depth, ((depth, sentence.format(place=place, value=value)),), prompt, (value,))
+
+
+def single_facts(seed: int) -> list[Fact]:
     """One fact per depth; the kinds take turns, so that any three seeds in a row have every kind at every depth."""
     rnd = random.Random(seed)
     places = rnd.sample(PLACES, len(DEPTHS))
     kinds = list(KINDS)
-    facts = []
-    for i, (place, depth) in enumerate(zip(places, DEPTHS)):
-        kind = kinds[(i + seed) % len(kinds)]
-        value = {
-            "number": str(rnd.randrange(10000, 99999)),
-            "name": f"{rnd.choice(FIRST)} {rnd.choice(LAST)}",
-            "date": f"{rnd.randrange(1, 29)} {rnd.choice(MONTHS)} {rnd.randrange(1700, 1900)}",
-        }[kind]
-        sentence, question, start = KINDS[kind]
-        prompt = f"\n\nQuestion: {question}\nAnswer: {start}".format(place=place)
-        facts.append(Fact(kind, depth, sentence.format(place=place, value=value), prompt, value))
-    return facts
+    return [_simple(rnd, kinds[(i + seed) % len(kinds)], depth, place) for i, (place, depth) in enumerate(zip(places, DEPTHS))]
 
 
-def make_case(llm: Llama, text_tokens: list[int], seed: int, n_tokens: int, n_following: int) -> Case:
+def ruler_facts(seed: int) -> list[Fact]:
+    """In the manner of RULER: a fact among four of its like, one in other words, one of three values, one behind a chain of three
+    variables, and a plain one. The kinds take turns at the depths, so that any five seeds in a row have every kind at every depth.
+    """
+    rnd = random.Random(f"ruler {seed}")
+    places = iter(rnd.sample(PLACES, 8))
+    kind_of = iter(rnd.choice(list(KINDS)) for _ in DEPTHS)
+
+    def elsewhere() -> float:
+        return rnd.uniform(0.05, 0.95)
+
+    def multikey(depth: float) -> Fact:
+        kind = next(kind_of)
+        asked = _simple(rnd, kind, depth, next(places))
+        others = [_simple(rnd, kind, elsewhere(), next(places)) for _ in range(3)]
+        return replace(asked, kind="multikey", sentences=asked.sentences + tuple(s for o in others for s in o.sentences))
+
+    def multivalue(depth: float) -> Fact:
+        place, names = next(places), tuple(f"{f} {l}" for f, l in zip(rnd.sample(FIRST, 3), rnd.sample(LAST, 3)))
+        told = tuple((d, f" A guide of the {place} is called {name}.") for d, name in zip((depth, elsewhere(), elsewhere()), names))
+        return Fact("multivalue", depth, told, _prompt(f"What are the three guides of the {place} called?", f"The guides of the {place} are called"), names)
+
+    def tracking(depth: float) -> Fact:
+        names, value = rnd.sample([f"VAR_{c}{n}" for c in "ABCDEFGH" for n in range(1, 10)], 3), str(rnd.randrange(10000, 99999))
+        told = (f" Set {names[0]} = {value}.", f" Set {names[1]} = {names[0]}.", f" Set {names[2]} = {names[1]}.")
+        depths = sorted([depth, elsewhere(), elsewhere()])
+        return Fact("tracking", depth, tuple(zip(depths, told)), _prompt(f"What number is {names[2]}?", f"The number {names[2]} is"), (value,))
+
+    makers = (
+        multikey,
+        lambda depth: _simple(rnd, next(kind_of), depth, next(places), paraphrased=True),
+        multivalue,
+        tracking,
+        lambda depth: _simple(rnd, next(kind_of), depth, next(places)),
+    )
+    return [makers[(i + seed) % len(makers)](depth) for i, depth in enumerate(DEPTHS)]
+
+
+def chat_facts(seed: int, n_facts: int) -> list[tuple[str, str, str, str]]:
+    """What a user tells of himself: (statement, question, start of the answer, answer); no two of one kind."""
+    rnd = random.Random(f"chat {seed}")
+    kinds = (
+        ("By the way, my sister is called {}.", "What is my sister called?", "Your sister is called", f"{rnd.choice(FIRST)} {rnd.choice(LAST)}"),
+        ("By the way, the code of my suitcase is {}.", "What is the code of my suitcase?", "The code of your suitcase is", str(rnd.randrange(1000, 9999))),
+        ("By the way, I was born in {}.", "In which city was I born?", "You were born in", rnd.choice(CITIES)),
+        ("By the way, my train leaves on {}.", "On which day does my train leave?", "Your train leaves on", f"{rnd.randrange(1, 29)} {rnd.choice(MONTHS)}"),
+        ("By the way, I work as a {}.", "What do I work as?", "You work as a", rnd.choice(JOBS)),
+    )
+    return [(told.format(value), question, start, value) for told, question, start, value in rnd.sample(kinds, n_facts)]
+
+
+SUITES = {"single": single_facts, "ruler": ruler_facts}
+
+
+def make_case(llm: Llama, text_tokens: list[int], seed: int, n_tokens: int, n_following: int, suite: str = "single") -> Case:
     """Cut a piece out of a text at random and put facts in at the ends of its sentences.
 
     Parameters
@@ -88,16 +166,30 @@ def make_case(llm: Llama, text_tokens: list[int], seed: int, n_tokens: int, n_fo
         Tokens of a text longer than n_tokens + n_following.
     n_tokens : int
         Length of the case, facts and BOS included.
+    suite : str
+        One of `SUITES`.
+
+    Raises
+    ------
+    ArgumentError
+        The text is too short.
     """
     rnd = random.Random(1000 + seed)
-    facts = make_facts(seed)
-    sentences = [llm.tokenize(f.sentence.encode(), add_bos=False, special=False) for f in facts]
+    facts = SUITES[suite](seed)
+    told = sorted((depth, sentence) for fact in facts for depth, sentence in fact.sentences)
+    sentences = [llm.tokenize(sentence.encode(), add_bos=False, special=False) for _, sentence in told]
     bos = [llm.token_bos()] if llm.metadata.get("tokenizer.ggml.add_bos_token") == "true" else []
     n_body = n_tokens - len(bos) - sum(map(len, sentences))
-    begin = rnd.randrange(len(text_tokens) - n_body - n_following)
+    n_spare = len(text_tokens) - n_body - n_following
+    if n_body < 1 or n_spare < 1:
+        raise ArgumentError(
+            f"text: expected more than {n_body + n_following} tokens for a case of {n_tokens} tokens and {n_following} behind it, "
+            f"got {len(text_tokens)}; name a longer text or a smaller length"
+        )
+    begin = rnd.randrange(n_spare)
     body = text_tokens[begin : begin + n_body]
-    ends = [i + 1 for i, t in enumerate(body) if llm.detokenize([t]).rstrip(b" ").endswith((b".", b"!", b"?"))]
-    places = [min(ends, key=lambda e: abs(e - depth * n_body)) for depth in DEPTHS]
+    ends = [i + 1 for i, t in enumerate(body) if llm.detokenize([t]).rstrip(b" ").endswith((b".", b"!", b"?"))] or [n_body]
+    places = [min(ends, key=lambda e: abs(e - depth * n_body)) for depth, _ in told]
     tokens = list(bos)
     for start, end, sentence in zip([0, *places], places, sentences):
         tokens += body[start:end] + sentence

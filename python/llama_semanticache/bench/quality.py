@@ -1,185 +1,236 @@
-"""Does the model still remember? Facts asked for after compression, and KL divergence on the text that follows.
+"""Does the model still remember? Facts, the text that follows, tasks and a conversation, each against the uncompressed cache.
 
-    python -m llama_semanticache.bench.quality MODEL --text FILE --n-tokens 8000 --cases 3 --json results.json
-
-Every case is read with the uncompressed cache and with each setting; the questions and the following text come after the
-whole case has been read (and compressed), each from the same snapshot of the cache.
+    llama-semanticache bench quality MODEL --text FILE --n-tokens 7600 --cases 3 --setting semanticache:0.25 --json quality.json
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import time
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator, Sequence
 
 import click
 import numpy as np
 
-from .. import models, profile, upstream_commit
+from .. import models, profile
+from ..errors import ArgumentError
 from ..llama import Llama
-from .cases import Case, make_case
-from .settings import parse_setting
+from .cases import SUITES, Case, Fact, make_case
+from .harness import Snapshot, continue_greedily, log_softmax, next_logits, read_in
+from .process import Worker
+from .runs import Run
+from .settings import BASE, llama_options, needs_profile, parse_press
+from .tables import print_table
 
-import llama_cpp  # the patched library is loaded by now
-
-FULL = "full"
-
-
-@dataclass
-class Outcome:
-    """Sums over the cases of one setting."""
-
-    setting: str
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)  # nats, mean over the following tokens, per case
-    same_top: list[float] = field(default_factory=list)  # share of following tokens with the same most likely token
-    prefill_s: list[float] = field(default_factory=list)
-    pass_s: list[float] = field(default_factory=list)
-    kv_bytes: int = 0
-    rows_used: int = 0
-
-    @property
-    def exact_match(self) -> float:
-        return float(np.mean([a["match"] for a in self.answers]))
+KVPRESS_VARIABLE = "LLAMA_SEMANTICACHE_KVPRESS_PYTHON"
+DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.25", "streaming:0.25")
 
 
-def next_logits(llm: Llama, tokens: list[int]) -> np.ndarray:
-    """Logits after each of `tokens`, [len(tokens), n_vocab]; at most n_batch tokens."""
-    llm._batch.set_batch(batch=tokens, n_past=llm.n_tokens, logits_all=True)
-    llm._ctx.decode(llm._batch)
-    llm.input_ids[llm.n_tokens : llm.n_tokens + len(tokens)] = tokens
-    llm.n_tokens += len(tokens)
-    shape = (len(tokens), llm.n_vocab())
-    return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=shape).astype(np.float32)
+class Loader:
+    """Loads a model with one cache after the other; the same one is not loaded twice in a row."""
+
+    def __init__(self, path: Path, **common: Any):
+        self.path, self.common = path, common
+        self.setting: str | None = None
+        self.llm: Llama | None = None
+
+    def __call__(self, setting: str) -> Llama:
+        if setting != self.setting:
+            self.close()
+            self.llm = Llama(str(self.path), **self.common, **llama_options(setting))
+            self.setting = setting
+        return self.llm
+
+    def close(self) -> None:
+        if self.llm is not None:
+            self.llm.close()
+        self.llm = self.setting = None
 
 
-def log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+@contextmanager
+def loader(path: Path, **common: Any) -> Iterator[Loader]:
+    load = Loader(path, **common)
+    try:
+        yield load
+    finally:
+        load.close()
 
 
-class Snapshot:
-    """The whole context, to come back to."""
-
-    def __init__(self, llm: Llama):
-        size = llama_cpp.llama_state_get_size(llm.ctx)
-        self.data = (llama_cpp.ctypes.c_uint8 * size)()
-        self.size = llama_cpp.llama_state_get_data(llm.ctx, self.data, size)
-        self.n_tokens = llm.n_tokens
-
-    def restore(self, llm: Llama) -> None:
-        if llama_cpp.llama_state_set_data(llm.ctx, self.data, self.size) != self.size:
-            raise RuntimeError("could not restore the context")
-        llm.n_tokens = self.n_tokens
-
-
-def answer(llm: Llama, prompt: str, n_tokens: int) -> str:
-    """Greedy continuation of the cache's text by the prompt."""
-    tokens = llm.tokenize(prompt.encode(), add_bos=False, special=False)
-    out: list[int] = []
-    while len(out) < n_tokens:
-        top = int(next_logits(llm, tokens)[-1].argmax())
-        if llama_cpp.llama_vocab_is_eog(llm._model.vocab, top):
-            break
-        out.append(top)
-        tokens = [top]
-    return llm.detokenize(out).decode("utf-8", "ignore")
-
-
-def run_case(llm: Llama, case: Case, outcome: Outcome, reference: np.ndarray | None) -> np.ndarray:
-    """Measures one case into `outcome`; returns the log-probabilities on the following text."""
-    llm.reset()
-    before = llm.kv_stats().pass_s
-    start = time.perf_counter()
-    llm.eval(case.tokens)
-    outcome.prefill_s.append(time.perf_counter() - start)
-    stats = llm.kv_stats()
-    outcome.pass_s.append(stats.pass_s - before)
-    outcome.kv_bytes, outcome.rows_used = stats.total_bytes, stats.rows_used
-
-    snapshot = Snapshot(llm)
+def follow(llm: Llama, case: Case) -> np.ndarray:
+    """Log-probabilities after each of the tokens that follow the case, [n, n_vocab]; its text is in the cache."""
     step = min(128, llm.n_batch)
-    logp = log_softmax(np.concatenate([next_logits(llm, case.following[i : i + step]) for i in range(0, len(case.following), step)]))
-    if reference is not None:
-        outcome.kl.append(float((np.exp(reference) * (reference - logp)).sum(-1).mean()))
-        outcome.same_top.append(float((reference.argmax(-1) == logp.argmax(-1)).mean()))
+    return log_softmax(np.concatenate([next_logits(llm, case.following[i : i + step]) for i in range(0, len(case.following), step)]))
+
+
+def divergence(reference: np.ndarray, logp: np.ndarray, following: Sequence[int]) -> dict[str, float]:
+    """Means over the following tokens: KL divergence (nats), share with the same most likely token, log of the factor by which the
+    perplexity rises.
+
+    Parameters
+    ----------
+    reference, logp : ndarray, shape [n, n_vocab]
+        Log-probabilities of the uncompressed cache and of another.
+    following : sequence of int, length n
+        The tokens after whose first n - 1 the others are expected.
+    """
+    at = (np.arange(len(following) - 1), following[1:])
+    return {
+        "kl": float((np.exp(reference) * (reference - logp)).sum(-1).mean()),
+        "same_top": float((reference.argmax(-1) == logp.argmax(-1)).mean()),
+        "log_ppl": float((reference[at] - logp[at]).mean()),
+    }
+
+
+def question_of(llm: Llama, fact: Fact) -> tuple[list[int], int]:
+    """Tokens of the question and the start of its answer, and the tokens that the rest of the answer may take."""
+    tokens = llm.tokenize(fact.prompt.encode(), add_bos=False, special=False)
+    return tokens, len(llm.tokenize(" and ".join(fact.answers).encode(), add_bos=False, special=False)) + 2
+
+
+def judge(case: Case, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The answers to the case's questions and their scores."""
+    return [{"kind": f.kind, "depth": f.depth, "want": list(f.answers), "got": text, "score": f.score(text)} for f, text in zip(case.facts, texts)]
+
+
+def ask(llm: Llama, case: Case, snapshot: Snapshot) -> list[dict[str, Any]]:
+    """The answers to the case's questions, each from the same snapshot."""
+    texts = []
     for fact in case.facts:
         snapshot.restore(llm)
-        n = len(llm.tokenize(fact.answer.encode(), add_bos=False, special=False)) + 2
-        text = answer(llm, fact.prompt, n)
-        match = text.strip().startswith(fact.answer)
-        outcome.answers.append({"kind": fact.kind, "depth": fact.depth, "want": fact.answer, "got": text, "match": match})
-    return logp
+        texts.append(continue_greedily(llm, *question_of(llm, fact)))
+    return judge(case, texts)
+
+
+def measure_texts(run: Run, load: Loader, text: str, settings: Sequence[str], lengths: Sequence[int], first: int, n_cases: int, suite: str, n_following: int, kvpress_python: Path | None) -> None:
+    """Records "text|SETTING|LENGTH|CASE"."""
+    from tqdm import tqdm
+
+    names = {(s, n, i): f"text|{s}|{n}|{i}" for s in settings for n in lengths for i in range(first, first + n_cases)}
+    missing = [key for key, name in names.items() if name not in run.records]
+    if not missing:
+        return
+    llm = load(BASE)
+    tokens = llm.tokenize(text.encode(), add_bos=False, special=False)
+    wanted = {(n, i) for _, n, i in missing}
+    cases = {(n, i): make_case(llm, tokens, i, n, n_following, suite) for n, i in sorted(wanted)}
+    references: dict[tuple[int, int], np.ndarray] = {}
+    questions = {key: [question_of(llm, fact) for fact in case.facts] for key, case in cases.items()}
+
+    def press(setting: str, n: int, i: int) -> dict[str, Any]:
+        case, (name, keep) = cases[n, i], parse_press(setting)
+        if not presses:
+            load.close()
+            presses.append(stack.enter_context(Worker("kvpress", [str(kvpress_python), str(Path(__file__).with_name("kvpress_worker.py"))])))
+            presses[0].ask(load=str(load.path.resolve()))
+        record = presses[0].ask(
+            case=f"{n}|{i}", tokens=case.tokens, following=case.following, press=name, keep=keep,
+            questions=[{"tokens": tokens, "n": n_answer} for tokens, n_answer in questions[n, i]],
+        )  # fmt: skip
+        return {**record, "answers": judge(case, record.pop("texts"))}
+
+    def measure(setting: str, n: int, i: int) -> dict[str, Any]:
+        case, llm = cases[n, i], load(setting)
+        record = read_in(llm, case.tokens)
+        snapshot = Snapshot(llm)
+        logp = follow(llm, case)
+        if setting == BASE:
+            references[n, i] = logp
+        else:
+            record.update(divergence(references[n, i], logp, case.following))
+        record["answers"] = ask(llm, case, snapshot)
+        record["heads"] = [head[:3] for head in llm.kv_rows()]
+        return record
+
+    presses: list[Worker] = []
+    with ExitStack() as stack, tqdm(total=len(names), initial=len(names) - len(missing), unit="case") as bar:
+        for setting in settings:
+            for n, i in sorted(wanted):
+                bar.set_postfix_str(f"{setting}, {n} tokens")
+                if setting == BASE and names[setting, n, i] in run.records:
+                    if any(s for s, *key in missing if key == [n, i] and not s.startswith("kvpress:")):
+                        read_in(llm, cases[n, i].tokens)
+                        references[n, i] = follow(llm, cases[n, i])
+                    continue
+                if (setting, n, i) in missing:
+                    run.record(names[setting, n, i], lambda: (press if setting.startswith("kvpress:") else measure)(setting, n, i))
+                    bar.update()
+
+
+def text_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per setting and length: sums and means over the cases."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for name, record in run["records"].items():
+        part, *key = name.split("|")
+        if part == "text":
+            groups.setdefault((key[0], int(key[1])), []).append(record)
+    rows = []
+    for (setting, n), records in groups.items():
+        answers = [a for r in records for a in r["answers"]]
+        base = [a for r in groups.get((BASE, n), []) for a in r["answers"]]
+        facts, facts_base = sum(a["score"] for a in answers), sum(a["score"] for a in base)
+        kl = [r["kl"] for r in records if "kl" in r]
+        rows.append({
+            "setting": setting, "tokens": n, "facts": facts, "questions": len(answers), "of_full": facts / facts_base if facts_base else None,
+            "kl": float(np.mean(kl)) if kl else None, "kl_least": min(kl, default=None), "kl_most": max(kl, default=None),
+            "same_top": float(np.mean([r["same_top"] for r in records])) if kl else None,
+            "ppl_factor": float(np.exp(np.mean([r["log_ppl"] for r in records]))) if kl else None,
+            "kv_mib": records[0]["kv_bytes"] / 2**20, "prefill_tps": n / float(np.median([r["prefill_s"] for r in records])),
+            "passes": sum(r["pass_s"] for r in records) / sum(r["prefill_s"] for r in records),
+        })  # fmt: skip
+    return rows
+
+
+def text_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of `text_rows`."""
+
+    def show(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    head = ["tokens", "cache", "facts", "of full", "KL (least to most)", "same top", "x perplexity", "KV MiB", "prefill t/s", "passes"]
+    cells = [
+        [
+            str(r["tokens"]), r["setting"], f"{r['facts']:.4g}/{r['questions']}", show(r["of_full"], ".0%"),
+            "" if r["kl"] is None else f"{r['kl']:.4f} ({r['kl_least']:.4f} to {r['kl_most']:.4f})", show(r["same_top"], ".1%"),
+            show(r["ppl_factor"], ".3f"), f"{r['kv_mib']:.1f}", f"{r['prefill_tps']:.0f}", show(r["passes"] or None, ".1%"),
+        ]
+        for r in text_rows(run)
+    ]  # fmt: skip
+    return head, cells
 
 
 @click.command()
 @click.argument("model")
-@click.option("--text", "text_path", required=True, type=click.Path(exists=True, dir_okay=False), help="Text to read from.")
-@click.option("--n-tokens", default=4000, show_default=True, help="Length of a case.")
-@click.option("--n-ctx", default=None, type=int, help="Context size; by default n-tokens + 512, rounded up to 256.")
-@click.option("--cases", "n_cases", default=3, show_default=True)
-@click.option("--first-case", default=0, show_default=True, help="Number of the first case; cases are reproducible by number.")
-@click.option("--setting", "settings", multiple=True, help="METHOD:RATIO[:equal][:stage=N]...; repeatable.")
-@click.option("--n-following", default=256, show_default=True, help="Following tokens for the KL divergence.")
-@click.option("--threads", default=None, type=int)
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write everything that was measured.")
-def main(model, text_path, n_tokens, n_ctx, n_cases, first_case, settings, n_following, threads, json_path) -> None:
-    """Exact match on facts and KL divergence, each setting against the uncompressed cache of the same build."""
-    from rich.console import Console
-    from rich.table import Table
-    from tqdm import tqdm
-
+@click.option("--text", "text_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to read from: facts in it, and what follows it.")
+@click.option("--n-tokens", "lengths", type=click.IntRange(min=64), multiple=True, default=(4000,), show_default=True, help="Length of a case; repeatable.")
+@click.option("--facts", "suite", type=click.Choice(sorted(SUITES)), default="single", show_default=True, help="Kinds of facts.")
+@click.option("--cases", "n_cases", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--first-case", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first case; cases are reproducible by number.")
+@click.option("--n-following", type=click.IntRange(min=2), default=256, show_default=True, help="Following tokens for the KL divergence.")
+@click.option("--setting", "settings", multiple=True, help="stock:q8_0, stock:q4_0 or METHOD:RATIO[:equal][:NAME=VALUE]...; repeatable. stock:f16 is always there.")
+@click.option("--n-ctx", type=click.IntRange(min=1), help="Context size.  [default: the longest case + 512, rounded up to 256]")
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--kvpress-python", type=click.Path(exists=True, dir_okay=False, path_type=Path), envvar=KVPRESS_VARIABLE,
+              help=f"A Python with kvpress, torch and gguf, for settings kvpress:NAME:KEEP.  [env: {KVPRESS_VARIABLE}]")  # fmt: skip
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
+def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, settings, n_ctx, threads, kvpress_python, json_path) -> None:
+    """Facts asked for after compression, and KL divergence on the text that follows, against the uncompressed cache."""
+    if text_path is None:
+        raise ArgumentError("expected a text to read from, got none; name one with --text FILE")
     path = models.resolve(model)
-    settings = settings or ("semanticache:0.25", "semanticache:0.125", "paper:0.25", "streaming:0.25")
-    n_ctx = n_ctx or -(-(n_tokens + 512) // 256) * 256
-    common = dict(n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False)
-    if any(s.startswith("semanticache") for s in settings):
+    settings = list(dict.fromkeys([BASE, *(settings or DEFAULT_SETTINGS)]))
+    lengths = sorted(lengths)
+    n_ctx = n_ctx or -(-(lengths[-1] + 512) // 256) * 256
+    for setting in settings:
+        (parse_press if setting.startswith("kvpress:") else llama_options)(setting)
+    if kvpress_python is None and any(s.startswith("kvpress:") for s in settings):
+        raise ArgumentError(f"--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set {KVPRESS_VARIABLE}")
+    if needs_profile(settings):
         profile.ensure(path, n_threads=threads)
-
-    outcomes = [Outcome(FULL)] + [Outcome(s) for s in settings]
-    full = Llama(str(path), **common)
-    text = full.tokenize(Path(text_path).read_text(encoding="utf-8").encode(), add_bos=False, special=False)
-    cases = [make_case(full, text, first_case + i, n_tokens, n_following) for i in range(n_cases)]
-    references: list[np.ndarray] = []
-    with tqdm(total=n_cases * len(outcomes), unit="run") as bar:
-        for outcome in outcomes:
-            bar.set_postfix_str(outcome.setting)
-            llm = full if outcome.setting == FULL else Llama(str(path), **common, **parse_setting(outcome.setting)[1])
-            for i, case in enumerate(cases):
-                logp = run_case(llm, case, outcome, references[i] if outcome.setting != FULL else None)
-                if outcome.setting == FULL:
-                    references.append(logp)
-                matches = sum(a["match"] for a in outcome.answers)
-                kl = f", KL {np.mean(outcome.kl):.4f}" if outcome.kl else ""
-                bar.write(f"{outcome.setting}: case {first_case + i}: {matches}/{len(outcome.answers)} facts so far{kl}")
-                bar.update()
-            llm.close()
-
-    table = Table(title=f"{path.name}, {n_tokens} tokens, n_ctx {n_ctx}, {n_cases} cases, {Path(text_path).name}")
-    for column in ("cache", "facts", "of full", "KL", "same top", "KV MiB", "x smaller", "prefill t/s", "passes"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
-    base = outcomes[0]
-    for o in outcomes:
-        seconds = float(np.median(o.prefill_s))
-        table.add_row(
-            o.setting, f"{sum(a['match'] for a in o.answers)}/{len(o.answers)}",
-            f"{o.exact_match / base.exact_match:.0%}" if base.exact_match else "-",
-            f"{np.mean(o.kl):.4f}" if o.kl else "", f"{np.mean(o.same_top):.1%}" if o.same_top else "",
-            f"{o.kv_bytes / 2**20:.1f}", f"{base.kv_bytes / o.kv_bytes:.2f}", f"{n_tokens / seconds:.0f}",
-            f"{sum(o.pass_s) / sum(o.prefill_s):.1%}",
-        )  # fmt: skip
-    Console(width=120).print(table)
-    if json_path:
-        record = {
-            "model": path.name, "text": Path(text_path).name, "n_tokens": n_tokens, "n_ctx": n_ctx, "n_cases": n_cases,
-            "first_case": first_case, "n_following": n_following, "threads": threads, "machine": platform.processor() or platform.machine(),
-            "upstream_commit": upstream_commit(), "outcomes": [asdict(o) for o in outcomes],
-        }  # fmt: skip
-        Path(json_path).write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    asked = {
+        "model": path.name, "text": text_path.name, "lengths": lengths, "suite": suite, "n_cases": n_cases, "first_case": first_case,
+        "n_following": n_following, "settings": settings, "n_ctx": n_ctx, "threads": threads,
+    }  # fmt: skip
+    run = Run(json_path, "quality", asked)
+    with loader(path, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False) as load:
+        measure_texts(run, load, text_path.read_text(encoding="utf-8"), settings, lengths, first_case, n_cases, suite, n_following, kvpress_python)
+    print_table(f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data))

@@ -6,13 +6,36 @@ from typing import Any
 
 from ..errors import ArgumentError
 
+BASE = "stock:f16"
+STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
+"""llama.cpp's own caches: the type of K and V by setting."""
 
-def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
-    """'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal', '...:stage=1024', '...:type_k=q8_0', '...:merge=0', '...:horizon=2048'."""
+
+PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "pyramidkv")
+"""Presses of kvpress that `kvpress_worker` knows."""
+
+
+def parse_press(text: str) -> tuple[str, float]:
+    """Press and kept share of "kvpress:NAME:KEEP"."""
     try:
-        return text, _parse(text)
+        kvpress, name, keep = text.split(":")
+        if kvpress == "kvpress" and name in PRESSES and 0 < float(keep) <= 1:
+            return name, float(keep)
+    except ValueError:
+        pass
+    raise ArgumentError(f"setting: expected kvpress:NAME:KEEP with one of {', '.join(PRESSES)} and 0 < KEEP <= 1, got {text!r}; as in kvpress:keydiff:0.25")
+
+
+def parse_setting(text: str) -> dict[str, Any]:
+    """Arguments of `Llama` for one of our settings: 'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal', '...:stage=1024',
+    '...:type_k=q8_0', '...:merge=0', '...:horizon=2048'.
+    """
+    try:
+        return _parse(text)
     except ValueError as error:
-        raise ArgumentError(f"setting: expected METHOD:RATIO[:equal][:NAME=VALUE]..., got {text!r} ({error}); as in semanticache:0.25") from error
+        raise ArgumentError(
+            f"setting: expected one of {', '.join(STOCK)} or METHOD:RATIO[:equal][:NAME=VALUE]..., got {text!r} ({error}); as in semanticache:0.25"
+        ) from error
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -29,3 +52,18 @@ def _parse(text: str) -> dict[str, Any]:
         else:
             kwargs[f"kv_{name}"] = int(value) if value.isdigit() else value
     return kwargs
+
+
+def llama_options(setting: str) -> dict[str, Any]:
+    """Arguments of `Llama` for any setting."""
+    if setting not in STOCK:
+        return parse_setting(setting)
+    import llama_cpp
+
+    kind = getattr(llama_cpp, f"GGML_TYPE_{STOCK[setting].upper()}")
+    return {"type_k": kind, "type_v": kind}
+
+
+def needs_profile(settings: Any) -> bool:
+    """Whether any of them decides by a profile how many rows a head may keep."""
+    return any(s.startswith("semanticache") and parse_setting(s).get("kv_profile", "auto") == "auto" for s in settings)

@@ -8,10 +8,7 @@ that what disturbs the machine disturbs them alike. A speed is compared with sto
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,92 +17,87 @@ from typing import Any, Sequence
 
 import click
 
-from .. import models, profile, upstream_commit
-from ..errors import ArgumentError, SemanticCacheError
+from .. import models, profile
+from ..errors import ArgumentError
 from ..memory import estimate, read_shape
-from .settings import parse_setting
+from .process import Worker
+from .runs import Run
+from .settings import BASE, STOCK, needs_profile, parse_setting
+from .tables import print_table
 
-BASE = "stock:f16"
-STOCK = ("stock:f16", "stock:q8_0", "stock:q4_0")
 STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
 
 
-class Worker:
-    """A process of `worker.py`."""
+def load_options(setting: str, path: Path, n_ctx: int, threads: int | None) -> dict[str, Any]:
+    """Arguments of `worker.make` for a setting, see `settings`."""
+    common = dict(model_path=str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
+    return {**common, "cache": STOCK[setting]} if setting in STOCK else {**common, "kv": parse_setting(setting)}
 
-    def __init__(self, setting: str, library: Path | None):
-        self.setting = setting
-        env = dict(os.environ)
-        env.pop("LLAMA_CPP_LIB_PATH", None)
-        if library is not None:
-            env["LLAMA_CPP_LIB_PATH"] = str(library)
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
 
-    def __enter__(self) -> Worker:
+class Workers:
+    """A process per setting, started and given its model when it is first asked."""
+
+    def __init__(self, options: dict[str, dict[str, Any]], stock_lib: Path):
+        self.options, self.stock_lib = options, stock_lib
+        self.stack = ExitStack()
+        self.workers: dict[str, Worker] = {}
+
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        self.stack.close()
 
-    def ask(self, **order: Any) -> dict[str, Any]:
-        """The answer to one order."""
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SemanticCacheError(
-                f"{self.setting}: expected a measurement, got the end of its process (status {self.process.wait()}); its own message stands above"
-            )
-        return json.loads(line)
+    def ask(self, setting: str, **order: Any) -> dict[str, Any]:
+        if setting not in self.workers:
+            env = {"LLAMA_CPP_LIB_PATH": str(self.stock_lib) if setting in STOCK else None}
+            command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+            worker = self.stack.enter_context(Worker(setting, command, env))
+            worker.ask(load=self.options[setting])
+            self.workers[setting] = worker
+        return self.workers[setting].ask(**order)
 
 
-def load_options(setting: str, path: Path, n_ctx: int, threads: int | None) -> dict[str, Any]:
-    """Arguments of `worker.make` for a setting: "stock:f16", "stock:q8_0", "stock:q4_0" or one of ours, see `parse_setting`."""
-    common = dict(model_path=str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
-    if setting.startswith("stock:"):
-        if setting not in STOCK:
-            raise ArgumentError(f"setting: expected one of {', '.join(STOCK)} or METHOD:RATIO, got {setting!r}")
-        return {**common, "cache": setting.split(":")[1]}
-    return {**common, "kv": parse_setting(setting)[1]}
-
-
-def measure(
-    path: Path, text: str, settings: Sequence[str], depths: Sequence[int], n_decode: int, rounds: int, threads: int | None, stock_lib: Path
-) -> list[dict[str, Any]]:
-    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s."""
+def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Sequence[int], n_decode: int, rounds: int, threads: int | None, stock_lib: Path) -> None:
+    """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s, rows_used."""
     from tqdm import tqdm
 
     n_ctx = -(-(max(depths) + n_decode) // 256) * 256
-    records = {(s, d): {"setting": s, "depth": d, "prefill_s": [], "decode_s": [], "pass_s": []} for d in depths for s in settings}
-    options = {setting: load_options(setting, path, n_ctx, threads) for setting in settings}
-    with ExitStack() as stack, tqdm(total=len(records) * rounds, unit="run") as bar:
-        workers = {}
-        for setting in settings:
-            worker = stack.enter_context(Worker(setting, stock_lib if setting.startswith("stock:") else None))
-            worker.ask(load=options[setting])
-            workers[setting] = worker
-        tokens = workers[settings[0]].ask(tokenize=text)["tokens"]
+    shape = read_shape(path)
+    stock_bytes = {s: estimate(shape, n_ctx, STOCK[s]).kv_bytes for s in settings if s in STOCK}
+    names = [(d, i, s, f"speed|{s}|{d}|{i}") for d in depths for i in range(rounds) for s in settings]
+    missing = [name for *_, name in names if name not in run.records]
+    if not missing:
+        return
+    with Workers({s: load_options(s, path, n_ctx, threads) for s in settings}, stock_lib) as workers, tqdm(
+        total=len(names), initial=len(names) - len(missing), unit="run"
+    ) as bar:
+        tokens = workers.ask(BASE, tokenize=text)["tokens"]
         if len(tokens) < max(depths) + n_decode:
             raise ArgumentError(f"text: expected at least {max(depths) + n_decode} tokens, got {len(tokens)}; name a longer one or a smaller depth")
-        for depth in depths:
-            for _ in range(rounds):
-                for setting in settings:
-                    bar.set_postfix_str(f"{setting} at {depth}")
-                    answer = workers[setting].ask(warm_up=tokens[:32], prompt=tokens[:depth], decode=tokens[depth : depth + n_decode])
-                    record = records[setting, depth]
-                    for key in ("prefill_s", "decode_s", "pass_s"):
-                        if key in answer:
-                            record[key].append(answer.pop(key))
-                    record.update(answer)
-                    bar.update()
-    shape = read_shape(path)
-    for record in records.values():
-        if record["setting"].startswith("stock:"):
-            record["kv_bytes"] = estimate(shape, n_ctx, record["setting"].split(":")[1]).kv_bytes
-    return list(records.values())
+        for depth, _, setting, name in names:
+            if name not in missing:
+                continue
+            bar.set_postfix_str(f"{setting} at {depth}")
+            order = dict(warm_up=tokens[:32], prompt=tokens[:depth], decode=tokens[depth : depth + n_decode])
+            run.record(name, lambda: {"kv_bytes": stock_bytes.get(setting), **workers.ask(setting, **order)})
+            bar.update()
+
+
+def speed_records(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s."""
+    out: dict[tuple[str, int], dict[str, Any]] = {}
+    for name, record in run["records"].items():
+        part, setting, depth, _ = name.split("|")
+        if part != "speed":
+            continue
+        row = out.setdefault((setting, int(depth)), {"setting": setting, "depth": int(depth), "prefill_s": [], "decode_s": [], "pass_s": []})
+        for key, value in record.items():
+            if isinstance(row.get(key), list):
+                row[key].append(value)
+            else:
+                row[key] = value
+    return list(out.values())
 
 
 def rate(record: dict[str, Any], what: str, n_tokens: int) -> float:
@@ -118,22 +110,20 @@ def ratios(record: dict[str, Any], base: dict[str, Any], what: str) -> list[floa
     return [theirs / ours for theirs, ours in zip(base[what], record[what])]
 
 
-def table(result: dict[str, Any]) -> Any:
-    """The result as a rich table."""
-    from rich.table import Table
-
-    out = Table(title=f"{result['model']}, {result['text']}, {result['rounds']} rounds, {result['threads'] or 'all'} threads")
-    for column in ("depth", "cache", "KV MiB", "prefill t/s", "x f16", "decode t/s", "x f16", "least and most", "passes"):
-        out.add_column(column, justify="left" if column == "cache" else "right")
-    base = {r["depth"]: r for r in result["records"] if r["setting"] == BASE}
-    for r in result["records"]:
+def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells; factors are medians over the rounds."""
+    head = ["depth", "cache", "KV MiB", "resident MiB", "prefill t/s", "x f16", "decode t/s", "x f16 (least to most)", "passes"]
+    records = speed_records(run)
+    base = {r["depth"]: r for r in records if r["setting"] == BASE}
+    cells = []
+    for r in records:
         prefill, decode = (ratios(r, base[r["depth"]], what) for what in ("prefill_s", "decode_s"))
-        out.add_row(
-            str(r["depth"]), r["setting"], f"{r['kv_bytes'] / 2**20:.1f}", f"{rate(r, 'prefill_s', r['depth']):.0f}", f"{median(prefill):.2f}",
-            f"{rate(r, 'decode_s', result['n_decode']):.1f}", f"{median(decode):.2f}", f"{min(decode):.2f} to {max(decode):.2f}",
-            f"{sum(r['pass_s']) / sum(r['prefill_s']):.1%}" if r["pass_s"] else "",
-        )  # fmt: skip
-    return out
+        cells.append([
+            str(r["depth"]), r["setting"], f"{r['kv_bytes'] / 2**20:.1f}", f"{r['resident_bytes'] / 2**20:.0f}",
+            f"{rate(r, 'prefill_s', r['depth']):.0f}", f"{median(prefill):.2f}", f"{rate(r, 'decode_s', run['asked']['n_decode']):.1f}",
+            f"{median(decode):.2f} ({min(decode):.2f} to {max(decode):.2f})", f"{sum(r['pass_s']) / sum(r['prefill_s']):.1%}" if r["pass_s"] else "",
+        ])  # fmt: skip
+    return head, cells
 
 
 @click.command()
@@ -145,23 +135,18 @@ def table(result: dict[str, Any]) -> Any:
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=None)
 @click.option("--stock-lib", envvar=STOCK_VARIABLE, type=click.Path(exists=True, file_okay=False), help=f"Folder of stock llama.cpp's libraries (make stock).  [env: {STOCK_VARIABLE}]")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write everything that was measured.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
 def speed(model, text_path, depths, settings, n_decode, rounds, threads, stock_lib, json_path) -> None:
     """Prefill and decode speed of MODEL, against stock llama.cpp of the same commit."""
-    from rich.console import Console
-
     if stock_lib is None:
         raise ArgumentError(f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}")
     path = models.resolve(model)
     settings = list(dict.fromkeys([BASE, *(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))]))
-    if any(s.startswith("semanticache") for s in settings):
+    if needs_profile(s for s in settings if s not in STOCK):
         profile.ensure(path, n_threads=threads)
-    text = Path(text_path).read_text(encoding="utf-8")
-    result = {
-        "model": path.name, "text": Path(text_path).name, "n_decode": n_decode, "rounds": rounds, "threads": threads,
-        "machine": platform.processor() or platform.machine(), "upstream_commit": upstream_commit(),
-        "records": measure(path, text, settings, sorted(depths), n_decode, rounds, threads, Path(stock_lib).resolve()),
-    }  # fmt: skip
-    Console(width=140).print(table(result))
-    if json_path:
-        Path(json_path).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    text_path, depths = Path(text_path), sorted(depths)
+    run = Run(json_path, "speed", {
+        "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "threads": threads,
+    })  # fmt: skip
+    measure(run, path, text_path.read_text(encoding="utf-8"), settings, depths, n_decode, rounds, threads, Path(stock_lib).resolve())
+    print_table(f"{path.name}, {text_path.name}, {rounds} rounds, {threads or 'all'} threads", *speed_table(run.data))

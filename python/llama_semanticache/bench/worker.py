@@ -25,6 +25,14 @@ def make(options: dict[str, Any]) -> Any:
     return Llama(**options, **kv)
 
 
+def resident_bytes() -> int:
+    """Of this process, without the file that the weights are mapped from."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
+
+
 def kv_bytes(llm: Any) -> dict[str, float]:
     if not hasattr(llm, "kv_stats"):
         return {}
@@ -62,6 +70,7 @@ def main() -> None:
             if after:
                 answer["pass_s"] = after["pass_s"] - before
             answer["decode_s"] = evaluate(llm, order["decode"], one_by_one=True)
+            answer["resident_bytes"] = resident_bytes()
             answer.update({key: value for key, value in kv_bytes(llm).items() if key != "pass_s"})
         print(json.dumps(answer), flush=True)
 

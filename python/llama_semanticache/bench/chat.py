@@ -1,0 +1,169 @@
+"""A long conversation: facts that the user tells in the first turns are asked for in the last one.
+
+    llama-semanticache bench chat MODEL --text FILE --setting semanticache:0.25 --setting shift:0.25 --json chat.json
+
+The user tells a fact in each of the first turns and asks for stories from then on; the assistant's answers are pieces of a text,
+so that the conversation is the same for every cache. "shift:RATIO" is what llama.cpp does when its context is full (`n_keep`
+and context shift): a cache of as many bytes as ours at that ratio forgets the older half of what is behind the first message.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import click
+
+from .. import models, profile
+from ..errors import ArgumentError
+from ..llama import Llama
+from .cases import chat_facts
+from .harness import Snapshot, continue_greedily
+from .runs import Run
+from .settings import BASE, llama_options, needs_profile
+from .tables import print_table
+
+SYSTEM = "You are a helpful assistant who remembers what the user says."
+REQUESTS = ("Tell me a story.", "Go on, please.", "What happened then?", "I like it, tell me more.", "And after that?")
+
+
+def conversation(llm: Llama, text: str, seed: int, n_turns: int, n_facts: int, n_answer: int) -> tuple[list[dict[str, str]], list[tuple[str, str, str, str]]]:
+    """Messages of n_turns turns, and the facts told in the first of them."""
+    facts = chat_facts(seed, n_facts)
+    tokens = llm.tokenize(text.encode(), add_bos=False, special=False)
+    if len(tokens) < (seed + 1) * n_turns * n_answer:
+        raise ArgumentError(f"text: expected at least {(seed + 1) * n_turns * n_answer} tokens, got {len(tokens)}; name a longer one or fewer conversations")
+    messages = [{"role": "system", "content": SYSTEM}]
+    for turn in range(n_turns):
+        told = f"{facts[turn][0]} " if turn < len(facts) else ""
+        begin = (seed * n_turns + turn) * n_answer
+        messages.append({"role": "user", "content": told + REQUESTS[turn % len(REQUESTS)]})
+        messages.append({"role": "assistant", "content": llm.detokenize(tokens[begin : begin + n_answer]).decode("utf-8", "ignore").strip()})
+    return messages, facts
+
+
+def render(llm: Llama, messages: Sequence[dict[str, str]], prompt: bool) -> list[int]:
+    """Tokens of a conversation by the model's own template; with the head of the next answer if it is a prompt."""
+    import jinja2
+    import jinja2.sandbox
+
+    template = llm.metadata.get("tokenizer.chat_template")
+    if template is None:
+        raise ArgumentError("model: expected one with a chat template, got one without; name an instruction-tuned model")
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def token(number: int) -> str:
+        return llm._model.token_get_text(number) if number >= 0 else ""
+
+    text = environment.from_string(template).render(
+        messages=messages, add_generation_prompt=prompt, bos_token=token(llm.token_bos()), eos_token=token(llm.token_eos())
+    )
+    return llm.tokenize(text.encode(), add_bos=False, special=True)
+
+
+def shift_if_full(llm: Llama, n_more: int, n_keep: int) -> None:
+    """llama.cpp's context shift: behind the first n_keep tokens the older half goes, the rest moves up."""
+    while llm.n_tokens + n_more > llm.n_ctx():
+        n_discard = (llm.n_tokens - n_keep) // 2
+        llm._ctx.kv_cache_seq_rm(0, n_keep, n_keep + n_discard)
+        llm._ctx.kv_cache_seq_shift(0, n_keep + n_discard, llm.n_tokens, -n_discard)
+        llm.input_ids[n_keep : llm.n_tokens - n_discard] = llm.input_ids[n_keep + n_discard : llm.n_tokens].copy()
+        llm.n_tokens -= n_discard
+
+
+def measure_chat(llm: Llama, text: str, seed: int, n_turns: int, n_facts: int, n_answer: int, shift: bool) -> dict[str, Any]:
+    """Reads the conversation turn by turn, then asks for every fact from where it ended."""
+    messages, facts = conversation(llm, text, seed, n_turns, n_facts, n_answer)
+    tokens = render(llm, messages, prompt=False)
+    n_keep = len(render(llm, messages[:1], prompt=False))
+    llm.reset()
+    step = llm.n_batch // 2
+    for start in range(0, len(tokens), step):
+        part = tokens[start : start + step]
+        if shift:
+            shift_if_full(llm, len(part), n_keep)
+        llm.eval(part)
+    stats = llm.kv_stats()
+    asked = [render(llm, [*messages, {"role": "user", "content": f[1]}], prompt=True)[len(tokens) :] for f in facts]
+    if shift:
+        shift_if_full(llm, max(map(len, asked)) + 32, n_keep)
+    snapshot = Snapshot(llm)
+    answers = []
+    for turn, (question, (_, _, start, want)) in enumerate(zip(asked, facts), 1):
+        snapshot.restore(llm)
+        start_tokens = llm.tokenize(start.encode(), add_bos=False, special=False)
+        got = continue_greedily(llm, [*question, *start_tokens], len(llm.tokenize(want.encode(), add_bos=False, special=False)) + 3)
+        answers.append({"turn": turn, "want": want, "got": got, "score": float(want in got)})
+    return {"tokens": len(tokens), "kv_bytes": stats.total_bytes, "answers": answers}
+
+
+def chat_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Facts recalled by cache, and by the turn that told them."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, record in run["records"].items():
+        part, setting, _ = name.split("|")
+        if part == "chat":
+            groups.setdefault(setting, []).append(record)
+    turns = range(1, run["asked"]["n_facts"] + 1)
+    base = sum(a["score"] for r in groups.get(BASE, []) for a in r["answers"])
+    cells = []
+    for setting, records in groups.items():
+        answers = [a for r in records for a in r["answers"]]
+        right = sum(a["score"] for a in answers)
+        by_turn = [[a["score"] for a in answers if a["turn"] == t] for t in turns]
+        cells.append([
+            setting, f"{right:.0f}/{len(answers)}", f"{right / base:.0%}" if base else "", *(f"{sum(s):.0f}/{len(s)}" for s in by_turn),
+            f"{records[0]['kv_bytes'] / 2**20:.1f}",
+        ])  # fmt: skip
+    return ["cache", "facts", "of full", *(f"turn {t}" for t in turns), "KV MiB"], cells
+
+
+def chat_options(setting: str, path: Path, n_ctx: int) -> tuple[dict[str, Any], int]:
+    """Arguments of `Llama`, and the context: of "shift:RATIO" as many tokens as fit the bytes of ours at that ratio."""
+    from ..memory import estimate, read_shape
+
+    if not setting.startswith("shift:"):
+        return llama_options(setting), n_ctx
+    shape, ratio = read_shape(path), float(setting.split(":")[1])
+    ours = estimate(shape, n_ctx, "semanticache", kv_ratio=ratio).kv_bytes
+    return {}, int(ours / estimate(shape, n_ctx, "f16").kv_bytes * n_ctx) // 256 * 256
+
+
+@click.command()
+@click.argument("model")
+@click.option("--text", "text_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text that the assistant's answers are pieces of.")
+@click.option("--turns", "n_turns", type=click.IntRange(min=6), default=30, show_default=True)
+@click.option("--facts", "n_facts", type=click.IntRange(1, 5), default=5, show_default=True, help="Told in the first turns.")
+@click.option("--n-answer", type=click.IntRange(min=1), default=240, show_default=True, help="Tokens of an assistant's answer.")
+@click.option("--chats", "n_chats", type=click.IntRange(min=1), default=3, show_default=True, help="Conversations.")
+@click.option("--setting", "settings", multiple=True, help="As in bench quality, or shift:RATIO. stock:f16 is always there.")
+@click.option("--n-ctx", type=click.IntRange(min=1024), default=8960, show_default=True, help="Must hold the whole conversation.")
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
+def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, settings, n_ctx, threads, json_path) -> None:
+    """Facts of a conversation's first turns, asked for in its last, also against llama.cpp's context shift."""
+    from tqdm import tqdm
+
+    path = models.resolve(model)
+    settings = list(dict.fromkeys([BASE, *(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.25", "shift:0.25"))]))
+    if needs_profile(s for s in settings if not s.startswith("shift:")):
+        profile.ensure(path, n_threads=threads)
+    run = Run(json_path, "chat", {
+        "model": path.name, "text": text_path.name, "n_turns": n_turns, "n_facts": n_facts, "n_answer": n_answer, "n_chats": n_chats,
+        "settings": settings, "n_ctx": n_ctx, "threads": threads,
+    })  # fmt: skip
+    text = text_path.read_text(encoding="utf-8")
+    with tqdm(total=len(settings) * n_chats, unit="chat") as bar:
+        for setting in settings:
+            names = [f"chat|{setting}|{i}" for i in range(n_chats)]
+            if all(name in run.records for name in names):
+                bar.update(n_chats)
+                continue
+            options, n = chat_options(setting, path, n_ctx)
+            llm = Llama(str(path), n_ctx=n, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False, **options)
+            for i, name in enumerate(names):
+                bar.set_postfix_str(setting)
+                run.record(name, lambda: measure_chat(llm, text, i, n_turns, n_facts, n_answer, setting.startswith("shift:")))
+                bar.update()
+            llm.close()
+    print_table(f"{path.name}, {n_chats} conversations of {n_turns} turns, n_ctx {n_ctx}", *chat_table(run.data))

@@ -1,0 +1,75 @@
+"""What the measurements of quality share: logits, snapshots of the cache, greedy answers."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any, Callable, Sequence
+
+import numpy as np
+
+from ..llama import Llama
+
+import llama_cpp  # the patched library is loaded by now
+
+
+def next_logits(llm: Llama, tokens: Sequence[int]) -> np.ndarray:
+    """Logits after each of `tokens`, float32 [len(tokens), n_vocab]; at most n_batch tokens."""
+    llm._batch.set_batch(batch=tokens, n_past=llm.n_tokens, logits_all=True)
+    llm._ctx.decode(llm._batch)
+    llm.input_ids[llm.n_tokens : llm.n_tokens + len(tokens)] = tokens
+    llm.n_tokens += len(tokens)
+    shape = (len(tokens), llm.n_vocab())
+    return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=shape).astype(np.float32)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Natural logarithms of the probabilities, along the last axis."""
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+class Snapshot:
+    """The whole context, to come back to."""
+
+    def __init__(self, llm: Llama):
+        size = llama_cpp.llama_state_get_size(llm.ctx)
+        self.data = (ctypes.c_uint8 * size)()
+        self.size = llama_cpp.llama_state_get_data(llm.ctx, self.data, size)
+        self.n_tokens = llm.n_tokens
+
+    def restore(self, llm: Llama) -> None:
+        if llama_cpp.llama_state_set_data(llm.ctx, self.data, self.size) != self.size:
+            raise RuntimeError("could not restore the context")
+        llm.n_tokens = self.n_tokens
+
+
+def continue_greedily(llm: Llama, tokens: Sequence[int], n_tokens: int, is_end: Callable[[str], bool] = lambda text: False) -> str:
+    """At most `n_tokens` most likely tokens behind the cache's text and `tokens`, as text; until the model or `is_end` of the
+    text so far ends it.
+    """
+    out: list[int] = []
+    text = ""
+    for start in range(0, len(tokens), llm.n_batch):
+        logits = next_logits(llm, tokens[start : start + llm.n_batch])[-1]
+    while len(out) < n_tokens:
+        top = int(logits.argmax())
+        if llama_cpp.llama_vocab_is_eog(llm._model.vocab, top):
+            break
+        out.append(top)
+        text = llm.detokenize(out).decode("utf-8", "ignore")
+        if is_end(text) or len(out) == n_tokens:
+            break
+        logits = next_logits(llm, [top])[-1]
+    return text
+
+
+def read_in(llm: Llama, tokens: Sequence[int]) -> dict[str, Any]:
+    """Reads a text into an empty cache; what it took."""
+    llm.reset()
+    before = llm.kv_stats().pass_s
+    start = time.perf_counter()
+    llm.eval(tokens)
+    seconds = time.perf_counter() - start
+    stats = llm.kv_stats()
+    return {"prefill_s": seconds, "pass_s": stats.pass_s - before, "kv_bytes": stats.total_bytes, "rows_used": stats.rows_used}

@@ -1,0 +1,113 @@
+"""A process that measures presses of NVIDIA's kvpress: `quality.py` starts it with a Python that has kvpress, torch and gguf.
+
+It reads one JSON object a line from standard input and answers each with one line; it imports nothing of this package. The GGUF
+file is loaded by transformers, with its weights dequantized to float32, and read whole; every layer's cache is pruned
+when its keys are there, as kvpress does. KL is taken against the same model with its whole cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import kvpress
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+PRESSES = {
+    "keydiff": kvpress.KeyDiffPress,
+    "knorm": kvpress.KnormPress,
+    "expected-attention": kvpress.ExpectedAttentionPress,
+    "snapkv": kvpress.SnapKVPress,
+    "tova": kvpress.TOVAPress,
+    "streaming": kvpress.StreamingLLMPress,
+    "adakv": lambda compression_ratio: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(compression_ratio=compression_ratio)),
+    "pyramidkv": kvpress.PyramidKVPress,
+}
+
+
+class Model:
+    def __init__(self, path: str):
+        self.model = AutoModelForCausalLM.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name)
+        self.references: dict[str, torch.Tensor] = {}
+
+    def read(self, tokens: list[int], press: Any) -> tuple[DynamicCache, float]:
+        cache = DynamicCache()
+        start = time.perf_counter()
+        with press(self.model) if press is not None else contextlib.nullcontext():
+            self.model.model(input_ids=torch.tensor([tokens]), past_key_values=cache)
+        return cache, time.perf_counter() - start
+
+    def logits(self, tokens: list[int], n_past: int, cache: DynamicCache) -> torch.Tensor:
+        """[len(tokens), n_vocab] behind n_past tokens, however many the cache still holds; the cache grows."""
+        position = torch.arange(n_past, n_past + len(tokens))[None]
+        return self.model(input_ids=torch.tensor([tokens]), past_key_values=cache, position_ids=position).logits[0].float()
+
+    def answer(self, tokens: list[int], n_past: int, cache: DynamicCache, n: int) -> str:
+        out: list[int] = []
+        while len(out) < n:
+            top = int(self.logits(tokens, n_past, cache)[-1].argmax())
+            n_past += len(tokens)
+            if top == self.tokenizer.eos_token_id:
+                break
+            out.append(top)
+            tokens = [top]
+        return self.tokenizer.decode(out)
+
+
+def lengths(cache: DynamicCache) -> list[int]:
+    return [layer.get_seq_length() for layer in cache.layers]
+
+
+def cut(cache: DynamicCache, to: list[int]) -> None:
+    """Takes away what was read behind the context."""
+    for layer, n in zip(cache.layers, to):
+        layer.keys, layer.values = layer.keys[:, :, :n], layer.values[:, :, :n]
+
+
+@torch.inference_mode()
+def measure(model: Model, order: dict[str, Any]) -> dict[str, Any]:
+    tokens, following = order["tokens"], order["following"]
+    if order["case"] not in model.references:
+        cache, _ = model.read(tokens, None)
+        model.references[order["case"]] = model.logits(following, len(tokens), cache).log_softmax(-1)
+    reference = model.references[order["case"]]
+    press = PRESSES[order["press"]](compression_ratio=1 - order["keep"])
+    cache, seconds = model.read(tokens, press)
+    held = lengths(cache)
+    n_bytes = sum(2 * layer.keys.numel() + 2 * layer.values.numel() for layer in cache.layers)  # as f16, like all others
+    if order["press"] == "adakv":  # marks rows instead of removing them
+        n_bytes = int(n_bytes * order["keep"])
+    logp = model.logits(following, len(tokens), cache).log_softmax(-1)
+    at = (torch.arange(len(following) - 1), torch.tensor(following[1:]))
+    record = {
+        "kl": float((reference.exp() * (reference - logp)).sum(-1).mean()),
+        "same_top": float((reference.argmax(-1) == logp.argmax(-1)).float().mean()),
+        "log_ppl": float((reference[at] - logp[at]).mean()),
+        "prefill_s": seconds, "pass_s": 0.0, "kv_bytes": n_bytes, "rows_used": sum(held), "texts": [],
+    }  # fmt: skip
+    for question in order["questions"]:
+        cut(cache, held)
+        record["texts"].append(model.answer(question["tokens"], len(tokens), cache, question["n"]))
+    return record
+
+
+def main() -> None:
+    model = None
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "load" in order:
+            model = Model(order["load"])
+            answer: dict[str, Any] = {"ok": True}
+        else:
+            answer = measure(model, order)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

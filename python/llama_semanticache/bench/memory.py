@@ -1,0 +1,129 @@
+"""How much memory? What llama.cpp and ours allocate for the KV cache, and what the process holds, for every kind of cache.
+
+    llama-semanticache bench memory MODEL --n-ctx 8192 --n-ctx 32768 --setting semanticache:0.25 --json memory.json
+
+Every setting has a process of its own, which fills its cache with random tokens. The largest context of a number of GiB comes
+from the formula that `llama-semanticache memory` uses, which the tests hold to llama.cpp's allocation.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import models, profile
+from ..errors import SemanticCacheError
+from ..memory import ModelShape, largest_n_ctx, read_shape
+from .runs import Run
+from .settings import BASE, STOCK, llama_options, needs_profile, parse_setting
+from .tables import print_table
+from .worker import resident_bytes
+
+DEFAULT_SETTINGS = (*STOCK, "semanticache:0.25", "semanticache:0.125", "semanticache:0.25:type_k=q8_0:type_v=q8_0")
+
+
+def card_bytes() -> int | None:
+    """Bytes in use on all cards that NVML sees; None without it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return sum(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(i)).used for i in range(pynvml.nvmlDeviceGetCount()))
+    except Exception:  # no such package, no driver or no card
+        return None
+
+
+def fill(options: dict[str, Any], fraction: float) -> dict[str, Any]:
+    """Loads a model, reads random tokens into the cache and tells what that took; runs in a process of its own."""
+    import numpy as np
+
+    from ..llama import Llama
+
+    before, card = resident_bytes(), card_bytes()
+    llm = Llama(**options)
+    loaded = resident_bytes()
+    n = int(fraction * llm.n_ctx())
+    tokens = np.random.RandomState(0).randint(100, llm.n_vocab() - 100, n).tolist()
+    peak = loaded
+    for start in range(0, n, llm.n_batch):
+        llm.eval(tokens[start : start + llm.n_batch])
+        peak = max(peak, resident_bytes())
+    stats, card_after = llm.kv_stats(), card_bytes()
+    return {
+        "n_tokens": n, "kv_bytes": stats.total_bytes, "core_bytes": stats.core_bytes, "stage_bytes": stats.stage_bytes,
+        "query_bytes": stats.query_bytes, "meta_bytes": stats.meta_bytes, "resident_loaded": loaded - before, "resident_steady": resident_bytes() - before,
+        "resident_peak": peak - before, "card_bytes": None if card is None or card_after is None else card_after - card,
+    }  # fmt: skip
+
+
+def measure(options: dict[str, Any], fraction: float, setting: str) -> dict[str, Any]:
+    """`fill` in a new process."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import json, sys; from {__name__} import fill; print(json.dumps(fill(*json.loads(sys.argv[1]))))", json.dumps([options, fraction])],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise SemanticCacheError(f"{setting}: expected a measurement, got the end of its process (status {done.returncode}); its own message stands above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def largest_tokens(shape: ModelShape, setting: str, gib: float) -> int:
+    """Largest context whose cache, weights and buffers fit, at most what the model was trained for; 0 if none does."""
+    if setting in STOCK:
+        return largest_n_ctx(shape, gib, STOCK[setting])
+    names = ("kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v")
+    return largest_n_ctx(shape, gib, "semanticache", **{key: value for key, value in parse_setting(setting).items() if key in names})
+
+
+def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """MiB as allocated and as resident, and the largest contexts."""
+    gibs = run["asked"]["gibs"]
+    head = ["n_ctx", "cache", "KV MiB", "of f16", "cores", "stage", "queries", "other", "resident MiB after loading", "full", "peak", "card MiB", *(f"tokens in {g:g} GiB" for g in gibs)]
+    cells = []
+    for name, r in run["records"].items():
+        _, setting, n_ctx = name.split("|")
+        base = run["records"].get(f"memory|{BASE}|{n_ctx}", r)
+
+        def mib(key: str) -> str:
+            return "" if r[key] is None else f"{r[key] / 2**20:.1f}"
+
+        parts = [mib(key) if r["core_bytes"] else "" for key in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes")]
+        resident = [mib(key) for key in ("resident_loaded", "resident_steady", "resident_peak", "card_bytes")]
+        cells.append([n_ctx, setting, mib("kv_bytes"), f"{r['kv_bytes'] / base['kv_bytes']:.1%}", *parts, *resident, *(f"{n:,}" for n in r["largest"])])
+    return head, cells
+
+
+@click.command()
+@click.argument("model")
+@click.option("--n-ctx", "sizes", type=click.IntRange(min=1024), multiple=True, default=(8192,), show_default=True, help="Context size; repeatable.")
+@click.option("--setting", "settings", multiple=True, help="As in bench quality. stock:f16 is always there.")
+@click.option("--fill", "fraction", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Share of the context that is read.")
+@click.option("--gib", "gibs", type=click.FloatRange(min=0, min_open=True), multiple=True, default=(4, 8), show_default=True, help="Memory to find the largest context for; repeatable.")
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
+def memory(model, sizes, settings, fraction, gibs, threads, json_path) -> None:
+    """KV bytes as allocated, resident size of a process that fills its cache, and the largest context that fits."""
+    from tqdm import tqdm
+
+    path = models.resolve(model)
+    shape = read_shape(path)
+    settings = list(dict.fromkeys([BASE, *(settings or DEFAULT_SETTINGS)]))
+    options = {setting: llama_options(setting) for setting in settings}
+    if needs_profile(settings):
+        profile.ensure(path, n_threads=threads)
+    sizes = sorted(sizes)
+    run = Run(json_path, "memory", {
+        "model": path.name, "sizes": sizes, "settings": settings, "fraction": fraction, "gibs": list(gibs), "threads": threads,
+    })  # fmt: skip
+    for n_ctx, setting in tqdm([(n, s) for n in sizes for s in settings], unit="run"):
+        load = dict(model_path=str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False)
+        run.record(
+            f"memory|{setting}|{n_ctx}",
+            lambda: {**measure({**load, **options[setting]}, fraction, setting), "largest": [largest_tokens(shape, setting, g) for g in gibs]},
+        )
+    print_table(f"{path.name}, {fraction:.0%} of the context read", *memory_table(run.data))

@@ -1,0 +1,88 @@
+"""The JSON file of a run: what was asked, where, and a record for everything that was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Callable
+
+from .. import __version__, upstream_commit
+from ..errors import ArgumentError
+
+
+def machine() -> str:
+    """The processor, how many of it and the system, in words."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        name = next((value.strip() for key, value in lines if key.strip() == "model name"), name)
+    return f"{name}, {os.cpu_count()} CPUs, {platform.system()}"
+
+
+def command_line() -> str:
+    """This process's command, files by their names: where they lie is nobody's business."""
+    return shlex.join([Path(word).name if os.sep in word and Path(word).exists() else word for word in sys.argv])
+
+
+class Run:
+    """Records by name, written after each one. A run that was cut off goes on where it stopped if the same is asked for again.
+
+    Parameters
+    ----------
+    path : Path or None
+        The JSON file; None keeps everything in memory.
+    kind : str
+        The subcommand.
+    asked : dict
+        All that the numbers depend on, as JSON has it.
+
+    Raises
+    ------
+    ArgumentError
+        The file holds another run.
+    """
+
+    def __init__(self, path: Path | None, kind: str, asked: dict[str, Any]):
+        self.path = path
+        self.data: dict[str, Any] = {
+            "kind": kind, "asked": json.loads(json.dumps(asked)), "command": command_line(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine(), "version": __version__,
+            "upstream_commit": upstream_commit(), "records": {},
+        }  # fmt: skip
+        if path is not None and path.exists():
+            there = read(path)
+            differ = [key for key in ("kind", "asked", "version", "upstream_commit", "machine") if there[key] != self.data[key]]
+            if differ:
+                raise ArgumentError(f"{path}: expected the same run to go on with, got one with another {', '.join(differ)}; name another file")
+            self.data = there
+
+    @property
+    def records(self) -> dict[str, Any]:
+        return self.data["records"]
+
+    def record(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The record of that name, measured only if the run has none."""
+        if name not in self.records:
+            self.records[name] = json.loads(json.dumps(measure()))
+            if self.path is not None:
+                part = self.path.with_name(self.path.name + ".part")
+                part.write_text(json.dumps(self.data, indent=1), encoding="utf-8")
+                part.replace(self.path)
+        return self.records[name]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file of a run."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and isinstance(data.get("records"), dict) and {"kind", "asked", "version", "upstream_commit", "machine"} <= data.keys():
+            return data
+    except ValueError:
+        pass
+    raise ArgumentError(f"{path}: expected the JSON of a bench run, got something else; name another file")

@@ -1,0 +1,196 @@
+"""Tasks in the manner of LongBench: prompts of a JSONL file, greedy answers, the tasks' own metrics.
+
+    llama-semanticache bench tasks MODEL --tasks items.jsonl --n-ctx 16384 --setting semanticache:0.25 --json tasks.json
+
+A line of the file holds "task", "id", "prompt" and "gold" (a string or a list of them). Metrics and answer lengths are those of
+LongBench (Bai et al. 2023, arXiv 2308.14508); a prompt that is too long loses its middle, as there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import string
+from collections import Counter
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import click
+import numpy as np
+
+from .. import models, profile
+from ..errors import ArgumentError
+from .harness import continue_greedily, read_in
+from .runs import Run
+from .settings import BASE, llama_options, needs_profile
+from .tables import print_table
+
+
+def _words(text: str) -> list[str]:
+    """Lower case, without punctuation and articles."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _characters(text: str) -> list[str]:
+    """Letters and digits one by one: Chinese is not split into words here, which moves its scores, but those of all caches alike."""
+    return [c for c in text.lower() if c.isalnum()]
+
+
+def f1(answer: str, gold: str, split: Callable[[str], list[str]] = _words) -> float:
+    """Harmonic mean of precision and recall of the tokens, as a bag."""
+    a, b = split(answer), split(gold)
+    same = sum((Counter(a) & Counter(b)).values())
+    return 2 * same / (len(a) + len(b)) if same else 0.0
+
+
+def f1_zh(answer: str, gold: str) -> float:
+    return f1(answer, gold, _characters)
+
+
+def rouge_l(answer: str, gold: str) -> float:
+    """F-measure of the longest common subsequence of words."""
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rougeL"]).score(gold, answer)["rougeL"].fmeasure
+
+
+def rouge_l_zh(answer: str, gold: str) -> float:
+    from rouge_score import rouge_scorer
+
+    class Tokenizer:
+        @staticmethod
+        def tokenize(text: str) -> list[str]:
+            return _characters(text)
+
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Tokenizer()).score(gold, answer)["rougeL"].fmeasure
+
+
+def contains(answer: str, gold: str) -> float:
+    """Classification: the label stands in the answer's first line."""
+    return float(gold.lower() in answer.strip().split("\n")[0].lower())
+
+
+def numbers(answer: str, gold: str) -> float:
+    """Retrieval and counting: share of the answer's numbers that are the right one."""
+    found, wanted = re.findall(r"\d+", answer), re.findall(r"\d+", gold)
+    return sum(n == wanted[0] for n in found) / len(found) if found and wanted else 0.0
+
+
+def edit_similarity(answer: str, gold: str) -> float:
+    """Code: similarity of the answer's first line of code."""
+    lines = [line for line in answer.lstrip("\n").split("\n") if not any(c in line for c in ("`", "#", "//"))]
+    return difflib.SequenceMatcher(None, lines[0] if lines else "", gold).ratio()
+
+
+FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
+"""Few-shot tasks: what comes behind the answer's first line is the next example."""
+
+TASKS: dict[str, tuple[Callable[[str, str], float], int]] = {
+    # task: (metric, tokens of an answer)
+    "narrativeqa": (f1, 128), "qasper": (f1, 128), "multifieldqa_en": (f1, 64), "multifieldqa_zh": (f1_zh, 64), "hotpotqa": (f1, 32),
+    "2wikimqa": (f1, 32), "musique": (f1, 32), "dureader": (rouge_l_zh, 128), "gov_report": (rouge_l, 512), "qmsum": (rouge_l, 512),
+    "multi_news": (rouge_l, 512), "vcsum": (rouge_l_zh, 512), "trec": (contains, 64), "triviaqa": (f1, 32), "samsum": (rouge_l, 128),
+    "lsht": (contains, 64), "passage_retrieval_en": (numbers, 32), "passage_count": (numbers, 32), "passage_retrieval_zh": (numbers, 32),
+    "lcc": (edit_similarity, 64), "repobench-p": (edit_similarity, 64),
+}  # fmt: skip
+
+
+def score(task: str, answer: str, gold: Sequence[str]) -> float:
+    """The task's metric, of the best of its gold answers."""
+    if task in FIRST_LINE:
+        answer = answer.lstrip("\n").split("\n")[0]
+    return max(TASKS[task][0](answer, g) for g in gold)
+
+
+def cut_middle(tokens: Sequence[int], n: int) -> list[int]:
+    """The first and the last n/2 of more than n tokens."""
+    return list(tokens) if len(tokens) <= n else [*tokens[: n // 2], *tokens[len(tokens) - (n - n // 2) :]]
+
+
+def read_items(path: Path) -> list[dict[str, Any]]:
+    """The file's items, checked."""
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        item = json.loads(line)
+        missing = {"task", "id", "prompt", "gold"} - item.keys()
+        if missing or item["task"] not in TASKS:
+            raise ArgumentError(
+                f"{path}, line {number}: expected task, id, prompt and gold of one of {', '.join(TASKS)}, "
+                f"got {'no ' + ', '.join(sorted(missing)) if missing else item['task']}; mend the line"
+            )
+        items.append({**item, "gold": [item["gold"]] if isinstance(item["gold"], str) else list(item["gold"])})
+    return items
+
+
+def measure(run: Run, load: Any, items: Sequence[dict[str, Any]], settings: Sequence[str], n_ctx: int, whole: bool) -> None:
+    """Records "task|SETTING|TASK|ID"."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(items) * len(settings), unit="item") as bar:
+        for setting in settings:
+            for item in items:
+                name = f"task|{setting}|{item['task']}|{item['id']}"
+                bar.set_postfix_str(f"{setting}, {item['task']}")
+                if name not in run.records:
+                    run.record(name, lambda: answer_item(load(setting), item, n_ctx, whole))
+                bar.update()
+
+
+def answer_item(llm: Any, item: dict[str, Any], n_ctx: int, whole: bool) -> dict[str, Any]:
+    """The model's answer and its score; nothing but the length of an item that is left out."""
+    n_answer = TASKS[item["task"]][1]
+    tokens = llm.tokenize(item["prompt"].encode(), special=False)
+    if whole and len(tokens) > n_ctx - n_answer:
+        return {"tokens": len(tokens)}
+    tokens = cut_middle(tokens, n_ctx - n_answer)
+    record = read_in(llm, tokens[:-1])
+    got = continue_greedily(llm, tokens[-1:], n_answer, lambda text: item["task"] in FIRST_LINE and "\n" in text.strip("\n"))
+    return {**record, "tokens": len(tokens), "got": got, "score": score(item["task"], got, item["gold"])}
+
+
+def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Means by task, and the mean over all items; scores of 100."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    kv_bytes: dict[str, int] = {}
+    for name, record in run["records"].items():
+        part, setting, task, _ = name.split("|")
+        if part == "task" and "score" in record:
+            scores.setdefault(task, {}).setdefault(setting, []).append(100 * record["score"])
+            kv_bytes[setting] = record["kv_bytes"]
+    settings = [s for s in run["asked"]["settings"] if s in kv_bytes]
+    everything = {s: [x for by_setting in scores.values() for x in by_setting.get(s, [])] for s in settings}
+    base = np.mean(everything[BASE]) if everything.get(BASE) else None
+    cells = [[task, str(len(by.get(BASE, []))), *(f"{np.mean(by[s]):.1f}" if s in by else "" for s in settings)] for task, by in sorted(scores.items())]
+    cells.append(["all items", str(len(everything[settings[0]])) if settings else "0", *(f"{np.mean(everything[s]):.1f}" for s in settings)])
+    cells.append(["of uncompressed", "", *(f"{np.mean(everything[s]) / base:.1%}" if base else "" for s in settings)])
+    cells.append(["KV MiB", "", *(f"{kv_bytes[s] / 2**20:.1f}" for s in settings)])
+    return ["task", "items", *settings], cells
+
+
+@click.command()
+@click.argument("model")
+@click.option("--tasks", "tasks_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSONL file: task, id, prompt, gold.")
+@click.option("--n-ctx", type=click.IntRange(min=1024), default=16384, show_default=True)
+@click.option("--whole", is_flag=True, help="Leave out items that do not fit instead of cutting their middle out.")
+@click.option("--setting", "settings", multiple=True, help="As in bench quality. stock:f16 is always there.")
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
+def tasks(model, tasks_path, n_ctx, whole, settings, threads, json_path) -> None:
+    """LongBench-style tasks from a file, with the tasks' own metrics."""
+    from .quality import DEFAULT_SETTINGS, loader
+
+    path = models.resolve(model)
+    settings = list(dict.fromkeys([BASE, *(settings or DEFAULT_SETTINGS)]))
+    for setting in settings:
+        llama_options(setting)
+    items = read_items(tasks_path)
+    if needs_profile(settings):
+        profile.ensure(path, n_threads=threads)
+    run = Run(json_path, "tasks", {
+        "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "settings": settings, "threads": threads,
+    })  # fmt: skip
+    with loader(path, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False) as load:
+        measure(run, load, items, settings, n_ctx, whole)
+    print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{', whole prompts only' if whole else ''}", *task_table(run.data))

@@ -216,10 +216,11 @@ void add_votes(const stage_rows & stage, const counts & c, int32_t n_sink_before
     for_rows(stage.n_window, [&](int32_t i) { add(stage.n_sink + c.n_new + i, sinks + stage.n_sink + i); });
 }
 
-// Marks the `budget` best candidates: rank[i] = 1.
+// Marks the `budget` best candidates by their scores at ws.mk [n_cand]: rank[i] = 1.
 void choose_winners(const counts & c, int32_t budget, pass_workspace & ws) {
     std::iota(ws.order.begin(), ws.order.begin() + c.n_cand, 0);
-    const float * s = ws.mk.data(); // scores, see compress_head
+    float * s = ws.mk.data();
+    for_rows(c.n_cand, [&](int32_t i) { s[i] = std::isnan(s[i]) ? -INFINITY : s[i]; }); // NaN has no order to sort by
     std::nth_element(ws.order.begin(), ws.order.begin() + budget, ws.order.begin() + c.n_cand, [s](int32_t a, int32_t b) {
         return s[a] > s[b] || (s[a] == s[b] && a < b);
     });
@@ -743,10 +744,7 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
 
     switch (params.how) {
         case method::semantic: {
-            for_rows(c.n_cand, [&](int32_t i) {
-                const float s = ws.meta[i].s_use*ws.s_dev[i];
-                ws.mk[i] = std::isnan(s) ? -1.0f : s; // NaN has no order to sort by
-            });
+            for_rows(c.n_cand, [&](int32_t i) { ws.mk[i] = ws.meta[i].s_use*ws.s_dev[i]; });
             choose_winners(c, budget, ws);
             assign_losers(shape, c, params.merge, n_fit_query(queries, shape), ws);
             for_rows(c.n_cand, [&](int32_t i) { ws.w[i] += EPS_WEIGHT; });

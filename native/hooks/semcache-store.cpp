@@ -282,15 +282,16 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
     }
 
     // types of the rows
-    auto whole_blocks = [&](auto d) {
-        return std::all_of(kv.layers.begin(), kv.layers.end(), [&](const auto & kl) { return hparams.n_head_kv(kl.il) == 0 || d(kl.il)%ggml_blck_size(GGML_TYPE_Q8_0) == 0; });
+    auto resolve = [&](int32_t & type, auto n_embd_head) {
+        if (type == SEMCACHE_TYPE_AUTO) {
+            const bool whole = std::all_of(kv.layers.begin(), kv.layers.end(), [&](const auto & kl) {
+                return hparams.n_head_kv(kl.il) == 0 || n_embd_head(kl.il)%ggml_blck_size(GGML_TYPE_Q8_0) == 0;
+            });
+            type = whole ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
+        }
     };
-    if (params.type_k == SEMCACHE_TYPE_AUTO) {
-        params.type_k = whole_blocks([&](uint32_t il) { return hparams.n_embd_head_k(il); }) ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
-    }
-    if (params.type_v == SEMCACHE_TYPE_AUTO) {
-        params.type_v = whole_blocks([&](uint32_t il) { return hparams.n_embd_head_v(il); }) ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
-    }
+    resolve(params.type_k, [&](uint32_t il) { return hparams.n_embd_head_k(il); });
+    resolve(params.type_v, [&](uint32_t il) { return hparams.n_embd_head_v(il); });
 
     // layers
     layer_of.assign(hparams.n_layer_all, -1);

@@ -9,10 +9,7 @@ namespace semcache {
 void evict_h2o(const evict_input & x, float * p, float * score) {
     std::copy_n(x.s_old, x.n_row, score);
     for (int32_t i = 0; i < x.n_query(); ++i) {
-        x.shares(i, p);
-        for (int32_t j = 0; j < x.n_row; ++j) {
-            score[j] += p[j];
-        }
+        x.add_shares(i, p, score);
     }
 }
 

@@ -6,22 +6,21 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 namespace semcache {
 
-void evict_keydiff(const evict_input & x, float *, float * score) {
+void evict_keydiff(const evict_input & x, float * anchor, float * score) {
     const int32_t d = x.n_embd_head_k;
     auto inv_norm = [&](const float * k) { return 1.0f/std::max(std::sqrt(dot(k, k, d)), 1e-12f); };
-    std::vector<float> anchor(d, 0.0f);
+    std::fill_n(anchor, d, 0.0f);
     for (int32_t i = 0; i < x.n_cand; ++i) {
         const float * k = x.k + (int64_t) i*d;
-        axpy(inv_norm(k), k, anchor.data(), d);
+        axpy(inv_norm(k), k, anchor, d);
     }
-    const float scale = inv_norm(anchor.data());
+    const float scale = inv_norm(anchor);
     for (int32_t i = 0; i < x.n_row; ++i) {
         const float * k = x.k + (int64_t) i*d;
-        score[i] = -scale*inv_norm(k)*dot(k, anchor.data(), d);
+        score[i] = -scale*inv_norm(k)*dot(k, anchor, d);
     }
 }
 

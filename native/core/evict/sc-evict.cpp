@@ -7,7 +7,7 @@
 
 namespace semcache {
 
-void evict_input::shares(int32_t query, float * p) const {
+void evict_input::add_shares(int32_t query, float * p, float * score) const {
     const float * y    = q + (int64_t) query*n_embd_head_k;
     const int32_t last = voter_token[query/n_gqa];
     float mx = -INFINITY;
@@ -22,7 +22,7 @@ void evict_input::shares(int32_t query, float * p) const {
         sum += p[i];
     }
     for (int32_t i = 0; i < n_row; ++i) {
-        p[i] /= sum;
+        score[i] += p[i]/sum;
     }
 }
 

@@ -24,11 +24,11 @@ struct evict_input {
 
     int32_t n_query() const { return n_voter*n_gqa; }
 
-    // Attention shares p [n_row] of one query; 0 of the tokens behind it.
-    void shares(int32_t query, float * p) const;
+    // Adds the attention shares of one query to score [n_row]; 0 of the tokens behind it. p [n_row] is scratch.
+    void add_shares(int32_t query, float * p, float * score) const;
 };
 
-// Writes score [n_row]; p [n_row] is scratch.
+// Writes score [n_row]; p is scratch for max(n_row, n_embd_head_k) values. Nothing is allocated, see sc-pass.h.
 void evict_keydiff(const evict_input & x, float * p, float * score);
 void evict_knorm  (const evict_input & x, float * p, float * score);
 void evict_snapkv (const evict_input & x, float * p, float * score);

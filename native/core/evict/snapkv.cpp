@@ -3,7 +3,6 @@
 #include "sc-evict.h"
 
 #include <algorithm>
-#include <vector>
 
 namespace semcache {
 
@@ -11,22 +10,17 @@ constexpr int32_t N_OBSERVE = 64; // tokens whose queries count, as far as they 
 constexpr int32_t N_POOL    = 5;  // rows of the moving average
 
 void evict_snapkv(const evict_input & x, float * p, float * score) {
-    std::vector<float> mean(x.n_row, 0.0f);
+    std::fill_n(score, x.n_row, 0.0f);
     for (int32_t i = 0; i < x.n_query(); ++i) {
         if (x.voter_token[i/x.n_gqa] + N_OBSERVE > x.voter_token[x.n_voter - 1]) {
-            x.shares(i, p);
-            for (int32_t j = 0; j < x.n_row; ++j) {
-                mean[j] += p[j];
-            }
+            x.add_shares(i, p, score);
         }
     }
-    for (int32_t i = 0; i < x.n_row; ++i) {
-        score[i] = mean[i];
-    }
+    std::copy_n(score, x.n_cand, p);
     for (int32_t i = 0; i < x.n_cand; ++i) {
         float sum = 0.0f;
         for (int32_t j = std::max(0, i - N_POOL/2); j < std::min(x.n_cand, i + N_POOL/2 + 1); ++j) {
-            sum += mean[j];
+            sum += p[j];
         }
         score[i] = sum/N_POOL;
     }

@@ -9,10 +9,7 @@ namespace semcache {
 void evict_tova(const evict_input & x, float * p, float * score) {
     std::fill_n(score, x.n_row, 0.0f);
     for (int32_t i = x.n_query() - x.n_gqa; i < x.n_query(); ++i) {
-        x.shares(i, p);
-        for (int32_t j = 0; j < x.n_row; ++j) {
-            score[j] += p[j];
-        }
+        x.add_shares(i, p, score);
     }
 }
 

@@ -215,6 +215,8 @@ def test_a_file_that_is_no_run(tmp_path):
     path.write_text("[]")
     with pytest.raises(ArgumentError, match="expected the JSON of a bench run"):
         Run(path, "speed", {})
+    with pytest.raises(ArgumentError, match="expected a folder to write to"):  # said before anything is measured
+        Run(tmp_path / "none" / "x.json", "speed", {})
 
 
 def run_command(*words):
@@ -265,6 +267,11 @@ def test_tasks_that_are_none(tiny, tmp_path):
     items.write_text('{"task": "riddles", "id": 0, "prompt": "", "gold": ""}')
     done = CliRunner().invoke(main, ["bench", "tasks", tiny("llama"), "--tasks", str(items)])
     assert done.exit_code == 1 and "line 1: expected task, id, prompt and gold" in done.output and "riddles" in done.output
+    good = '{"task": "lcc", "id": 0, "prompt": "x", "gold": "y"}'
+    for bad, message in (("{", "no JSON object"), ("[]", "no JSON object"), ('{"id": 1}', "no gold, prompt, task"), (good.replace("x", ""), "a prompt of 0 characters")):
+        items.write_text(f"{good}\n{bad}")
+        done = CliRunner().invoke(main, ["bench", "tasks", tiny("llama"), "--tasks", str(items)])
+        assert done.exit_code == 1 and "line 2: expected task, id, prompt and gold" in done.output and message in done.output
 
 
 def test_chat(smollm2, tmp_path):
@@ -281,6 +288,14 @@ def test_chat(smollm2, tmp_path):
     assert [a["score"] for a in records["chat|stock:f16|0"]["answers"]] == [1.0, 1.0]
     assert "turn 2" in output and "2/2" in output
     assert chat.chat_options("shift:0.25", Path(smollm2), 8960)[1] in range(2048, 8960 // 2, 256)
+
+
+def test_chat_that_cannot_be(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("short")
+    for more, message in ((("--setting", "shift:much"), "expected shift:RATIO"), ((), "text: expected at least")):
+        done = CliRunner().invoke(main, ["bench", "chat", tiny("llama"), "--text", str(text), *more, "--setting", "streaming:0.5"])
+        assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output
 
 
 def test_context_shift_moves_the_newer_half_up(tiny, load):
@@ -303,7 +318,8 @@ def test_memory(tiny, tmp_path):
     assert f16["kv_bytes"] == 2 * 2 * 2 * 16 * 2 * 2048  # layers, kv heads, K and V, head size, bytes, cells
     assert ours["kv_bytes"] == ours["core_bytes"] + ours["stage_bytes"] + ours["query_bytes"] + ours["meta_bytes"] < f16["kv_bytes"]
     assert f16["n_tokens"] == ours["n_tokens"] == 1024 and ours["resident_peak"] >= ours["resident_steady"] > 0
-    assert ours["largest"] == f16["largest"] and "tokens in 1 GiB" in output.replace("\n", " ") or "GiB" in output
+    assert ours["largest"] == f16["largest"] == [4096]  # what the model was trained for
+    assert "GiB" in output
 
 
 def test_report(tiny, wide, tmp_path):
@@ -315,7 +331,7 @@ def test_report(tiny, wide, tmp_path):
     run_command("speed", wide, "--text", text, "--depth", 50, "--n-decode", 3, "--rounds", 1, "--setting", ours, "--threads", 1, "--json", tmp_path / "s.json")
     assert "2 runs" in run_command("report", tmp_path)
     markdown, html = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
-    assert ours in markdown and "bench quality" not in markdown.split("\n")[0] and "| stock:f16" in markdown
+    assert ours in markdown and markdown.startswith("# Measurements\n") and "| stock:f16" in markdown
     assert html.count("<svg") == 2 + 2 + 1 + 1 + 1 + 1 and "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
     (tmp_path / "x.json").write_text("{}")
     done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])

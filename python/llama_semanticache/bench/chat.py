@@ -9,6 +9,7 @@ and context shift): a cache of as many bytes as ours at that ratio forgets the o
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -19,8 +20,9 @@ from ..errors import ArgumentError
 from ..llama import Llama
 from .cases import chat_facts
 from .harness import Snapshot, continue_greedily
+from .options import json_option, text_option, threads_option
 from .runs import Run
-from .settings import BASE, llama_options, needs_profile
+from .settings import BASE, context_options, llama_options, needs_profile, with_base
 from .tables import print_table
 
 SYSTEM = "You are a helpful assistant who remembers what the user says."
@@ -44,21 +46,17 @@ def conversation(llm: Llama, text: str, seed: int, n_turns: int, n_facts: int, n
 
 def render(llm: Llama, messages: Sequence[dict[str, str]], prompt: bool) -> list[int]:
     """Tokens of a conversation by the model's own template; with the head of the next answer if it is a prompt."""
-    import jinja2
-    import jinja2.sandbox
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     template = llm.metadata.get("tokenizer.chat_template")
     if template is None:
         raise ArgumentError("model: expected one with a chat template, got one without; name an instruction-tuned model")
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def token(number: int) -> str:
         return llm._model.token_get_text(number) if number >= 0 else ""
 
-    text = environment.from_string(template).render(
-        messages=messages, add_generation_prompt=prompt, bos_token=token(llm.token_bos()), eos_token=token(llm.token_eos())
-    )
-    return llm.tokenize(text.encode(), add_bos=False, special=True)
+    form = Jinja2ChatFormatter(template, eos_token=token(llm.token_eos()), bos_token=token(llm.token_bos()), add_generation_prompt=prompt)
+    return llm.tokenize(form(messages=list(messages)).prompt.encode(), add_bos=False, special=True)
 
 
 def shift_if_full(llm: Llama, n_more: int, n_keep: int) -> None:
@@ -71,9 +69,8 @@ def shift_if_full(llm: Llama, n_more: int, n_keep: int) -> None:
         llm.n_tokens -= n_discard
 
 
-def measure_chat(llm: Llama, text: str, seed: int, n_turns: int, n_facts: int, n_answer: int, shift: bool) -> dict[str, Any]:
-    """Reads the conversation turn by turn, then asks for every fact from where it ended."""
-    messages, facts = conversation(llm, text, seed, n_turns, n_facts, n_answer)
+def measure_chat(llm: Llama, messages: Sequence[dict[str, str]], facts: Sequence[tuple[str, str, str, str]], shift: bool) -> dict[str, Any]:
+    """Reads a conversation, then asks for every fact from where it ended."""
     tokens = render(llm, messages, prompt=False)
     n_keep = len(render(llm, messages[:1], prompt=False))
     llm.reset()
@@ -124,34 +121,39 @@ def chat_options(setting: str, path: Path, n_ctx: int) -> tuple[dict[str, Any], 
 
     if not setting.startswith("shift:"):
         return llama_options(setting), n_ctx
-    shape, ratio = read_shape(path), float(setting.split(":")[1])
+    shape = read_shape(path)
+    try:
+        ratio = float(setting.removeprefix("shift:"))
+    except ValueError as error:
+        raise ArgumentError(f"setting: expected shift:RATIO, got {setting!r}; as in shift:0.25") from error
     ours = estimate(shape, n_ctx, "semanticache", kv_ratio=ratio).kv_bytes
     return {}, int(ours / estimate(shape, n_ctx, "f16").kv_bytes * n_ctx) // 256 * 256
 
 
 @click.command()
 @click.argument("model")
-@click.option("--text", "text_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text that the assistant's answers are pieces of.")
+@text_option("Text that the assistant's answers are pieces of.")
 @click.option("--turns", "n_turns", type=click.IntRange(min=6), default=30, show_default=True)
 @click.option("--facts", "n_facts", type=click.IntRange(1, 5), default=5, show_default=True, help="Told in the first turns.")
 @click.option("--n-answer", type=click.IntRange(min=1), default=240, show_default=True, help="Tokens of an assistant's answer.")
 @click.option("--chats", "n_chats", type=click.IntRange(min=1), default=3, show_default=True, help="Conversations.")
-@click.option("--setting", "settings", multiple=True, help="As in bench quality, or shift:RATIO. stock:f16 is always there.")
+@click.option("--setting", "settings", multiple=True, help="As in bench quality, or shift:RATIO; repeatable. stock:f16 is always there.")
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=8960, show_default=True, help="Must hold the whole conversation.")
-@click.option("--threads", type=click.IntRange(min=1))
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
+@threads_option
+@json_option
 def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, settings, n_ctx, threads, json_path) -> None:
     """Facts of a conversation's first turns, asked for in its last, also against llama.cpp's context shift."""
     from tqdm import tqdm
 
     path = models.resolve(model)
-    settings = list(dict.fromkeys([BASE, *(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.25", "shift:0.25"))]))
+    settings = with_base(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.25", "shift:0.25"))
     if needs_profile(s for s in settings if not s.startswith("shift:")):
         profile.ensure(path, n_threads=threads)
     run = Run(json_path, "chat", {
         "model": path.name, "text": text_path.name, "n_turns": n_turns, "n_facts": n_facts, "n_answer": n_answer, "n_chats": n_chats,
         "settings": settings, "n_ctx": n_ctx, "threads": threads,
     })  # fmt: skip
+    options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
     text = text_path.read_text(encoding="utf-8")
     with tqdm(total=len(settings) * n_chats, unit="chat") as bar:
         for setting in settings:
@@ -159,11 +161,11 @@ def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, settings, n_ctx,
             if all(name in run.records for name in names):
                 bar.update(n_chats)
                 continue
-            options, n = chat_options(setting, path, n_ctx)
-            llm = Llama(str(path), n_ctx=n, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False, **options)
-            for i, name in enumerate(names):
-                bar.set_postfix_str(setting)
-                run.record(name, lambda: measure_chat(llm, text, i, n_turns, n_facts, n_answer, setting.startswith("shift:")))
-                bar.update()
-            llm.close()
+            arguments, n = options[setting]
+            with closing(Llama(str(path), **context_options(n, threads), **arguments)) as llm:
+                chats = [conversation(llm, text, i, n_turns, n_facts, n_answer) for i in range(n_chats)]
+                for name, (messages, facts) in zip(names, chats):
+                    bar.set_postfix_str(setting)
+                    run.record(name, lambda: measure_chat(llm, messages, facts, setting.startswith("shift:")))
+                    bar.update()
     print_table(f"{path.name}, {n_chats} conversations of {n_turns} turns, n_ctx {n_ctx}", *chat_table(run.data))

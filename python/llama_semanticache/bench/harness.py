@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import ctypes
 import time
-from typing import Any, Callable, Sequence
+from pathlib import Path
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
 from ..llama import Llama
+from .settings import llama_options
 
 import llama_cpp  # the patched library is loaded by now
+
+
+class Loader:
+    """Loads a model with one cache after the other; the same one is not loaded twice in a row."""
+
+    def __init__(self, path: Path, common: Mapping[str, Any]):
+        self.path, self.common = path, common
+        self.setting: str | None = None
+        self.llm: Llama | None = None
+
+    def __call__(self, setting: str) -> Llama:
+        if setting != self.setting:
+            self.close()
+            self.llm = Llama(str(self.path), **self.common, **llama_options(setting))
+            self.setting = setting
+        return self.llm
+
+    def close(self) -> None:
+        if self.llm is not None:
+            self.llm.close()
+        self.llm = self.setting = None
 
 
 def next_logits(llm: Llama, tokens: Sequence[int]) -> np.ndarray:

@@ -9,7 +9,6 @@ from the formula that `llama-semanticache memory` uses, which the tests hold to 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,15 @@ from typing import Any
 import click
 
 from .. import models, profile
-from ..errors import SemanticCacheError
 from ..memory import ModelShape, largest_n_ctx, read_shape
+from .options import json_option, setting_option, threads_option
+from .process import Worker
 from .runs import Run
-from .settings import BASE, STOCK, llama_options, needs_profile, parse_setting
+from .settings import BASE, STOCK, context_options, llama_options, needs_profile, parse_setting, with_base
 from .tables import print_table
 from .worker import resident_bytes
 
-DEFAULT_SETTINGS = (*STOCK, "semanticache:0.25", "semanticache:0.125", "semanticache:0.25:type_k=q8_0:type_v=q8_0")
+DEFAULT_SETTINGS = (*STOCK, "semanticache:0.25", "semanticache:0.125", "semanticache:0.25:type_k=f16:type_v=f16")
 
 
 def card_bytes() -> int | None:
@@ -61,15 +61,15 @@ def fill(options: dict[str, Any], fraction: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def serve() -> None:
+    """`fill` with the arguments of a line of JSON on standard input."""
+    print(json.dumps(fill(**json.loads(sys.stdin.readline()))), flush=True)
+
+
 def measure(options: dict[str, Any], fraction: float, setting: str) -> dict[str, Any]:
     """`fill` in a new process."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import json, sys; from {__name__} import fill; print(json.dumps(fill(*json.loads(sys.argv[1]))))", json.dumps([options, fraction])],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    if done.returncode != 0:
-        raise SemanticCacheError(f"{setting}: expected a measurement, got the end of its process (status {done.returncode}); its own message stands above")
-    return json.loads(done.stdout.splitlines()[-1])
+    with Worker(setting, [sys.executable, "-c", f"from {__name__} import serve; serve()"]) as worker:
+        return worker.ask(options=options, fraction=fraction)
 
 
 def largest_tokens(shape: ModelShape, setting: str, gib: float) -> int:
@@ -101,18 +101,18 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @click.command()
 @click.argument("model")
 @click.option("--n-ctx", "sizes", type=click.IntRange(min=1024), multiple=True, default=(8192,), show_default=True, help="Context size; repeatable.")
-@click.option("--setting", "settings", multiple=True, help="As in bench quality. stock:f16 is always there.")
+@setting_option
 @click.option("--fill", "fraction", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Share of the context that is read.")
 @click.option("--gib", "gibs", type=click.FloatRange(min=0, min_open=True), multiple=True, default=(4, 8), show_default=True, help="Memory to find the largest context for; repeatable.")
-@click.option("--threads", type=click.IntRange(min=1))
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
+@threads_option
+@json_option
 def memory(model, sizes, settings, fraction, gibs, threads, json_path) -> None:
     """KV bytes as allocated, resident size of a process that fills its cache, and the largest context that fits."""
     from tqdm import tqdm
 
     path = models.resolve(model)
     shape = read_shape(path)
-    settings = list(dict.fromkeys([BASE, *(settings or DEFAULT_SETTINGS)]))
+    settings = with_base(settings or DEFAULT_SETTINGS)
     options = {setting: llama_options(setting) for setting in settings}
     if needs_profile(settings):
         profile.ensure(path, n_threads=threads)
@@ -121,9 +121,8 @@ def memory(model, sizes, settings, fraction, gibs, threads, json_path) -> None:
         "model": path.name, "sizes": sizes, "settings": settings, "fraction": fraction, "gibs": list(gibs), "threads": threads,
     })  # fmt: skip
     for n_ctx, setting in tqdm([(n, s) for n in sizes for s in settings], unit="run"):
-        load = dict(model_path=str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False)
         run.record(
             f"memory|{setting}|{n_ctx}",
-            lambda: {**measure({**load, **options[setting]}, fraction, setting), "largest": [largest_tokens(shape, setting, g) for g in gibs]},
+            lambda: {**measure({"model_path": str(path), **context_options(n_ctx, threads), **options[setting]}, fraction, setting), "largest": [largest_tokens(shape, setting, g) for g in gibs]},
         )
     print_table(f"{path.name}, {fraction:.0%} of the context read", *memory_table(run.data))

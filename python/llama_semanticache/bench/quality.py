@@ -1,13 +1,13 @@
-"""Does the model still remember? Facts, the text that follows, tasks and a conversation, each against the uncompressed cache.
+"""Does the model still remember? Facts, and the text that follows, each against the uncompressed cache.
 
     llama-semanticache bench quality MODEL --text FILE --n-tokens 7600 --cases 3 --setting semanticache:0.25 --json quality.json
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 import click
 import numpy as np
@@ -16,44 +16,14 @@ from .. import models, profile
 from ..errors import ArgumentError
 from ..llama import Llama
 from .cases import SUITES, Case, Fact, make_case
-from .harness import Snapshot, continue_greedily, log_softmax, next_logits, read_in
+from .harness import Loader, Snapshot, continue_greedily, log_softmax, next_logits, read_in
+from .options import json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, llama_options, needs_profile, parse_press
+from .settings import BASE, DEFAULT_SETTINGS, context_options, llama_options, needs_profile, parse_press, with_base
 from .tables import print_table
 
 KVPRESS_VARIABLE = "LLAMA_SEMANTICACHE_KVPRESS_PYTHON"
-DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.25", "streaming:0.25")
-
-
-class Loader:
-    """Loads a model with one cache after the other; the same one is not loaded twice in a row."""
-
-    def __init__(self, path: Path, **common: Any):
-        self.path, self.common = path, common
-        self.setting: str | None = None
-        self.llm: Llama | None = None
-
-    def __call__(self, setting: str) -> Llama:
-        if setting != self.setting:
-            self.close()
-            self.llm = Llama(str(self.path), **self.common, **llama_options(setting))
-            self.setting = setting
-        return self.llm
-
-    def close(self) -> None:
-        if self.llm is not None:
-            self.llm.close()
-        self.llm = self.setting = None
-
-
-@contextmanager
-def loader(path: Path, **common: Any) -> Iterator[Loader]:
-    load = Loader(path, **common)
-    try:
-        yield load
-    finally:
-        load.close()
 
 
 def follow(llm: Llama, case: Case) -> np.ndarray:
@@ -92,12 +62,12 @@ def judge(case: Case, texts: Sequence[str]) -> list[dict[str, Any]]:
     return [{"kind": f.kind, "depth": f.depth, "want": list(f.answers), "got": text, "score": f.score(text)} for f, text in zip(case.facts, texts)]
 
 
-def ask(llm: Llama, case: Case, snapshot: Snapshot) -> list[dict[str, Any]]:
+def ask(llm: Llama, case: Case, questions: Sequence[tuple[list[int], int]], snapshot: Snapshot) -> list[dict[str, Any]]:
     """The answers to the case's questions, each from the same snapshot."""
     texts = []
-    for fact in case.facts:
+    for question in questions:
         snapshot.restore(llm)
-        texts.append(continue_greedily(llm, *question_of(llm, fact)))
+        texts.append(continue_greedily(llm, *question))
     return judge(case, texts)
 
 
@@ -137,7 +107,7 @@ def measure_texts(run: Run, load: Loader, text: str, settings: Sequence[str], le
             references[n, i] = logp
         else:
             record.update(divergence(references[n, i], logp, case.following))
-        record["answers"] = ask(llm, case, snapshot)
+        record["answers"] = ask(llm, case, questions[n, i], snapshot)
         record["heads"] = [head[:3] for head in llm.kv_rows()]
         return record
 
@@ -200,24 +170,22 @@ def text_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 @click.command()
 @click.argument("model")
-@click.option("--text", "text_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to read from: facts in it, and what follows it.")
+@text_option("Text to read from: facts in it, and what follows it.")
 @click.option("--n-tokens", "lengths", type=click.IntRange(min=64), multiple=True, default=(4000,), show_default=True, help="Length of a case; repeatable.")
 @click.option("--facts", "suite", type=click.Choice(sorted(SUITES)), default="single", show_default=True, help="Kinds of facts.")
 @click.option("--cases", "n_cases", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--first-case", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first case; cases are reproducible by number.")
 @click.option("--n-following", type=click.IntRange(min=2), default=256, show_default=True, help="Following tokens for the KL divergence.")
-@click.option("--setting", "settings", multiple=True, help="stock:q8_0, stock:q4_0 or METHOD:RATIO[:equal][:NAME=VALUE]...; repeatable. stock:f16 is always there.")
+@setting_option
 @click.option("--n-ctx", type=click.IntRange(min=1), help="Context size.  [default: the longest case + 512, rounded up to 256]")
-@click.option("--threads", type=click.IntRange(min=1))
+@threads_option
 @click.option("--kvpress-python", type=click.Path(exists=True, dir_okay=False, path_type=Path), envvar=KVPRESS_VARIABLE,
               help=f"A Python with kvpress, torch and gguf, for settings kvpress:NAME:KEEP.  [env: {KVPRESS_VARIABLE}]")  # fmt: skip
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
+@json_option
 def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, settings, n_ctx, threads, kvpress_python, json_path) -> None:
     """Facts asked for after compression, and KL divergence on the text that follows, against the uncompressed cache."""
-    if text_path is None:
-        raise ArgumentError("expected a text to read from, got none; name one with --text FILE")
     path = models.resolve(model)
-    settings = list(dict.fromkeys([BASE, *(settings or DEFAULT_SETTINGS)]))
+    settings = with_base(settings or DEFAULT_SETTINGS)
     lengths = sorted(lengths)
     n_ctx = n_ctx or -(-(lengths[-1] + 512) // 256) * 256
     for setting in settings:
@@ -231,6 +199,6 @@ def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, 
         "n_following": n_following, "settings": settings, "n_ctx": n_ctx, "threads": threads,
     }  # fmt: skip
     run = Run(json_path, "quality", asked)
-    with loader(path, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False) as load:
+    with closing(Loader(path, context_options(n_ctx, threads))) as load:
         measure_texts(run, load, text_path.read_text(encoding="utf-8"), settings, lengths, first_case, n_cases, suite, n_following, kvpress_python)
     print_table(f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data))

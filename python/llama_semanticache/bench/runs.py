@@ -45,7 +45,7 @@ class Run:
     Raises
     ------
     ArgumentError
-        The file holds another run.
+        The file holds another run, or there is no such folder.
     """
 
     def __init__(self, path: Path | None, kind: str, asked: dict[str, Any]):
@@ -55,6 +55,8 @@ class Run:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine(), "version": __version__,
             "upstream_commit": upstream_commit(), "records": {},
         }  # fmt: skip
+        if path is not None and not path.parent.is_dir():
+            raise ArgumentError(f"{path}: expected a folder to write to, got none of the name {path.parent}; make it first")
         if path is not None and path.exists():
             there = read(path)
             differ = [key for key in ("kind", "asked", "version", "upstream_commit", "machine") if there[key] != self.data[key]]

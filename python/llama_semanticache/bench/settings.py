@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Iterable
 
 from ..errors import ArgumentError
 
@@ -10,6 +10,8 @@ BASE = "stock:f16"
 STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
 """llama.cpp's own caches: the type of K and V by setting."""
 
+
+DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.25", "streaming:0.25")
 
 PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "pyramidkv")
 """Presses of kvpress that `kvpress_worker` knows."""
@@ -64,6 +66,16 @@ def llama_options(setting: str) -> dict[str, Any]:
     return {"type_k": kind, "type_v": kind}
 
 
-def needs_profile(settings: Any) -> bool:
+def with_base(settings: Iterable[str]) -> list[str]:
+    """llama.cpp's f16 cache, which all are compared with, and then the others, each once."""
+    return list(dict.fromkeys([BASE, *settings]))
+
+
+def context_options(n_ctx: int, threads: int | None) -> dict[str, Any]:
+    """Arguments of `Llama` that are the same for every setting."""
+    return dict(n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False)
+
+
+def needs_profile(settings: Iterable[str]) -> bool:
     """Whether any of them decides by a profile how many rows a head may keep."""
     return any(s.startswith("semanticache") and parse_setting(s).get("kv_profile", "auto") == "auto" for s in settings)

@@ -20,9 +20,10 @@ import click
 from .. import models, profile
 from ..errors import ArgumentError
 from ..memory import estimate, read_shape
+from .options import json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, STOCK, needs_profile, parse_setting
+from .settings import BASE, STOCK, needs_profile, parse_setting, with_base
 from .tables import print_table
 
 STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
@@ -128,23 +129,23 @@ def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 @click.command()
 @click.argument("model")
-@click.option("--text", "text_path", required=True, type=click.Path(exists=True, dir_okay=False), help="Text to read from.")
+@text_option("Text to read from.")
 @click.option("--depth", "depths", type=click.IntRange(min=1), multiple=True, default=(1000, 7600), show_default=True, help="Tokens before the decoding; repeatable.")
-@click.option("--setting", "settings", multiple=True, help="stock:q8_0, stock:q4_0 or METHOD:RATIO[:type_k=q8_0]...; repeatable. stock:f16 is always there.")
+@setting_option
 @click.option("--n-decode", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded one by one.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=None)
+@threads_option
 @click.option("--stock-lib", envvar=STOCK_VARIABLE, type=click.Path(exists=True, file_okay=False), help=f"Folder of stock llama.cpp's libraries (make stock).  [env: {STOCK_VARIABLE}]")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
+@json_option
 def speed(model, text_path, depths, settings, n_decode, rounds, threads, stock_lib, json_path) -> None:
     """Prefill and decode speed of MODEL, against stock llama.cpp of the same commit."""
     if stock_lib is None:
         raise ArgumentError(f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}")
     path = models.resolve(model)
-    settings = list(dict.fromkeys([BASE, *(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))]))
+    settings = with_base(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))
     if needs_profile(s for s in settings if s not in STOCK):
         profile.ensure(path, n_threads=threads)
-    text_path, depths = Path(text_path), sorted(depths)
+    depths = sorted(depths)
     run = Run(json_path, "speed", {
         "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "threads": threads,
     })  # fmt: skip

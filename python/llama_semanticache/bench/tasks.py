@@ -13,6 +13,7 @@ import json
 import re
 import string
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -21,9 +22,10 @@ import numpy as np
 
 from .. import models, profile
 from ..errors import ArgumentError
-from .harness import continue_greedily, read_in
+from .harness import Loader, continue_greedily, read_in
+from .options import json_option, setting_option, threads_option
 from .runs import Run
-from .settings import BASE, llama_options, needs_profile
+from .settings import BASE, DEFAULT_SETTINGS, context_options, llama_options, needs_profile, with_base
 from .tables import print_table
 
 
@@ -113,13 +115,15 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     """The file's items, checked."""
     items = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        item = json.loads(line)
-        missing = {"task", "id", "prompt", "gold"} - item.keys()
-        if missing or item["task"] not in TASKS:
-            raise ArgumentError(
-                f"{path}, line {number}: expected task, id, prompt and gold of one of {', '.join(TASKS)}, "
-                f"got {'no ' + ', '.join(sorted(missing)) if missing else item['task']}; mend the line"
-            )
+        try:
+            item = json.loads(line)
+            got = f"no {', '.join(sorted({'task', 'id', 'prompt', 'gold'} - item.keys()))}"
+        except (ValueError, AttributeError):
+            item, got = {}, "no JSON object"
+        if got == "no ":
+            got = "" if item["task"] in TASKS and item["prompt"] and item["gold"] else f"task {item['task']!r}, a prompt of {len(item['prompt'])} characters, gold {item['gold']!r}"
+        if got:
+            raise ArgumentError(f"{path}, line {number}: expected task, id, prompt and gold of one of {', '.join(TASKS)}, got {got}; mend the line")
         items.append({**item, "gold": [item["gold"]] if isinstance(item["gold"], str) else list(item["gold"])})
     return items
 
@@ -174,15 +178,13 @@ def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @click.option("--tasks", "tasks_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSONL file: task, id, prompt, gold.")
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=16384, show_default=True)
 @click.option("--whole", is_flag=True, help="Leave out items that do not fit instead of cutting their middle out.")
-@click.option("--setting", "settings", multiple=True, help="As in bench quality. stock:f16 is always there.")
-@click.option("--threads", type=click.IntRange(min=1))
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="The run's file; one that was cut off goes on.")
+@setting_option
+@threads_option
+@json_option
 def tasks(model, tasks_path, n_ctx, whole, settings, threads, json_path) -> None:
     """LongBench-style tasks from a file, with the tasks' own metrics."""
-    from .quality import DEFAULT_SETTINGS, loader
-
     path = models.resolve(model)
-    settings = list(dict.fromkeys([BASE, *(settings or DEFAULT_SETTINGS)]))
+    settings = with_base(settings or DEFAULT_SETTINGS)
     for setting in settings:
         llama_options(setting)
     items = read_items(tasks_path)
@@ -191,6 +193,6 @@ def tasks(model, tasks_path, n_ctx, whole, settings, threads, json_path) -> None
     run = Run(json_path, "tasks", {
         "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "settings": settings, "threads": threads,
     })  # fmt: skip
-    with loader(path, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False) as load:
+    with closing(Loader(path, context_options(n_ctx, threads))) as load:
         measure(run, load, items, settings, n_ctx, whole)
     print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{', whole prompts only' if whole else ''}", *task_table(run.data))

@@ -79,7 +79,7 @@ def calibrate(
     texts : sequence of str, optional
         Texts to calibrate on; by default those of the package (prose, code, dialogue, another language).
     n_ctx : int
-        Tokens of each text, a multiple of 256, at most what the model was trained on; a shorter text counts as it is.
+        Tokens of each text, at most what the model was trained on; a shorter text counts as it is.
     out : path, optional
         File to write; by default the model's place in the user's cache directory.
     force : bool

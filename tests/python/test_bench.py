@@ -328,11 +328,19 @@ def test_report(tiny, wide, tmp_path):
     ours = "semanticache:0.25:equal:stage=96:window=12"
     run_command("quality", tiny("llama"), "--text", text, "--n-tokens", 400, "--n-tokens", 500, "--cases", 1, "--n-following", 20,
                 "--setting", ours, "--threads", 1, "--json", tmp_path / "q.json")  # fmt: skip
+    run_command("quality", tiny("llama"), "--text", text, "--n-tokens", 400, "--n-tokens", 500, "--cases", 1, "--n-following", 20,
+                "--setting", "streaming:0.25:stage=96:window=12", "--threads", 1, "--json", tmp_path / "r.json")  # fmt: skip
     run_command("speed", wide, "--text", text, "--depth", 50, "--n-decode", 3, "--rounds", 1, "--setting", ours, "--threads", 1, "--json", tmp_path / "s.json")
-    assert "2 runs" in run_command("report", tmp_path)
+    assert "3 runs" in run_command("report", tmp_path)
     markdown, html = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
     assert ours in markdown and markdown.startswith("# Measurements\n") and "| stock:f16" in markdown
-    assert html.count("<svg") == 2 + 2 + 1 + 1 + 1 + 1 and "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert markdown.count("\n## ") == html.count("<h2>") == 2, "two runs of the same cases are one subject"
+    plots = sorted((tmp_path / "plots").iterdir())
+    assert [p.name for p in plots] == [*(f"q-{i}.svg" for i in range(1, 7)), "s-1.svg", "s-2.svg"]
+    assert all(f"(plots/{p.name})" in markdown and p.read_text() in html for p in plots)
+    facts = (tmp_path / "plots" / "q-2.svg").read_text()
+    assert "ours 0.25 equal" in facts and "streaming 0.25" in facts and "llama.cpp f16" in facts
+    assert html.count("<svg") == len(plots) and "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
     (tmp_path / "x.json").write_text("{}")
     done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
     assert done.exit_code == 1 and "x.json: expected the JSON of a bench run" in done.output

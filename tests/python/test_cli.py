@@ -340,6 +340,19 @@ def test_profile_writes_a_profile_that_run_takes(tiny, tmp_path):
     assert done.returncode == 0, done.err
 
 
+def test_profile_of_other_texts(tiny, tmp_path):
+    """Fewer tokens of one text are another measurement; a text that is too short is told."""
+    text, out = tmp_path / "text.txt", tmp_path / "own.profile"
+    text.write_text("A dog and a fox met by the river. " * 200)
+    done = program("profile", tiny, "--out", str(out), "--text", str(text), "--n-ctx", "1024", "--threads", "1")
+    assert done.returncode == 0, done.err
+    program("profile", tiny, "--out", str(tmp_path / "all.profile"), "--threads", "1")
+    assert out.read_text() != (tmp_path / "all.profile").read_text()
+    text.write_text("short")
+    done = program("profile", tiny, "--out", str(out), "--force", "--text", str(text), "--threads", "1")
+    assert done.returncode == 1 and "tokens" in done.err and "Traceback" not in done.err
+
+
 def test_profile_does_not_replace_a_file(tiny, tmp_path, invoke):
     out = tmp_path / "notes.txt"
     out.write_text("precious")

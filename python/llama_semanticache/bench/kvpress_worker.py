@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ PRESSES = {
     "streaming": kvpress.StreamingLLMPress,
     "adakv": lambda compression_ratio: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(compression_ratio=compression_ratio)),
     "pyramidkv": kvpress.PyramidKVPress,
+    "kvzip": kvpress.KVzipPress,
 }
+MASKING = {"adakv", "kvzip"}
+"""These mark rows instead of removing them."""
 
 
 class Model:
@@ -35,6 +39,10 @@ class Model:
         self.model = AutoModelForCausalLM.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name)
         self.references: dict[str, torch.Tensor] = {}
+        self.tokenizer.chat_template = None  # the context is read as it is
+        self.folder = tempfile.TemporaryDirectory()  # KVzip loads the tokenizer by the model's name
+        self.tokenizer.save_pretrained(self.folder.name)
+        self.model.config._name_or_path = self.folder.name
 
     def read(self, tokens: list[int], press: Any) -> tuple[DynamicCache, float]:
         cache = DynamicCache()
@@ -81,7 +89,7 @@ def measure(model: Model, order: dict[str, Any]) -> dict[str, Any]:
     cache, seconds = model.read(tokens, press)
     held = lengths(cache)
     n_bytes = sum(2 * layer.keys.numel() + 2 * layer.values.numel() for layer in cache.layers)  # as f16, like all others
-    if order["press"] == "adakv":  # marks rows instead of removing them
+    if order["press"] in MASKING:
         n_bytes = int(n_bytes * order["keep"])
     logp = model.logits(following, len(tokens), cache).log_softmax(-1)
     at = (torch.arange(len(following) - 1), torch.tensor(following[1:]))

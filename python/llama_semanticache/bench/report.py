@@ -1,14 +1,16 @@
 """One page of tables and plots from the JSON files of runs: `llama-semanticache bench report DIR`.
 
-Writes report.md and report.html (self-contained) into the folder. Nothing is measured; every figure carries the model, command,
-machine and date of its run.
+Writes report.html (self-contained), report.md and its plots (the folder plots) into the folder. Nothing is measured; every figure
+carries the model, command, machine and date of its runs. Runs that asked the same of other caches share their plots.
 """
 
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from statistics import median
+from typing import Any, Callable, Iterable, Sequence
 
 import click
 import numpy as np
@@ -18,7 +20,8 @@ from .chat import chat_table
 from .memory import memory_table
 from .quality import text_rows, text_table
 from .runs import read
-from .speed import rate, speed_records, speed_table
+from .settings import BASE
+from .speed import ratios, speed_records, speed_table
 from .tasks import task_table
 
 TABLES: dict[str, Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]] = {
@@ -26,17 +29,30 @@ TABLES: dict[str, Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]]
 }  # fmt: skip
 
 
+def short(setting: str) -> str:
+    """A cache's name without what goes without saying."""
+    for long, brief in (("stock:", "llama.cpp "), ("semanticache:", "ours "), (":type_k=f16:type_v=f16", " f16"), (":merge=0", " unmerged")):
+        setting = setting.replace(long, brief)
+    return setting.replace(":type_k=", " K ").replace(":type_v=", " V ").replace(":", " ")
+
+
 def scatter(title: str, x_label: str, y_label: str, points: Iterable[tuple[str, float, float]], log: bool = False) -> Any:
-    """Named points; the better is up and left, or down and left on a logarithmic axis."""
+    """Named points; the better is up and left, or down and left on a logarithmic axis. llama.cpp's caches are squares, ours dots."""
+    from adjustText import adjust_text
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name, x, y in points:
-        axes.scatter(x, y, marker="s" if name.startswith("stock") else "o" if name.startswith("semanticache") else "x")
-        axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
+    axes.margins(0.12)
+    names = []
+    for name, x, y in points:
+        kind = "stock" if name.startswith("stock") else "ours" if name.startswith("semanticache") else "others"
+        color = {"stock": "black", "ours": "tab:blue", "others": "tab:red"}[kind]
+        axes.scatter(x, y, marker={"stock": "s", "ours": "o", "others": "x"}[kind], color=color)
+        names.append(axes.text(x, y, short(name), fontsize=7, color=color))
+    adjust_text(names, ax=axes, arrowprops={"arrowstyle": "-", "color": "gray", "lw": 0.5})
     return figure
 
 
@@ -56,7 +72,7 @@ def lines(title: str, x_label: str, y_label: str, series: dict[str, list[tuple[f
 def heat_map(title: str, x_label: str, y_label: str, values: np.ndarray, x: list[str], y: list[str], form: str, top: float | None = None) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 0.55 * len(x), 1.4 + 0.32 * len(y)), layout="constrained")
+    figure = Figure(figsize=(2.5 + 0.06 * max(map(len, y)) + 0.5 * len(x), 1.4 + 0.3 * len(y)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=top)
     axes.set(title=title, xlabel=x_label, ylabel=y_label, xticks=range(len(x)), yticks=range(len(y)))
@@ -64,12 +80,13 @@ def heat_map(title: str, x_label: str, y_label: str, values: np.ndarray, x: list
     axes.set_yticklabels(y, fontsize=7)
     if values.size <= 200:
         for i, j in np.ndindex(values.shape):
-            axes.text(j, i, format(values[i, j], form), ha="center", va="center", fontsize=6, color="white")
+            axes.text(j, i, format(values[i, j], form), ha="center", va="center", fontsize=6, color="black" if values[i, j] > 0.6 * image.norm.vmax else "white")
     figure.colorbar(image)
     return figure
 
 
-def quality_plots(run: dict[str, Any]) -> list[Any]:
+def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
+    run = {"records": {name: r for run in reversed(runs) for name, r in run["records"].items()}}  # of a cache in two runs the first
     rows = text_rows(run)
     plots = []
     for n in sorted({r["tokens"] for r in rows}):
@@ -81,46 +98,62 @@ def quality_plots(run: dict[str, Any]) -> list[Any]:
     recall: dict[tuple[str, float], list[float]] = {}
     for r in rows:
         if r["kl"] is not None:
-            by_setting.setdefault(r["setting"], []).append((r["tokens"], r["kl"]))
+            by_setting.setdefault(short(r["setting"]), []).append((r["tokens"], r["kl"]))
     if any(len(points) > 1 for points in by_setting.values()):
         plots.append(lines("KL divergence by length", "tokens", "KL, nats per token", by_setting))
     budgets: dict[str, list[list[int]]] = {}
     for name, record in run["records"].items():
         _, setting, n, _ = name.split("|")
         for a in record["answers"]:
-            recall.setdefault((f"{setting}, {n}", a["depth"]), []).append(a["score"])
+            recall.setdefault((f"{short(setting)}, {n}", a["depth"]), []).append(a["score"])
         if record.get("heads"):
             budgets[setting] = record["heads"]
     settings, depths = list(dict.fromkeys(s for s, _ in recall)), sorted({d for _, d in recall})
     values = np.array([[np.mean(recall[s, d]) for d in depths] for s in settings])
     plots.append(heat_map("Facts by depth", "depth in the text", "cache, tokens", values, [f"{d:g}" for d in depths], settings, ".2f", top=1))
     for setting, heads in budgets.items():
+        if len({allocated for *_, allocated in heads}) == 1:  # nothing to see
+            continue
         layers, n_head = sorted({il for il, *_ in heads}), max(ih for _, ih, *_ in heads) + 1
         values = np.full((n_head, len(layers)), np.nan)
         for il, ih, allocated in heads:
             values[ih, layers.index(il)] = allocated
-        plots.append(heat_map(f"Rows of every head, {setting}", "layer", "kv head", values, [str(il) for il in layers], [str(i) for i in range(n_head)], ".0f"))
+        plots.append(heat_map(f"Rows of every head, {short(setting)}", "layer", "kv head", values, [str(il) for il in layers], [str(i) for i in range(n_head)], ".0f"))
     return plots
 
 
-def speed_plots(run: dict[str, Any]) -> list[Any]:
-    records = speed_records(run)
+def speed_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
+    points: dict[tuple[int, str], dict[str, tuple[float, float]]] = {}
+    for run in runs:
+        records = speed_records(run)
+        base = {r["depth"]: r for r in records if r["setting"] == BASE}
+        for r in records:
+            for name, what in (("Prefill", "prefill_s"), ("Decoding", "decode_s")):
+                point = r["kv_bytes"] / 2**20, median(ratios(r, base[r["depth"]], what))
+                points.setdefault((r["depth"], name), {}).setdefault(r["setting"], point)
     return [
-        scatter(f"Decoding by memory, depth {depth}", "KV cache, MiB", "tokens per second", [
-            (r["setting"], r["kv_bytes"] / 2**20, rate(r, "decode_s", run["asked"]["n_decode"])) for r in records if r["depth"] == depth
-        ])
-        for depth in sorted({r["depth"] for r in records})
-    ]  # fmt: skip
+        scatter(f"{name} by memory, depth {depth}", "KV cache, MiB", "times llama.cpp's f16 cache", [(s, *p) for s, p in some.items()])
+        for (depth, name), some in sorted(points.items())
+    ]
 
 
-PLOTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {"quality": quality_plots, "speed": speed_plots}
+PLOTS: dict[str, Callable[[Sequence[dict[str, Any]]], list[Any]]] = {"quality": quality_plots, "speed": speed_plots}
 
 
 def svg(figure: Any) -> str:
+    """The figure as an SVG element, the same for the same figure."""
+    import matplotlib
+
     out = io.StringIO()
-    figure.savefig(out, format="svg")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
+
+
+def subject(run: dict[str, Any]) -> str:
+    """What a run has in common with those that its caches may be compared with: all that was asked but the caches."""
+    return json.dumps([run["kind"], {k: v for k, v in run["asked"].items() if k not in ("settings", "threads", "rounds")}], sort_keys=True)
 
 
 PAGE = """<!doctype html>
@@ -129,12 +162,37 @@ body { font: 15px/1.5 sans-serif; max-width: 72rem; margin: 2rem auto; padding: 
 table { border-collapse: collapse; } th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; font-size: 13px; }
 code { font-size: 12px; } svg { max-width: 100%; height: auto; }
 </style></head><body><h1>Measurements</h1>
-{% for run in runs %}<h2>{{ run.title }}</h2>
-<p>{{ run.machine }}; {{ run.date }}; llama.cpp {{ run.commit }}<br><code>{{ run.command }}</code></p>
-{{ run.table }}
-{% for plot in run.plots %}{{ plot }}{% endfor %}
+{% for subject in subjects %}<h2>{{ subject.title }}</h2>
+{% for run in subject.runs %}<p>{{ run.where }}<br><code>{{ run.command }}</code></p>
+{{ run.html }}
+{% endfor %}{% for plot in subject.plots %}{{ plot }}{% endfor %}
 {% endfor %}</body></html>
 """
+
+MARKDOWN = """# Measurements
+{% for subject in subjects %}
+## {{ subject.title }}
+{% for run in subject.runs %}
+{{ run.where }}
+
+    {{ run.command }}
+
+{{ run.markdown }}
+{% endfor %}{% for file in subject.files %}
+![{{ subject.title }}]({{ file }})
+{% endfor %}{% endfor %}"""
+
+
+def show(run: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of a run."""
+    from markupsafe import Markup
+    from tabulate import tabulate
+
+    head, cells = TABLES[run["kind"]](run)
+    align = ["left" if column in ("cache", "task") else "right" for column in head]
+    tables = {form: tabulate(cells, head, tablefmt=form, colalign=align, disable_numparse=True) for form in ("github", "html")}
+    where = f"{run['machine']}; {run['date']}; llama.cpp {run['upstream_commit'][:9]}"
+    return {"where": where, "command": run["command"], "markdown": tables["github"], "html": Markup(tables["html"])}
 
 
 @click.command()
@@ -143,24 +201,24 @@ def report(folder: Path) -> None:
     """Tables and plots of the runs in FOLDER, as report.md and report.html beside them."""
     import jinja2
     from markupsafe import Markup
-    from tabulate import tabulate
 
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ArgumentError(f"{folder}: expected the JSON files of bench runs, got none; run bench with --json first")
-    markdown, runs = ["# Measurements\n"], []
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
     for file in files:
         run = read(file)
-        head, cells = TABLES[run["kind"]](run)
+        groups.setdefault(subject(run), {})[file.stem] = run
+    subjects = []
+    (folder / "plots").mkdir(exist_ok=True)
+    for group in groups.values():
+        name, run = next(iter(group.items()))
+        plots = [svg(plot) for plot in PLOTS.get(run["kind"], lambda _: [])(list(group.values()))]
+        names = [f"plots/{name}-{i}.svg" for i in range(1, len(plots) + 1)]
+        for plot, file_name in zip(plots, names):
+            (folder / file_name).write_text(plot, encoding="utf-8")
         title = f"{run['kind']}: {run['asked']['model']}" + "".join(f", {run['asked'][key]}" for key in ("text", "tasks") if key in run["asked"])
-        align = ["left" if column in ("cache", "task") else "right" for column in head]
-        markdown.append(f"## {title}\n\n{run['machine']}; {run['date']}; llama.cpp {run['upstream_commit'][:9]}\n\n    {run['command']}\n")
-        markdown.append(tabulate(cells, head, tablefmt="github", colalign=align, disable_numparse=True) + "\n")
-        runs.append({
-            "title": title, "machine": run["machine"], "date": run["date"], "commit": run["upstream_commit"][:9], "command": run["command"],
-            "table": Markup(tabulate(cells, head, tablefmt="html", colalign=align, disable_numparse=True)),
-            "plots": [Markup(svg(plot)) for plot in PLOTS.get(run["kind"], lambda _: [])(run)],
-        })  # fmt: skip
-    (folder / "report.md").write_text("\n".join(markdown), encoding="utf-8")
-    (folder / "report.html").write_text(jinja2.Environment(autoescape=True).from_string(PAGE).render(runs=runs), encoding="utf-8")
+        subjects.append({"title": title, "runs": [show(run) for run in group.values()], "plots": list(map(Markup, plots)), "files": names})
+    (folder / "report.md").write_text(jinja2.Template(MARKDOWN).render(subjects=subjects), encoding="utf-8")
+    (folder / "report.html").write_text(jinja2.Environment(autoescape=True).from_string(PAGE).render(subjects=subjects), encoding="utf-8")
     click.echo(f"{len(files)} runs: {folder / 'report.md'}, {folder / 'report.html'}")

@@ -13,7 +13,7 @@ STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
 
 DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.25", "streaming:0.25")
 
-PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "pyramidkv")
+PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "pyramidkv", "kvzip")
 """Presses of kvpress that `kvpress_worker` knows."""
 
 
@@ -30,7 +30,7 @@ def parse_press(text: str) -> tuple[str, float]:
 
 def parse_setting(text: str) -> dict[str, Any]:
     """Arguments of `Llama` for one of our settings: 'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal', '...:stage=1024',
-    '...:type_k=q8_0', '...:merge=0', '...:horizon=2048'.
+    '...:type_k=q8_0', '...:merge=0', '...:horizon=2048', '...:profile=FILE'.
     """
     try:
         return _parse(text)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from ..profile import N_TEXT_TOKENS, calibrate, model_id, read_texts
 from .common import find_model, json_option, traceback_option
 
 
@@ -17,21 +18,21 @@ from .common import find_model, json_option, traceback_option
     "--out", type=click.Path(dir_okay=False, writable=True), help="File to write.  [default: the user's cache]"
 )
 @click.option("--force", is_flag=True, help="Measure again even if a profile is there.")
+@click.option("--text", "texts", type=click.Path(exists=True, dir_okay=False), multiple=True, help="Text to measure with; repeatable.  [default: prose, code, a chat and other languages]")
+@click.option("--n-ctx", type=click.IntRange(min=1024), default=N_TEXT_TOKENS, show_default=True, help="Tokens of each text.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama.cpp's choice]")
 @json_option
 @traceback_option
-def profile(model: str, out: str | None, force: bool, threads: int | None, as_json: bool, verbose: bool) -> None:
+def profile(model: str, out: str | None, force: bool, texts: tuple[str, ...], n_ctx: int, threads: int | None, as_json: bool, verbose: bool) -> None:
     """Measure the budget of each head of MODEL and store it.
 
     chat and run do this by themselves on first use (--kv-profile auto).
     """
-    from ..profile import calibrate, model_id
-
     path = find_model(model, progress=not as_json)
     if out and Path(out).exists() and not force:
         raise click.ClickException(f"expected the name of a new file, got {out}, which is there; --force replaces it")
     begin = time.perf_counter()
-    file = calibrate(str(path), out=out, force=force, progress=not as_json, n_threads=threads)
+    file = calibrate(str(path), texts=read_texts(texts or None), n_ctx=n_ctx, out=out, force=force, progress=not as_json, n_threads=threads)
     seconds = time.perf_counter() - begin
     if as_json:
         result = {"model": str(path), "model_id": model_id(str(path)), "profile": str(file), "seconds": seconds}

@@ -18,6 +18,8 @@ constexpr int32_t N_FIT = 96; // rows are merged by the queries of about so many
 
 enum class method { semantic = 0, paper = 1, streaming = 2, keydiff = 3, knorm = 4, snapkv = 5, tova = 6, h2o = 7 }; // from keydiff on: see evict/
 
+constexpr bool asks_queries(method m) { return m == method::semantic || m == method::snapkv || m == method::tova || m == method::h2o; }
+
 // What a pass remembers of a core besides its row.
 struct core_meta {
     float    s_use;      // how much attention it got: see Scores of the reference; greatest of all passes, fading from pass to pass

@@ -13,15 +13,20 @@ class llm_graph_input_semcache : public llm_graph_input_i {
 public:
     llm_graph_input_semcache(ggml_context * ctx, const llama_kv_cache_context * mctx, const llama_ubatch & ubatch) :
         mctx(mctx), has_cores(mctx->get_semcache()->has_cores()), n_tokens(ubatch.n_tokens), n_vote(mctx->get_semcache()->n_vote(n_tokens)),
-        token(n_vote < n_tokens ? ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_vote) : nullptr), row(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_vote)) {
-        if (token) {
-            ggml_set_input(token);
+        token(n_vote > 0 && n_vote < n_tokens ? ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_vote) : nullptr),
+        row(n_vote > 0 ? ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_vote) : nullptr) {
+        for (ggml_tensor * t : { token, row }) {
+            if (t) {
+                ggml_set_input(t);
+            }
         }
-        ggml_set_input(row);
     }
 
     // As many tokens as could vote at the most, so that the graph does not depend on where the batch begins.
     void set_input(const llama_ubatch * ubatch) override {
+        if (!row) {
+            return;
+        }
         const llama_semcache & store = *mctx->get_semcache();
         std::vector<int32_t> tokens;
         std::vector<int64_t> rows;
@@ -48,8 +53,8 @@ public:
     const llama_kv_cache_context * mctx;
     const bool    has_cores;
     const int32_t n_tokens, n_vote;
-    ggml_tensor * token; // I32 [n_vote], NULL if all vote
-    ggml_tensor * row;   // I64 [n_vote]
+    ggml_tensor * token; // I32 [n_vote], NULL if all vote or none
+    ggml_tensor * row;   // I64 [n_vote], NULL if none vote
 };
 
 llm_graph_input_semcache * graph_input(const llm_graph_context & graph, const llama_kv_cache_context * mctx) {
@@ -78,12 +83,14 @@ ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor *
     if (q->nb[1] != ggml_row_size(q->type, q->ne[0]) || q->nb[2] != q->nb[1]*q->ne[1]) {
         q = ggml_cont(ctx, q);
     }
-    ggml_tensor * q_rows = ggml_reshape_2d(ctx, q, q->ne[0]*q->ne[1], q->ne[2]);
     const auto * input = graph_input(graph, mctx);
-    if (input->token) {
-        q_rows = ggml_get_rows(ctx, q_rows, input->token);
+    if (input->row) {
+        ggml_tensor * q_rows = ggml_reshape_2d(ctx, q, q->ne[0]*q->ne[1], q->ne[2]);
+        if (input->token) {
+            q_rows = ggml_get_rows(ctx, q_rows, input->token);
+        }
+        ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, l->q, q_rows, input->row));
     }
-    ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, l->q, q_rows, input->row));
     if (!input->has_cores) {
         return nullptr; // upstream's own attention, to the bit
     }

@@ -249,7 +249,7 @@ std::shared_ptr<llama_semcache> semcache_attach(llama_kv_cache & kv, llama_swa_t
 
 llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope & scope, bool v_trans) :
     kv(kv), v_trans(v_trans), params(scope.config->params), n_ctx(scope.cparams.n_ctx), n_batch(scope.cparams.n_batch),
-    vote_every(params.calibrate ? 1 : semcache::VOTE_EVERY), n_ring(params.calibrate ? params.n_stage : params.n_stage - params.n_window), n_voted(params.n_stage) {
+    vote_every(params.calibrate ? 1 : semcache::asks_queries((semcache::method) params.method) ? semcache::VOTE_EVERY : 0), n_ring(params.calibrate ? params.n_stage : params.n_stage - params.n_window), n_voted(params.n_stage) {
     const auto & hparams = scope.model.hparams;
     const auto & config  = *scope.config;
 

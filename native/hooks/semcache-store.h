@@ -104,11 +104,12 @@ public:
     int32_t pos_end()   const { return n_past; }
 
     // Of n tokens in a row, those that vote at the most.
-    int32_t n_vote(int32_t n) const { return (n + vote_every - 1)/vote_every; }
+    int32_t n_vote(int32_t n) const { return asks() ? (n + vote_every - 1)/vote_every : 0; }
 
     // Whether a token that no pass has asked votes in the next one, and the row of the query ring that its queries then go to. The
     // row behind those of the voters may be written too and is never read.
-    bool    is_voter(llama_pos pos) const { return (pos - n_asked)%vote_every == 0; }
+    bool    asks() const { return vote_every > 0; }
+    bool    is_voter(llama_pos pos) const { return asks() && (pos - n_asked)%vote_every == 0; }
     int64_t ring_row(llama_pos pos) const { return (pos - n_asked)/vote_every; }
     int64_t ring_end() const { return n_vote(n_ring); }
 
@@ -172,7 +173,7 @@ private:
     semcache_params  params;
     int32_t          n_ctx;
     int32_t          n_batch;
-    int32_t          vote_every; // as VOTE_EVERY; calibration keeps all queries
+    int32_t          vote_every; // as VOTE_EVERY; calibration keeps all queries; 0: the method asks none
     int32_t          n_ring;     // tokens between two passes at the most
     size_t           full_bytes = 0;
 

@@ -33,7 +33,7 @@ def test_ratio_1_is_full_attention_on_a_real_model(flash_attn, smollm2_f32, load
     assert (full.scores[: n - 1].argmax(-1) == llm.scores[: n - 1].argmax(-1)).all()
 
 
-@pytest.mark.parametrize("method", ["streaming", "paper"])
+@pytest.mark.parametrize("method", ["streaming", "paper", "keydiff", "h2o"])
 def test_methods_with_room_for_the_whole_text_are_full_attention(method, tiny, load):
     tokens = random_tokens(400)
     full = load(tiny("qwen3"), n_ctx=1024, n_batch=80, logits_all=True)
@@ -43,6 +43,8 @@ def test_methods_with_room_for_the_whole_text_are_full_attention(method, tiny, l
     stats = llm.kv_stats()
     assert stats.n_pass >= 3 and stats.rows_merged == stats.rows_dropped == 0
     assert kl(full.scores[:400], llm.scores[:400]).max() < 1e-5
+    asks = method in ("semanticache", "snapkv", "tova", "h2o")
+    assert (stats.query_bytes > 10_000) == asks, "a method that asks no queries keeps none"
 
 
 def test_streaming_is_attention_to_the_sinks_and_the_newest_tokens(tmp_path, load):

@@ -199,10 +199,10 @@ def test_quality_of_a_text_that_is_too_short(tiny, tmp_path):
 
 
 def test_a_package_of_the_extra_that_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tabulate", None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     (tmp_path / "x.json").write_text("{}")
     done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
-    assert done.exit_code == 1 and "expected the package tabulate" in done.output and "llama-semanticache[bench]" in done.output
+    assert done.exit_code == 1 and "expected the package jinja2" in done.output and "llama-semanticache[bench]" in done.output
 
 
 def test_a_run_names_files_and_not_where_they_lie(tmp_path, monkeypatch):

@@ -212,7 +212,8 @@ def report(folder: Path) -> None:
     subjects = []
     (folder / "plots").mkdir(exist_ok=True)
     for group in groups.values():
-        name, run = next(iter(group.items()))
+        name = min(group, key=len)
+        run = group[name]
         plots = [svg(plot) for plot in PLOTS.get(run["kind"], lambda _: [])(list(group.values()))]
         names = [f"plots/{name}-{i}.svg" for i in range(1, len(plots) + 1)]
         for plot, file_name in zip(plots, names):

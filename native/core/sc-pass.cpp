@@ -757,6 +757,10 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
             for_rows(c.n_cand, [&](int32_t i) { ws.winner[i] = i >= c.n_cand - budget ? i : DROPPED; });
         } break;
         default: {
+            if (params.how == method::h2o) {
+                const int32_t n_new = h2o_newest(budget, stage.n_window);
+                std::fill_n(ws.mk.begin() + c.n_cand - n_new, n_new, INFINITY);
+            }
             choose_winners(c, budget, ws);
             for_rows(c.n_cand, [&](int32_t i) { ws.winner[i] = ws.rank[i] ? i : DROPPED; });
         } break;

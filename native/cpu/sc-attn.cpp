@@ -334,6 +334,47 @@ void few_values(const float * x, int64_t ld_x, const row_span & v, const row_spa
     }
 }
 
+// The same of a transposed stage: a value lies along the cells.
+template <int NQ>
+void few_values_along(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t d, float * o, int64_t ld_v) {
+    constexpr int NE = NQ <= 4 ? 4 : 2;
+    for (int32_t e = 0; e < d; e += NE) {
+        for (int j = 0; next && j < NE; ++j) {
+            next->prefetch(e + j);
+        }
+        vf acc[NQ][NE] = {};
+        int32_t i = 0;
+        for (; i + VL <= n; i += VL) {
+            vf y[NE];
+#pragma GCC unroll 4
+            for (int j = 0; j < NE; ++j) {
+                y[j] = vload_f16((const f16 *) v.row(e + j) + i);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < NQ; ++r) {
+                const vf p = vload(x + r*ld_x + i);
+#pragma GCC unroll 4
+                for (int j = 0; j < NE; ++j) {
+                    acc[r][j] += p*y[j];
+                }
+            }
+        }
+        for (int r = 0; r < NQ; r += 4/NE) { // four sums at a time, as above
+            float sums[4];
+            auto at = [&](int j) -> const vf & { return acc[std::min(r + j/NE, NQ - 1)][j%NE]; };
+            vsum4(at(0), at(1), at(2), at(3), sums);
+            for (int j = 0; j < 4 && r + j/NE < NQ; ++j) {
+                const float * p    = x + (r + j/NE)*ld_x;
+                const f16   * cell = (const f16 *) v.row(e + j%NE);
+                for (int32_t k = i; k < n; ++k) {
+                    sums[j] += p[k]*f16_to_f32(cell[k]);
+                }
+                o[(r + j/NE)*ld_v + e + j%NE] += sums[j];
+            }
+        }
+    }
+}
+
 template <typename F> void with_type(row_type t, F && f) {
     switch (t) {
         case row_type::f16:  f(std::integral_constant<row_type, row_type::f16>());  break;
@@ -359,7 +400,7 @@ template <typename F> void for_queries(int32_t n_row, F && f) {
 }
 
 bool strips_fit(const attn_args & a, bool core) {
-    return a.n_embd_head_k%VL == 0 && a.n_embd_head_v%VL == 0 && (core || a.v_elem == 1);
+    return a.n_embd_head_k%VL == 0 && a.n_embd_head_v%VL == 0 && (core || a.v_elem == 1 || a.v_cell == 1);
 }
 
 // A strip of n rows, as add_tile.
@@ -369,7 +410,9 @@ void add_strip(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n
     if (!core && !visible(a, 0, n_tokens, row, n)) {
         return;
     }
-    const row_span k = k_span(a, h, core, row), v = v_span(a, h, core, row);
+    const bool     along = !core && a.v_elem != 1; // then a row of v is an element of all cells' values
+    const row_span k = k_span(a, h, core, row), v = along ?
+        row_span { (const uint8_t *) (a.v + h*a.v_head + row*a.v_cell), a.v_elem*(int64_t) sizeof(f16), row_type::f16, n*(int64_t) sizeof(f16) } : v_span(a, h, core, row);
     const float *  q = core ? s.q_core : s.q;
     with_type(k.type, [&](auto type) {
         for_queries(n_row, [&](int32_t r, auto n_q) {
@@ -381,6 +424,12 @@ void add_strip(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n
         soft_max_step(a, h, core, row, n, (int32_t) pad_to(n, VL), r/n_gqa, r, s);
     }
     const row_span k_next = k_span(a, h, core, row + n); // of the next strip, if there is one
+    if (along) {
+        for_queries(n_row, [&](int32_t r, auto n_q) {
+            few_values_along<decltype(n_q)::value>(s.x + r*s.ld_x, s.ld_x, v, r == 0 ? &k_next : nullptr, n, d_v, s.o + r*s.ld_v, s.ld_v);
+        });
+        return;
+    }
     with_type(v.type, [&](auto type) {
         for_queries(n_row, [&](int32_t r, auto n_q) {
             few_values<decltype(type)::value, decltype(n_q)::value>(s.x + r*s.ld_x, s.ld_x, v, r == 0 ? &k_next : nullptr, n, d_v, s.o + r*s.ld_v, s.ld_v);

@@ -145,6 +145,8 @@ class Llama(llama_cpp.Llama):
             params.profile_path, params.model_id = keep
         # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their window
         kwargs.setdefault("swa_full", False)
+        # without it values lie across the stage, which is slower to read; the cores' attention is ours in any case
+        kwargs.setdefault("flash_attn", True)
         _native.check(_lib.semcache_configure_next(params))
         try:
             super().__init__(model_path, **kwargs)
@@ -161,7 +163,7 @@ class Llama(llama_cpp.Llama):
 
     def _profile_file(self, model_path: str, kwargs: dict[str, Any]) -> Path | None:
         choice = self._kv_options["kv_profile"]
-        if choice is None or self.kv_compress != "semanticache":
+        if choice is None or (choice == "auto" and self.kv_compress != "semanticache"):
             return None
         if choice == "auto":
             # at ratio 1 every head keeps everything, whatever its share

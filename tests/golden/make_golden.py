@@ -135,6 +135,7 @@ CASES = (
     Case("streaming", method=STREAMING, d_k=32, d_v=32, gqa=1, n_rot=32, n_core=15, n_new=25, n_past=400, budget=21),
     *(Case(name, method=method, d_k=32, d_v=32, n_rot=32, n_core=20, n_new=34, n_win=50, n_past=1200, n_q=44, budget=24, voted=True)
       for method, name in EVICTING.items()),
+    Case("h2o-newest", method=7, d_k=32, d_v=32, n_rot=32, n_core=20, n_new=34, n_win=9, n_past=1200, n_q=34, budget=24, voted=True),
     Case("tova-softcap", method=6, d_k=32, d_v=32, gqa=2, n_rot=32, n_new=30, n_win=20, budget=18, softcap=3.0),
 )
 

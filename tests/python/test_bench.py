@@ -126,6 +126,7 @@ def test_facts():
         assert {f.kind for f in ruler} >= {"multikey", "paraphrase", "multivalue", "tracking"}
         assert [len(f.sentences) for f in ruler if f.kind in ("multikey", "multivalue", "tracking")].count(3) == 2
     assert {cases.ruler_facts(s)[0].kind for s in range(5)} >= {"multikey", "paraphrase", "multivalue", "tracking"}
+    assert cases.Fact("date", 0.5, (), "", ("3 July 1822",)).score(" 13 July 1822") == 0, "another date that ends alike"
     three = cases.Fact("multivalue", 0.5, (), "", ("Ann", "Bob", "Eve"))
     assert three.score(" Bob, Ann and Joe") == pytest.approx(2 / 3)
 
@@ -233,7 +234,7 @@ def test_task_metrics_by_hand():
     assert tasks.score("gov_report", "the cat sat", ["the cat ran off"]) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     assert tasks.score("vcsum", "甲乙丁", ["甲乙丙"]) == pytest.approx(2 / 3)
     assert tasks.score("trec", "\nDescription of a thing\nQuestion: Location", ["Location"]) == 0.0
-    assert tasks.score("trec", "location of it", ["Location"]) == 1.0
+    assert tasks.score("trec", "Location of it", ["Location"]) == 1.0 and tasks.score("trec", "the location", ["Location"]) == 0.0
     assert tasks.score("passage_retrieval_en", "Paragraph 7, not 8", ["Paragraph 7"]) == 0.5
     assert tasks.score("passage_count", "none", ["3"]) == 0.0
     assert tasks.score("lcc", "# a comment\nreturn x\n", ["return x"]) == 1.0
@@ -268,7 +269,7 @@ def test_tasks_that_are_none(tiny, tmp_path):
     done = CliRunner().invoke(main, ["bench", "tasks", tiny("llama"), "--tasks", str(items)])
     assert done.exit_code == 1 and "line 1: expected task, id, prompt and gold" in done.output and "riddles" in done.output
     good = '{"task": "lcc", "id": 0, "prompt": "x", "gold": "y"}'
-    for bad, message in (("{", "no JSON object"), ("[]", "no JSON object"), ('{"id": 1}', "no gold, prompt, task"), (good.replace("x", ""), "a prompt of 0 characters")):
+    for bad, message in ((good, "a second lcc of the id 0"), (good.replace("0", '"a|b"'), "an id with | in it"), ("{", "no JSON object"), ("[]", "no JSON object"), ('{"id": 1}', "no gold, prompt, task"), (good.replace("x", ""), "a prompt of 0 characters")):
         items.write_text(f"{good}\n{bad}")
         done = CliRunner().invoke(main, ["bench", "tasks", tiny("llama"), "--tasks", str(items)])
         assert done.exit_code == 1 and "line 2: expected task, id, prompt and gold" in done.output and message in done.output

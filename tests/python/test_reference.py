@@ -953,6 +953,8 @@ def test_eviction_by_hand():
     first, second = np.array([3, 1, 0, 0]) / 4, np.array([1, 9, 1, 3]) / 14
     np.testing.assert_allclose(ref.POLICIES["tova"](inp, params), second)
     np.testing.assert_allclose(ref.POLICIES["h2o"](inp, params), first + second)
+    assert ref.compress_head_evict(inp, params, "h2o").winner.tolist() == [0, 1], "the window is the newest half"
+    assert ref.compress_head_evict(replace(inp, n_win=0, chunk=np.zeros(4)), params, "h2o").winner.tolist() == [1, 3], "half of the budget for the newest"
     votes = ref.Votes(np.array([2, 0, 0]), np.zeros(3), np.array([0.5, 9, 9]))
     later = policy_input(k, q, [1, 3], 1, 4, s_use=[0.25], votes=votes)
     np.testing.assert_allclose(ref.POLICIES["h2o"](later, params), first + second + [0.25, 0.5, 0, 0])

@@ -28,6 +28,9 @@ struct evict_input {
     void add_shares(int32_t query, float * p, float * score) const;
 };
 
+// H2O keeps as many of the newest as of the heaviest rows. The window, which no pass touches, belongs to the newest.
+inline int32_t h2o_newest(int32_t budget, int32_t n_window) { return budget > n_window ? (budget - n_window)/2 : 0; }
+
 // Writes score [n_row]; p is scratch for max(n_row, n_embd_head_k) values. Nothing is allocated, see sc-pass.h.
 void evict_keydiff(const evict_input & x, float * p, float * score);
 void evict_knorm  (const evict_input & x, float * p, float * score);

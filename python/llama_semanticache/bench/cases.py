@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, replace
 
 from ..errors import ArgumentError
@@ -61,7 +62,7 @@ class Fact:
 
     def score(self, text: str) -> float:
         """Share of the answers that the text holds."""
-        return sum(answer in text for answer in self.answers) / len(self.answers)
+        return sum(bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text)) for answer in self.answers) / len(self.answers)
 
 
 @dataclass(frozen=True)

@@ -73,17 +73,19 @@ def measure_chat(llm: Llama, messages: Sequence[dict[str, str]], facts: Sequence
     """Reads a conversation, then asks for every fact from where it ended."""
     tokens = render(llm, messages, prompt=False)
     n_keep = len(render(llm, messages[:1], prompt=False))
+    whole = [render(llm, [*messages, {"role": "user", "content": f[1]}], prompt=True) for f in facts]
+    if any(w[: len(tokens)] != tokens for w in whole):
+        raise ArgumentError("model: expected a chat template that only adds to what was said before, got another; take another model")
+    asked = [w[len(tokens) :] for w in whole]
+    room = max(map(len, asked)) + 32
     llm.reset()
     step = llm.n_batch // 2
     for start in range(0, len(tokens), step):
         part = tokens[start : start + step]
-        if shift:
-            shift_if_full(llm, len(part), n_keep)
+        if shift:  # the questions' room is made before the last part: what was shifted is turned by the next eval
+            shift_if_full(llm, len(part) + (room if start + step >= len(tokens) else 0), n_keep)
         llm.eval(part)
     stats = llm.kv_stats()
-    asked = [render(llm, [*messages, {"role": "user", "content": f[1]}], prompt=True)[len(tokens) :] for f in facts]
-    if shift:
-        shift_if_full(llm, max(map(len, asked)) + 32, n_keep)
     snapshot = Snapshot(llm)
     answers = []
     for turn, (question, (_, _, start, want)) in enumerate(zip(asked, facts), 1):

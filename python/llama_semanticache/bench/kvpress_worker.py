@@ -27,7 +27,6 @@ PRESSES = {
     "tova": kvpress.TOVAPress,
     "streaming": kvpress.StreamingLLMPress,
     "adakv": lambda compression_ratio: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(compression_ratio=compression_ratio)),
-    "pyramidkv": kvpress.PyramidKVPress,
     "kvzip": kvpress.KVzipPress,
 }
 MASKING = {"adakv", "kvzip"}

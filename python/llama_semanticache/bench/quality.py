@@ -128,16 +128,17 @@ def measure_texts(run: Run, load: Loader, text: str, settings: Sequence[str], le
 
 def text_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per setting and length: sums and means over the cases."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for name, record in run["records"].items():
         part, *key = name.split("|")
         if part == "text":
-            groups.setdefault((key[0], int(key[1])), []).append(record)
+            groups.setdefault((key[0], int(key[1])), {})[key[2]] = record
     rows = []
-    for (setting, n), records in groups.items():
+    for (setting, n), cases in groups.items():
+        records = list(cases.values())
+        full = [r for case, r in groups.get((BASE, n), {}).items() if case in cases]  # a run that was cut off has fewer of a setting
         answers = [a for r in records for a in r["answers"]]
-        base = [a for r in groups.get((BASE, n), []) for a in r["answers"]]
-        facts, facts_base = sum(a["score"] for a in answers), sum(a["score"] for a in base)
+        facts, facts_base = sum(a["score"] for a in answers), sum(a["score"] for r in full for a in r["answers"])
         kl = [r["kl"] for r in records if "kl" in r]
         rows.append({
             "setting": setting, "tokens": n, "facts": facts, "questions": len(answers), "of_full": facts / facts_base if facts_base else None,

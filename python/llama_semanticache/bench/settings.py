@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Iterable
 
 from ..errors import ArgumentError
+from ..llama import METHODS
 
 BASE = "stock:f16"
 STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
@@ -13,7 +14,7 @@ STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
 
 DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.25", "streaming:0.25")
 
-PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "pyramidkv", "kvzip")
+PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "kvzip")
 """Presses of kvpress that `kvpress_worker` knows."""
 
 
@@ -42,6 +43,8 @@ def parse_setting(text: str) -> dict[str, Any]:
 
 def _parse(text: str) -> dict[str, Any]:
     method, ratio, *options = text.split(":")
+    if method not in METHODS:
+        raise ValueError(f"no method of the name {method}")
     kwargs: dict[str, Any] = {"kv_compress": method, "kv_ratio": float(ratio)}
     for option in options:
         if option == "equal":

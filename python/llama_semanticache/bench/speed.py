@@ -23,7 +23,7 @@ from ..memory import estimate, read_shape
 from .options import json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, STOCK, needs_profile, parse_setting, with_base
+from .settings import BASE, STOCK, context_options, needs_profile, parse_setting, with_base
 from .tables import print_table
 
 STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
@@ -31,7 +31,7 @@ STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
 
 def load_options(setting: str, path: Path, n_ctx: int, threads: int | None) -> dict[str, Any]:
     """Arguments of `worker.make` for a setting, see `settings`."""
-    common = dict(model_path=str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False)
+    common = dict(model_path=str(path), **context_options(n_ctx, threads))
     return {**common, "cache": STOCK[setting]} if setting in STOCK else {**common, "kv": parse_setting(setting)}
 
 

@@ -71,7 +71,7 @@ def rouge_l_zh(answer: str, gold: str) -> float:
 
 def contains(answer: str, gold: str) -> float:
     """Classification: the label stands in the answer's first line."""
-    return float(gold.lower() in answer.strip().split("\n")[0].lower())
+    return float(gold in answer.strip().split("\n")[0])
 
 
 def numbers(answer: str, gold: str) -> float:
@@ -83,7 +83,7 @@ def numbers(answer: str, gold: str) -> float:
 def edit_similarity(answer: str, gold: str) -> float:
     """Code: similarity of the answer's first line of code."""
     lines = [line for line in answer.lstrip("\n").split("\n") if not any(c in line for c in ("`", "#", "//"))]
-    return difflib.SequenceMatcher(None, lines[0] if lines else "", gold).ratio()
+    return difflib.SequenceMatcher(None, lines[0] if lines else "", gold, autojunk=False).ratio()
 
 
 FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
@@ -114,7 +114,7 @@ def cut_middle(tokens: Sequence[int], n: int) -> list[int]:
 def read_items(path: Path) -> list[dict[str, Any]]:
     """The file's items, checked."""
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             item = json.loads(line)
             got = f"no {', '.join(sorted({'task', 'id', 'prompt', 'gold'} - item.keys()))}"
@@ -122,6 +122,10 @@ def read_items(path: Path) -> list[dict[str, Any]]:
             item, got = {}, "no JSON object"
         if got == "no ":
             got = "" if item["task"] in TASKS and item["prompt"] and item["gold"] else f"task {item['task']!r}, a prompt of {len(item['prompt'])} characters, gold {item['gold']!r}"
+        if not got and "|" in str(item["id"]):
+            got = f"an id with | in it, {item['id']!r}"
+        if not got and (item["task"], str(item["id"])) in {(i["task"], str(i["id"])) for i in items}:
+            got = f"a second {item['task']} of the id {item['id']!r}"
         if got:
             raise ArgumentError(f"{path}, line {number}: expected task, id, prompt and gold of one of {', '.join(TASKS)}, got {got}; mend the line")
         items.append({**item, "gold": [item["gold"]] if isinstance(item["gold"], str) else list(item["gold"])})

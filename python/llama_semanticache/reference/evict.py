@@ -4,7 +4,7 @@ KeyDiff  Park et al. 2025, arXiv 2504.15364   the keys least like the mean of al
 Knorm    Devoto et al. 2024, arXiv 2406.11430 the shortest keys
 SnapKV   Li et al. 2024, arXiv 2404.14469     the mean attention of the newest tokens' queries, smoothed along the text
 TOVA     Oren et al. 2024, arXiv 2401.06104   the attention of the newest query
-H2O      Zhang et al. 2023, arXiv 2306.14048  the attention of all queries so far, summed up
+H2O      Zhang et al. 2023, arXiv 2306.14048  the attention of all queries so far, summed up; half of what is kept are the newest
 
 Queries ask from where they are, of the tokens up to their own.
 """
@@ -67,6 +67,8 @@ def compress_head_evict(inp: PassInput, params: PassParams, policy: str) -> Pass
     rows = replace(inp.candidates(), s_use=score)
     if len(rows) <= params.budget:
         return unchanged(rows)
+    if policy == "h2o" and params.budget > inp.n_win:  # the window belongs to the newest
+        score = np.where(np.arange(len(rows)) >= len(rows) - (params.budget - inp.n_win) // 2, np.inf, score)
     winner = choose_winners(score, params.budget)
     member_of = np.full(len(rows), -1, dtype=np.int64)
     member_of[winner] = np.arange(len(winner))

@@ -114,19 +114,29 @@ static inline void f32_to_q4_0_row(const float * x, q4_block * y, int32_t n) {
 // The Walsh-Hadamard transform of every block of the largest power of two that divides n, orthonormal; its own inverse.
 static inline void hadamard(float * x, int32_t n) {
     const int32_t size = n & -n;
-    for (int32_t h = 1; h < size; h *= 2) {
-        if (h >= VL) {
-            for (int32_t i = 0; i < n; i += 2*h) {
-                for (int32_t j = i; j < i + h; j += VL) {
-                    const vf a = vload(x + j), b = vload(x + j + h);
-                    vstore(x + j,     a + b);
-                    vstore(x + j + h, a - b);
-                }
+    int32_t h = 1;
+    if (n%VL == 0) { // the steps within a vector, in registers
+        for (int32_t i = 0; i < n; i += VL) {
+            vf a = vbutterfly<2>(vbutterfly<1>(vload(x + i)));
+            if constexpr (VL > 4) {
+                a = vbutterfly<4>(a);
             }
-            continue;
+            if constexpr (VL > 8) {
+                a = vbutterfly<8>(a);
+            }
+            vstore(x + i, a);
         }
+        h = VL;
+    }
+    for (; h < size; h *= 2) {
         for (int32_t i = 0; i < n; i += 2*h) {
-            for (int32_t j = i; j < i + h; ++j) {
+            int32_t j = i;
+            for (; j + VL <= i + h; j += VL) {
+                const vf a = vload(x + j), b = vload(x + j + h);
+                vstore(x + j,     a + b);
+                vstore(x + j + h, a - b);
+            }
+            for (; j < i + h; ++j) {
                 const float a = x[j], b = x[j + h];
                 x[j]     = a + b;
                 x[j + h] = a - b;

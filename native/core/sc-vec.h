@@ -161,6 +161,34 @@ static inline vf vlog(vf x) {
     return p*s + e*0.693147181f;
 }
 
+// Of every pair of lanes whose numbers differ in the bit H alone: their sum in the first, their difference in the second.
+template <int H> struct pairs {
+    int32_t other[VL];
+    float   sign[VL];
+
+    constexpr pairs() : other(), sign() {
+        for (int i = 0; i < VL; ++i) {
+            other[i] = i ^ H;
+            sign[i]  = i & H ? -1.0f : 1.0f;
+        }
+    }
+};
+
+template <int H> static inline vf vbutterfly(vf x) {
+    static constexpr pairs<H> of;
+#if defined(__clang__)
+    vf y;
+    for (int i = 0; i < VL; ++i) {
+        y[i] = x[i ^ H];
+    }
+#else
+    vi other;
+    memcpy(&other, of.other, sizeof(other));
+    const vf y = __builtin_shuffle(x, other);
+#endif
+    return y + vload(of.sign)*x;
+}
+
 static inline float f16_to_f32(f16 h) {
 #if defined(__F16C__)
     return _cvtsh_ss(h);

@@ -86,7 +86,7 @@ def heat_map(title: str, x_label: str, y_label: str, values: np.ndarray, x: list
 
 
 def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
-    run = {"records": {name: r for run in reversed(runs) for name, r in run["records"].items()}}  # of a cache in two runs the first
+    run = {"records": {name: r for run in runs for name, r in run["records"].items()}}  # of a cache in two runs the later
     rows = text_rows(run)
     plots = []
     for n in sorted({r["tokens"] for r in rows}):
@@ -130,7 +130,7 @@ def speed_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
         for r in records:
             for name, what in (("Prefill", "prefill_s"), ("Decoding", "decode_s")):
                 point = r["kv_bytes"] / 2**20, median(ratios(r, base[r["depth"]], what))
-                points.setdefault((r["depth"], name), {}).setdefault(r["setting"], point)
+                points.setdefault((r["depth"], name), {})[r["setting"]] = point
     return [
         scatter(f"{name} by memory, depth {depth}", "KV cache, MiB", "times llama.cpp's f16 cache", [(s, *p) for s, p in some.items()])
         for (depth, name), some in sorted(points.items())
@@ -214,7 +214,8 @@ def report(folder: Path) -> None:
     for group in groups.values():
         name = min(group, key=len)
         run = group[name]
-        plots = [svg(plot) for plot in PLOTS.get(run["kind"], lambda _: [])(list(group.values()))]
+        by_date = sorted(group.values(), key=lambda r: r["date"])
+        plots = [svg(plot) for plot in PLOTS.get(run["kind"], lambda _: [])(by_date)]
         names = [f"plots/{name}-{i}.svg" for i in range(1, len(plots) + 1)]
         for plot, file_name in zip(plots, names):
             (folder / file_name).write_text(plot, encoding="utf-8")

@@ -25,7 +25,7 @@ using semcache::f16;
 namespace {
 
 constexpr uint32_t STATE_MAGIC   = 0x6d657363; // "csem": no stock cache state begins with so many streams
-constexpr uint32_t STATE_VERSION = 4;
+constexpr uint32_t STATE_VERSION = 5;
 
 // Fits core_meta::chunk; a chunk id is used up per delimiter and never again until the cache is cleared.
 constexpr int32_t N_CHUNK_MAX = 1 << 24;

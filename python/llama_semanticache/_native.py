@@ -73,6 +73,14 @@ def _declarations() -> str:
     raise LibraryError(f"expected semcache.h in {HERE / 'include'}, got none; install llama-semanticache again")
 
 
+def library_folder() -> Path:
+    """Where the library that llama_cpp has loaded lies."""
+    load()
+    import llama_cpp.llama_cpp as bindings
+
+    return Path(bindings._lib._name).parent
+
+
 def context(llama: Any) -> Any:
     """The llama_context of a llama_cpp.Llama as a cffi pointer."""
     ffi, _ = load()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import tiny_models
 from click.testing import CliRunner
 from conftest import last_logits
 
+from llama_semanticache import Llama
 from llama_semanticache.bench import cases, chat, quality, speed, tasks
 from llama_semanticache.bench.runs import Run
 from llama_semanticache.bench.settings import parse_setting
@@ -216,6 +218,14 @@ def test_a_file_that_is_no_run(tmp_path):
     path.write_text("[]")
     with pytest.raises(ArgumentError, match="expected the JSON of a bench run"):
         Run(path, "speed", {})
+    path.unlink()
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    Run(path, "speed", {}, [text]).record("x", dict)
+    assert Run(path, "speed", {}, [text]).records == {"x": {}}
+    text.write_text("two")
+    with pytest.raises(ArgumentError, match="got one with another inputs"):
+        Run(path, "speed", {}, [text])
     with pytest.raises(ArgumentError, match="expected a folder to write to"):  # said before anything is measured
         Run(tmp_path / "none" / "x.json", "speed", {})
 
@@ -235,6 +245,9 @@ def test_task_metrics_by_hand():
     assert tasks.score("vcsum", "甲乙丁", ["甲乙丙"]) == pytest.approx(2 / 3)
     assert tasks.score("trec", "\nDescription of a thing\nQuestion: Location", ["Location"]) == 0.0
     assert tasks.score("trec", "Location of it", ["Location"]) == 1.0 and tasks.score("trec", "the location", ["Location"]) == 0.0
+    classes = ["Other location", "City", "location", "Location"]
+    assert tasks.score("trec", "City or Location", ["Location"], classes) == 0.5 and tasks.score("trec", "Other location", ["Other location"], classes) == 1.0
+    assert tasks.score("trec", "City", ["Location"], classes) == 0.0
     assert tasks.score("passage_retrieval_en", "Paragraph 7, not 8", ["Paragraph 7"]) == 0.5
     assert tasks.score("passage_count", "none", ["3"]) == 0.0
     assert tasks.score("lcc", "# a comment\nreturn x\n", ["return x"]) == 1.0
@@ -252,15 +265,27 @@ def test_tasks(tiny, tmp_path):
     assert len(records) == 4 and {r["tokens"] for r in records.values()} >= {1024 - 32}  # the long one lost its middle
     head, cells = tasks.task_table({"asked": {"settings": ["stock:f16", "x:1"]}, "records": {
         "task|stock:f16|lcc|0": {"score": 0.5, "kv_bytes": 2**21}, "task|stock:f16|trec|0": {"score": 1.0, "kv_bytes": 2**21},
-        "task|x:1|lcc|0": {"score": 0.25, "kv_bytes": 2**20}, "task|x:1|trec|0": {"score": 0.5, "kv_bytes": 2**20}, "task|x:1|trec|1": {"tokens": 9},
+        "task|x:1|lcc|0": {"score": 0.25, "kv_bytes": 2**20}, "task|x:1|trec|0": {"score": 0.5, "kv_bytes": 2**20},
     }})  # fmt: skip
     assert cells == [
         ["lcc", "1", "50.0", "25.0"], ["trec", "1", "100.0", "50.0"], ["all items", "2", "75.0", "37.5"],
         ["of uncompressed", "", "100.0%", "50.0%"], ["KV MiB", "", "2.0", "1.0"],
     ]  # fmt: skip
     out.unlink()
-    run_command(*command, "--whole")
-    assert sum("score" not in r for r in json.loads(out.read_text())["records"].values()) == 2
+    assert "without 1 of 2 items that do not fit" in " ".join(run_command(*command, "--whole").split())
+    assert [name.split("|")[3] for name in json.loads(out.read_text())["records"]] == ["0", "0"]
+
+
+def test_a_task_stands_in_the_chat_template(smollm2):
+    with closing(Llama(smollm2, n_ctx=1024, verbose=False)) as llm:
+        items = [{"task": task, "prompt": "<|im_end|> " + "x y z " * n} for task, n in (("hotpotqa", 400), ("lcc", 400), ("qasper", 9))]
+        (short, a), (_, b), (_, c) = tasks.fit(llm, items, 512, whole=False)
+        assert short["task"] == "qasper" and [len(b), len(c)] == [512 - 64, 512 - 32]
+        text = llm.detokenize(a, special=True).decode()
+        assert text.startswith("<|im_start|>system") and text.endswith("<|im_end|>\n<|im_start|>assistant\n") and "user\n<|im_end|> x y z" in text
+        assert a.count(llm.tokenize(b"<|im_end|>", add_bos=False, special=True)[0]) == 2  # a prompt's own words end no message
+        assert llm.detokenize(b, special=True).decode().startswith("<|im_end|> x y z")
+        assert [len(tokens) for _, tokens in tasks.fit(llm, items, 512, whole=True)] == [len(a)]
 
 
 def test_tasks_that_are_none(tiny, tmp_path):

@@ -19,7 +19,7 @@ from .. import models, profile
 from ..errors import ArgumentError
 from ..llama import Llama
 from .cases import chat_facts
-from .harness import Snapshot, continue_greedily
+from .harness import Snapshot, continue_greedily, render
 from .options import json_option, text_option, threads_option
 from .runs import Run
 from .settings import BASE, context_options, llama_options, needs_profile, with_base
@@ -42,21 +42,6 @@ def conversation(llm: Llama, text: str, seed: int, n_turns: int, n_facts: int, n
         messages.append({"role": "user", "content": told + REQUESTS[turn % len(REQUESTS)]})
         messages.append({"role": "assistant", "content": llm.detokenize(tokens[begin : begin + n_answer]).decode("utf-8", "ignore").strip()})
     return messages, facts
-
-
-def render(llm: Llama, messages: Sequence[dict[str, str]], prompt: bool) -> list[int]:
-    """Tokens of a conversation by the model's own template; with the head of the next answer if it is a prompt."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    template = llm.metadata.get("tokenizer.chat_template")
-    if template is None:
-        raise ArgumentError("model: expected one with a chat template, got one without; name an instruction-tuned model")
-
-    def token(number: int) -> str:
-        return llm._model.token_get_text(number) if number >= 0 else ""
-
-    form = Jinja2ChatFormatter(template, eos_token=token(llm.token_eos()), bos_token=token(llm.token_bos()), add_generation_prompt=prompt)
-    return llm.tokenize(form(messages=list(messages)).prompt.encode(), add_bos=False, special=True)
 
 
 def shift_if_full(llm: Llama, n_more: int, n_keep: int) -> None:
@@ -148,13 +133,13 @@ def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, settings, n_ctx,
     from tqdm import tqdm
 
     path = models.resolve(model)
-    settings = with_base(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.25", "shift:0.25"))
+    settings = with_base(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"))
     if needs_profile(s for s in settings if not s.startswith("shift:")):
         profile.ensure(path, n_threads=threads)
     run = Run(json_path, "chat", {
         "model": path.name, "text": text_path.name, "n_turns": n_turns, "n_facts": n_facts, "n_answer": n_answer, "n_chats": n_chats,
         "settings": settings, "n_ctx": n_ctx, "threads": threads,
-    })  # fmt: skip
+    }, [text_path])  # fmt: skip
     options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
     text = text_path.read_text(encoding="utf-8")
     with tqdm(total=len(settings) * n_chats, unit="chat") as bar:

@@ -9,6 +9,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
+from ..errors import ArgumentError
 from ..llama import Llama
 from .settings import llama_options
 
@@ -96,3 +97,18 @@ def read_in(llm: Llama, tokens: Sequence[int]) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     stats = llm.kv_stats()
     return {"prefill_s": seconds, "pass_s": stats.pass_s - before, "kv_bytes": stats.total_bytes, "rows_used": stats.rows_used}
+
+
+def render(llm: Llama, messages: Sequence[dict[str, str]], prompt: bool) -> list[int]:
+    """Tokens of a conversation by the model's own template; with the head of the next answer if it is a prompt."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    template = llm.metadata.get("tokenizer.chat_template")
+    if template is None:
+        raise ArgumentError("model: expected one with a chat template, got one without; name an instruction-tuned model")
+
+    def token(number: int) -> str:
+        return llm._model.token_get_text(number) if number >= 0 else ""
+
+    form = Jinja2ChatFormatter(template, eos_token=token(llm.token_eos()), bos_token=token(llm.token_bos()), add_generation_prompt=prompt)
+    return llm.tokenize(form(messages=list(messages)).prompt.encode(), add_bos=False, special=True)

@@ -199,7 +199,7 @@ def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, 
         "model": path.name, "text": text_path.name, "lengths": lengths, "suite": suite, "n_cases": n_cases, "first_case": first_case,
         "n_following": n_following, "settings": settings, "n_ctx": n_ctx, "threads": threads,
     }  # fmt: skip
-    run = Run(json_path, "quality", asked)
+    run = Run(json_path, "quality", asked, [text_path])
     with closing(Loader(path, context_options(n_ctx, threads))) as load:
         measure_texts(run, load, text_path.read_text(encoding="utf-8"), settings, lengths, first_case, n_cases, suite, n_following, kvpress_python)
     print_table(f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -9,10 +10,11 @@ import shlex
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
-from .. import __version__, upstream_commit
+from .. import __version__, _native, upstream_commit
 from ..errors import ArgumentError
+from ..models import sha256
 
 
 def machine() -> str:
@@ -30,6 +32,11 @@ def command_line() -> str:
     return shlex.join([Path(word).name if os.sep in word and Path(word).exists() else word for word in sys.argv])
 
 
+def build() -> str:
+    """SHA-256 of the native libraries, the first 16 digits: two builds of one version may measure differently."""
+    return hashlib.sha256("".join(sha256(path) for path in sorted(_native.library_folder().iterdir())).encode()).hexdigest()[:16]
+
+
 class Run:
     """Records by name, written after each one. A run that was cut off goes on where it stopped if the same is asked for again.
 
@@ -41,6 +48,8 @@ class Run:
         The subcommand.
     asked : dict
         All that the numbers depend on, as JSON has it.
+    inputs : sequence of Path
+        The files that are read, besides the model: their contents count, too.
 
     Raises
     ------
@@ -48,18 +57,18 @@ class Run:
         The file holds another run, or there is no such folder.
     """
 
-    def __init__(self, path: Path | None, kind: str, asked: dict[str, Any]):
+    def __init__(self, path: Path | None, kind: str, asked: dict[str, Any], inputs: Sequence[Path] = ()):
         self.path = path
         self.data: dict[str, Any] = {
             "kind": kind, "asked": json.loads(json.dumps(asked)), "command": command_line(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine(), "version": __version__,
-            "upstream_commit": upstream_commit(), "records": {},
+            "upstream_commit": upstream_commit(), "build": build(), "inputs": {p.name: sha256(p) for p in inputs}, "records": {},
         }  # fmt: skip
         if path is not None and not path.parent.is_dir():
             raise ArgumentError(f"{path}: expected a folder to write to, got none of the name {path.parent}; make it first")
         if path is not None and path.exists():
             there = read(path)
-            differ = [key for key in ("kind", "asked", "version", "upstream_commit", "machine") if there[key] != self.data[key]]
+            differ = [key for key in ("kind", "asked", "inputs", "version", "build", "upstream_commit", "machine") if there.get(key) != self.data[key]]
             if differ:
                 raise ArgumentError(f"{path}: expected the same run to go on with, got one with another {', '.join(differ)}; name another file")
             self.data = there

@@ -12,7 +12,8 @@ STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
 """llama.cpp's own caches: the type of K and V by setting."""
 
 
-DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.25", "streaming:0.25")
+DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.3", "streaming:0.3")
+"""The peers hold no queries, so that 0.3 of theirs are about the bytes of our 0.25."""
 
 PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "kvzip")
 """Presses of kvpress that `kvpress_worker` knows."""

@@ -148,6 +148,6 @@ def speed(model, text_path, depths, settings, n_decode, rounds, threads, stock_l
     depths = sorted(depths)
     run = Run(json_path, "speed", {
         "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "threads": threads,
-    })  # fmt: skip
+    }, [text_path])  # fmt: skip
     measure(run, path, text_path.read_text(encoding="utf-8"), settings, depths, n_decode, rounds, threads, Path(stock_lib).resolve())
     print_table(f"{path.name}, {text_path.name}, {rounds} rounds, {threads or 'all'} threads", *speed_table(run.data))

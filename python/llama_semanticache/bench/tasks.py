@@ -2,8 +2,9 @@
 
     llama-semanticache bench tasks MODEL --tasks items.jsonl --n-ctx 16384 --setting semanticache:0.25 --json tasks.json
 
-A line of the file holds "task", "id", "prompt" and "gold" (a string or a list of them). Metrics and answer lengths are those of
-LongBench (Bai et al. 2023, arXiv 2308.14508); a prompt that is too long loses its middle, as there.
+A line of the file holds "task", "id", "prompt" and "gold" (a string or a list of them), of classification perhaps
+"all_classes". Metrics and answer lengths are those of LongBench (Bai et al. 2023, arXiv 2308.14508); as there, a prompt that is
+too long loses its middle, and it stands in the model's chat template unless it is made of examples or code to go on with.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from .. import models, profile
 from ..errors import ArgumentError
-from .harness import Loader, continue_greedily, read_in
+from .harness import Loader, continue_greedily, read_in, render
 from .options import json_option, setting_option, threads_option
 from .runs import Run
 from .settings import BASE, DEFAULT_SETTINGS, context_options, llama_options, needs_profile, with_base
@@ -69,9 +70,11 @@ def rouge_l_zh(answer: str, gold: str) -> float:
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Tokenizer()).score(gold, answer)["rougeL"].fmeasure
 
 
-def contains(answer: str, gold: str) -> float:
-    """Classification: the label stands in the answer's first line."""
-    return float(gold in answer.strip().split("\n")[0])
+def contains(answer: str, gold: str, classes: Sequence[str] = ()) -> float:
+    """Classification: the label stands in the answer's first line; divided by how many do, but those that are part of it."""
+    line = answer.strip().split("\n")[0]
+    found = {c for c in (*classes, gold) if c in line and (c == gold or c not in gold)}
+    return float(gold in found) / max(len(found), 1)
 
 
 def numbers(answer: str, gold: str) -> float:
@@ -89,6 +92,9 @@ def edit_similarity(answer: str, gold: str) -> float:
 FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
 """Few-shot tasks: what comes behind the answer's first line is the next example."""
 
+PLAIN = FIRST_LINE | {"lcc", "repobench-p"}
+"""Tasks whose prompt the model goes on with, outside its chat template."""
+
 TASKS: dict[str, tuple[Callable[[str, str], float], int]] = {
     # task: (metric, tokens of an answer)
     "narrativeqa": (f1, 128), "qasper": (f1, 128), "multifieldqa_en": (f1, 64), "multifieldqa_zh": (f1_zh, 64), "hotpotqa": (f1, 32),
@@ -99,11 +105,12 @@ TASKS: dict[str, tuple[Callable[[str, str], float], int]] = {
 }  # fmt: skip
 
 
-def score(task: str, answer: str, gold: Sequence[str]) -> float:
+def score(task: str, answer: str, gold: Sequence[str], classes: Sequence[str] = ()) -> float:
     """The task's metric, of the best of its gold answers."""
     if task in FIRST_LINE:
         answer = answer.lstrip("\n").split("\n")[0]
-    return max(TASKS[task][0](answer, g) for g in gold)
+    metric = TASKS[task][0]
+    return max(contains(answer, g, classes) if metric is contains else metric(answer, g) for g in gold)
 
 
 def cut_middle(tokens: Sequence[int], n: int) -> list[int]:
@@ -132,30 +139,52 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     return items
 
 
-def measure(run: Run, load: Any, items: Sequence[dict[str, Any]], settings: Sequence[str], n_ctx: int, whole: bool) -> None:
-    """Records "task|SETTING|TASK|ID"."""
+def template_frame(llm: Any) -> tuple[list[int], list[int]]:
+    """Tokens before and behind a message in the model's chat template; what begins a text, and none, if it has none."""
+    if "tokenizer.chat_template" not in llm.metadata:
+        return llm.tokenize(b"", special=False), []
+    a, b = (render(llm, [{"role": "user", "content": word}], prompt=True) for word in "ab")
+    differ = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
+    if len(a) != len(b) or len(differ) != 1:
+        raise ArgumentError("model: expected a chat template that leaves a message as it is, got another; take another model")
+    return a[: differ[0]], a[differ[0] + 1 :]
+
+
+def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool) -> list[tuple[dict[str, Any], list[int]]]:
+    """Items and the tokens of their prompts, the shortest first; what leaves no room for the answer loses its middle, or is left
+    out if it must be `whole`.
+    """
+    framed = template_frame(llm)
+    plain = llm.tokenize(b"", special=False), []
+    prompts = []
+    for item in items:
+        before, behind = plain if item["task"] in PLAIN else framed
+        body = llm.tokenize(item["prompt"].encode(), add_bos=False, special=False)
+        n = n_ctx - TASKS[item["task"]][1] - len(before) - len(behind)
+        if not whole or len(body) <= n:
+            prompts.append((item, [*before, *cut_middle(body, n), *behind]))
+    return sorted(prompts, key=lambda prompt: len(prompt[1]))
+
+
+def measure(run: Run, load: Any, prompts: Sequence[tuple[dict[str, Any], list[int]]], settings: Sequence[str]) -> None:
+    """Records "task|SETTING|TASK|ID" of items and their prompts, all settings of an item one after the other."""
     from tqdm import tqdm
 
-    with tqdm(total=len(items) * len(settings), unit="item") as bar:
-        for setting in settings:
-            for item in items:
+    with tqdm(total=len(prompts) * len(settings), unit="item") as bar:
+        for item, tokens in prompts:
+            for setting in settings:
                 name = f"task|{setting}|{item['task']}|{item['id']}"
-                bar.set_postfix_str(f"{setting}, {item['task']}")
+                bar.set_postfix_str(f"{item['task']} of {len(tokens)} tokens, {setting}")
                 if name not in run.records:
-                    run.record(name, lambda: answer_item(load(setting), item, n_ctx, whole))
+                    run.record(name, lambda: answer_item(load(setting), item, tokens))
                 bar.update()
 
 
-def answer_item(llm: Any, item: dict[str, Any], n_ctx: int, whole: bool) -> dict[str, Any]:
-    """The model's answer and its score; nothing but the length of an item that is left out."""
-    n_answer = TASKS[item["task"]][1]
-    tokens = llm.tokenize(item["prompt"].encode(), special=False)
-    if whole and len(tokens) > n_ctx - n_answer:
-        return {"tokens": len(tokens)}
-    tokens = cut_middle(tokens, n_ctx - n_answer)
+def answer_item(llm: Any, item: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+    """The model's answer and its score."""
     record = read_in(llm, tokens[:-1])
-    got = continue_greedily(llm, tokens[-1:], n_answer, lambda text: item["task"] in FIRST_LINE and "\n" in text.strip("\n"))
-    return {**record, "tokens": len(tokens), "got": got, "score": score(item["task"], got, item["gold"])}
+    got = continue_greedily(llm, tokens[-1:], TASKS[item["task"]][1], lambda text: item["task"] in FIRST_LINE and "\n" in text.strip("\n"))
+    return {**record, "tokens": len(tokens), "got": got, "score": score(item["task"], got, item["gold"], item.get("all_classes") or ())}
 
 
 def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -164,7 +193,7 @@ def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     kv_bytes: dict[str, int] = {}
     for name, record in run["records"].items():
         part, setting, task, _ = name.split("|")
-        if part == "task" and "score" in record:
+        if part == "task":
             scores.setdefault(task, {}).setdefault(setting, []).append(100 * record["score"])
             kv_bytes[setting] = record["kv_bytes"]
     settings = [s for s in run["asked"]["settings"] if s in kv_bytes]
@@ -196,7 +225,9 @@ def tasks(model, tasks_path, n_ctx, whole, settings, threads, json_path) -> None
         profile.ensure(path, n_threads=threads)
     run = Run(json_path, "tasks", {
         "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "settings": settings, "threads": threads,
-    })  # fmt: skip
+    }, [tasks_path])  # fmt: skip
     with closing(Loader(path, context_options(n_ctx, threads))) as load:
-        measure(run, load, items, settings, n_ctx, whole)
-    print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{', whole prompts only' if whole else ''}", *task_table(run.data))
+        prompts = fit(load(BASE), items, n_ctx, whole)
+        measure(run, load, prompts, settings)
+    left_out = f", without {len(items) - len(prompts)} of {len(items)} items that do not fit" if whole else ""
+    print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))

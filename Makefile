@@ -1,4 +1,4 @@
-# make demo | test | build | stock | sanitize | clean
+# make demo | test | build | stock | sanitize | aarch64 | clean
 #
 # Everything lives in .venv and build. CMake options go in CMAKE_ARGS: make build CMAKE_ARGS=-DGGML_CUDA=ON
 
@@ -13,7 +13,7 @@ SOURCES  := $(shell find native python tests/native -type f -not -path '*/__pyca
             $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
             CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test build stock venv sanitize clean
+.PHONY: demo test build stock venv sanitize aarch64 clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -69,6 +69,17 @@ sanitize: $(VENV)/.tools
 	    -DLLAMA_SEMANTICACHE_SANITIZE=ON -DLLAMA_SEMANTICACHE_TESTS=ON
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+# The kernels on NEON, in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
+aarch64: $(VENV)/.llama-cpp-python
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	    "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu" \
+	    -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+fp16 \
+	    -DLLAMA_SEMANTICACHE_SOURCE=$(abspath $(SDIST)) -DLLAMA_SEMANTICACHE_TESTS=ON
+	$(BIN)/cmake --build build/aarch64
+	$(BIN)/ctest --test-dir build/aarch64 --output-on-failure --no-tests=error
 
 clean:
 	rm -rf build $(VENV)

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 LIB_VARIABLE = "LLAMA_CPP_LIB_PATH"  # read by llama_cpp when it is imported
+MTMD_VARIABLE = "MTMD_CPP_LIB"  # read by llama_cpp.mtmd_cpp, which handlers of images import
 
 
 def point_llama_cpp_here() -> None:
     """Let a later `import llama_cpp` load the patched library. A path that is already set wins."""
-    if (HERE / "lib").is_dir():
-        os.environ.setdefault(LIB_VARIABLE, str(HERE / "lib"))
+    if (HERE / "lib").is_dir() and LIB_VARIABLE not in os.environ:
+        os.environ[LIB_VARIABLE] = str(HERE / "lib")
+        os.environ.setdefault(MTMD_VARIABLE, str(HERE / "lib"))
 
 
 @lru_cache(maxsize=None)

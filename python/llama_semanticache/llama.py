@@ -17,6 +17,7 @@ from .errors import ArgumentError, ContextOverflowError, ProfileError, StateErro
 _ffi, _lib = _native.load()
 
 import llama_cpp  # noqa: E402  (after _native.load(), which decides which library it gets)
+from llama_cpp import llama_chat_format  # noqa: E402
 
 METHODS = {
     "semanticache": _lib.SEMCACHE_METHOD_SEMANTIC,
@@ -65,7 +66,7 @@ class KVStats:
 
     @property
     def compression_factor(self) -> float:
-        """How many times smaller than the uncompressed f16 cache."""
+        """How many times smaller than the uncompressed f16 cache; 1 without kv_compress."""
         return self.full_bytes / self.total_bytes if self.total_bytes else 1.0
 
 
@@ -122,6 +123,9 @@ class Llama(llama_cpp.Llama):
             kv_compress=kv_compress, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, kv_sink=kv_sink,
             kv_type_k=kv_type_k, kv_type_v=kv_type_v, kv_profile=kv_profile, kv_params=kv_params,
         )  # fmt: skip
+        unknown = sorted(name for name in kwargs if name.startswith("kv_") and name != "kv_overrides")
+        if unknown:  # upstream takes any name and ignores it
+            raise ArgumentError(f"expected the arguments {', '.join(self._kv_options)}, got {', '.join(unknown)}; mend the name")
         if kv_compress is None:
             super().__init__(model_path, **kwargs)
             return
@@ -245,7 +249,7 @@ class Llama(llama_cpp.Llama):
             tokens = list(tokens)
             if _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True):
                 self._keep_prefix(tokens)
-        return super().generate(tokens, *args, **kwargs)
+        yield from super().generate(tokens, *args, **kwargs)
 
     def _keep_prefix(self, tokens: list[int]) -> None:
         # upstream re-evaluates everything when it cannot cut exactly where the texts part; cut a little earlier instead
@@ -340,6 +344,8 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
         raise ArgumentError(f"n_ctx: expected at least kv_stage = {options['kv_stage']}, got {n_ctx}; raise n_ctx or lower kv_stage")
     if kwargs.get("embedding"):
         raise UnsupportedModelError("expected text generation, got embedding=True; leave kv_compress out for embeddings")
+    if isinstance(kwargs.get("chat_handler"), (llama_chat_format.Llava15ChatHandler, llama_chat_format.MTMDChatHandler)):
+        raise UnsupportedModelError("expected text, got a chat_handler for images; leave kv_compress out for images")
     if kwargs.get("vocab_only"):
         raise ArgumentError("expected a model with weights, got vocab_only=True; leave kv_compress out")
     for name in ("type_k", "type_v"):

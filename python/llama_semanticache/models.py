@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import DownloadError, ModelFileError
+from .errors import ArgumentError, DownloadError, ModelFileError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -119,6 +119,20 @@ def sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises
+    ------
+    ArgumentError
+        It cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{path}: expected a text in UTF-8, got {error}; convert it, for example with iconv") from error
 
 
 def fetch(name: str, progress: bool = True) -> Path:

@@ -56,7 +56,7 @@ def read_texts(paths: Sequence[str | os.PathLike[str]] | None = None) -> list[st
     files = sorted(TEXTS.glob("*.txt")) if paths is None else [Path(p) for p in paths]
     if not files:
         raise ArgumentError("calibration texts: expected at least one file, got none; pass some or install again")
-    return [file.read_text(encoding="utf-8") for file in files]
+    return [models.read_text(file) for file in files]
 
 
 def calibrate(
@@ -109,7 +109,10 @@ def calibrate(
             raise ArgumentError(f"out: expected a new file, got {path}, which is there; pass force=True to replace it")
         if _is_current(path):
             return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"out: expected a folder to write {path.name} to, got {error}; name another or set {models.CACHE_VARIABLE}") from error
     texts = read_texts() if texts is None else list(texts)
     n_ctx = min(n_ctx, max(256, (memory.read_shape(model_path).n_ctx_train or n_ctx) // 256 * 256))
     ffi, lib = _native.load()

@@ -199,6 +199,18 @@ def test_quality_of_a_text_that_is_too_short(tiny, tmp_path):
     text.write_text("short")
     done = CliRunner().invoke(main, ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "800", "--setting", "streaming:0.5"])
     assert done.exit_code == 1 and "text: expected more than" in done.output
+    done = CliRunner().invoke(main, ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "800", "--n-ctx", "1024", "--n-following", "300"])
+    assert done.exit_code == 1 and "--n-ctx: expected at least 1100" in done.output
+    text.write_bytes("Grüße".encode("latin-1"))
+    done = CliRunner().invoke(main, ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "800", "--setting", "streaming:0.5"])
+    assert done.exit_code == 1 and "expected a text in UTF-8" in done.output and "Traceback" not in done.output
+
+
+def test_a_conversation_that_does_not_fit(smollm2, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over a lazy dog and runs into the dark wood. " * 90)
+    done = CliRunner().invoke(main, ["bench", "chat", smollm2, "--text", str(text), "--turns", "24", "--n-answer", "50", "--chats", "1", "--n-ctx", "1024"])
+    assert done.exit_code == 1 and "--n-ctx: expected at least" in done.output and "Traceback" not in done.output
 
 
 def test_a_package_of_the_extra_that_is_missing(tmp_path, monkeypatch):
@@ -310,7 +322,6 @@ def test_chat(smollm2, tmp_path):
     assert [name.split("|")[1] for name in records] == ["stock:f16", *settings]
     for record in records.values():
         assert record["tokens"] > 300 and [a["turn"] for a in record["answers"]] == [1, 2]
-        assert all(a["score"] == (a["want"] in a["got"]) for a in record["answers"])
     assert [a["score"] for a in records["chat|stock:f16|0"]["answers"]] == [1.0, 1.0]
     assert "turn 2" in output and "2/2" in output
     assert chat.chat_options("shift:0.25", Path(smollm2), 8960)[1] in range(2048, 8960 // 2, 256)
@@ -319,7 +330,7 @@ def test_chat(smollm2, tmp_path):
 def test_chat_that_cannot_be(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("short")
-    for more, message in ((("--setting", "shift:much"), "expected shift:RATIO"), ((), "text: expected at least")):
+    for more, message in ((("--setting", "shift:much"), "expected shift:RATIO"), ((), "text: expected at least"), (("--setting", "streaming:0.5:widow=2"), "no option of the name widow")):
         done = CliRunner().invoke(main, ["bench", "chat", tiny("llama"), "--text", str(text), *more, "--setting", "streaming:0.5"])
         assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output
 

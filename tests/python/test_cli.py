@@ -436,11 +436,11 @@ def test_chat_save_and_load(tiny, tmp_path):
 def test_chat_saves_over_its_own_files_only(tiny, tmp_path):
     file, other = tmp_path / "talk.zip", tmp_path / "notes.txt"
     other.write_text("precious")
-    saves = [f"/save {path}" for path in (file, other, tmp_path / "none" / "x")]
+    saves = [f"/save {path}" for path in (file, other, tmp_path / "none" / "x", "x" * 300, "~nobody-of-this-name/x")]
     done = talk(tiny, "hello", saves[0], "more", *saves, f"/load {file}")
     assert done.returncode == 0
     assert "loaded 4 messages" in done.err
-    assert done.err.count("Error: ") == 2 and "something else" in done.err
+    assert done.err.count("Error: ") == 4 and "something else" in done.err
     assert other.read_text() == "precious"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["notes.txt", "talk.zip"]
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import llama_cpp
+import llama_cpp.llama_chat_format as llama_chat_format
 import numpy as np
 import pytest
 import tiny_models
@@ -79,6 +80,9 @@ def test_unsupported_architectures(arch, tiny, load, refused):
         (ArgumentError, dict(kv_window="16"), ["kv_window", "'16'"]),
         (ArgumentError, dict(n_ctx=95), ["n_ctx", "kv_stage", "95"]),
         (ArgumentError, dict(vocab_only=True), ["vocab_only"]),
+        (ArgumentError, dict(kv_rati=0.5), ["kv_ratio", "kv_rati;"]),
+        (ArgumentError, dict(kv_compress=None, kv_compres="semanticache"), ["kv_compress", "kv_compres;"]),
+        (UnsupportedModelError, dict(chat_handler=llama_chat_format.MTMDChatHandler.__new__(llama_chat_format.MTMDChatHandler)), ["chat_handler"]),
         (ArgumentError, dict(type_k=llama_cpp.GGML_TYPE_Q8_0), ["type_k", "f16"]),
         (ArgumentError, dict(type_v=llama_cpp.GGML_TYPE_Q8_0, flash_attn=True), ["type_v", "f16"]),
         (UnsupportedModelError, dict(embedding=True), ["embedding"]),

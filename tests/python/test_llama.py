@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from conftest import N_THREADS, SMALL, check_stats, count_evals, kl, last_logits, random_tokens, sentences
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from llama_semanticache import Llama
+from llama_semanticache import Llama, _native
 from llama_semanticache.llama import KVStats
 
 PROMPT = "".join(chr(97 + t % 26) if i % 9 else ". " for i, t in enumerate(random_tokens(300)))
@@ -137,8 +138,18 @@ def test_prompt_lookup_gives_the_same_text(ratio, tiny, load):
         assert len(texts[1]) >= 90
 
 
-def test_infill_suffix_and_echo(llm):
+def test_echo(llm):
     assert text_of(complete(llm, echo=True)).startswith(PROMPT)
+
+
+def test_a_generator_does_nothing_before_it_is_asked(llm):
+    tokens = random_tokens(300)
+    llm.eval(tokens)
+    before = llm.n_tokens, llm.kv_stats()
+    generator = llm.generate(tokens[:90], temp=0)
+    assert (llm.n_tokens, llm.kv_stats()) == before
+    next(generator)
+    assert llm.n_tokens == 90
 
 
 def test_logits_processor_and_bias(llm):
@@ -298,3 +309,10 @@ def test_below_capacity_a_real_model_writes_the_same_words(smollm2, smol, load):
     assert smol.kv_stats().rows_merged == 0
     assert texts[0] == texts[1]
     assert texts[0].startswith(" days of the week: Monday")
+
+
+def test_the_library_for_images_is_there():
+    from llama_cpp import mtmd_cpp
+
+    assert Path(mtmd_cpp._libmtmd._name).parent == _native.library_folder()
+    assert mtmd_cpp.mtmd_default_marker() == b"<__media__>"

@@ -75,6 +75,16 @@ def test_a_reused_prefix_gives_what_a_fresh_run_gives(arch, filled, tiny, load):
         assert kl(last_logits(full), last_logits(llm)) < 1e-5, prefix
 
 
+@pytest.mark.parametrize("swa_full", [False, True])
+def test_sliding_windows_must_hold_what_lies_before_a_cut(swa_full, tiny, load):
+    """Unless they have all cells, an early cut starts anew."""
+    llm = load(tiny("gemma3"), **SMALL, swa_full=swa_full)
+    llm.eval(TOKENS)
+    counts = count_evals(llm)
+    next(llm.generate([*TOKENS[:200], *MORE[:60]], temp=0))
+    assert 60 <= sum(counts) < 60 + 64 if swa_full else sum(counts) == 260
+
+
 def test_every_cut_at_a_floor_succeeds(filled):
     llm = filled()
     begin = llm.kv_stats().n_tokens - llm.kv_stats().n_tokens_stage

@@ -15,14 +15,14 @@ from typing import Any, Sequence
 
 import click
 
-from .. import models, profile
+from .. import models
 from ..errors import ArgumentError
 from ..llama import Llama
 from .cases import chat_facts
 from .harness import Snapshot, continue_greedily, render
 from .options import json_option, text_option, threads_option
 from .runs import Run
-from .settings import BASE, context_options, llama_options, needs_profile, with_base
+from .settings import BASE, context_options, llama_options, profiles_of, with_base
 from .tables import print_table
 
 SYSTEM = "You are a helpful assistant who remembers what the user says."
@@ -63,6 +63,8 @@ def measure_chat(llm: Llama, messages: Sequence[dict[str, str]], facts: Sequence
         raise ArgumentError("model: expected a chat template that only adds to what was said before, got another; take another model")
     asked = [w[len(tokens) :] for w in whole]
     room = max(map(len, asked)) + 32
+    if not shift and len(tokens) + room > llm.n_ctx():
+        raise ArgumentError(f"--n-ctx: expected at least {len(tokens) + room} for this conversation, got {llm.n_ctx()}; raise it or take fewer turns")
     llm.reset()
     step = llm.n_batch // 2
     for start in range(0, len(tokens), step):
@@ -134,14 +136,13 @@ def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, settings, n_ctx,
 
     path = models.resolve(model)
     settings = with_base(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"))
-    if needs_profile(s for s in settings if not s.startswith("shift:")):
-        profile.ensure(path, n_threads=threads)
+    profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "chat", {
         "model": path.name, "text": text_path.name, "n_turns": n_turns, "n_facts": n_facts, "n_answer": n_answer, "n_chats": n_chats,
         "settings": settings, "n_ctx": n_ctx, "threads": threads,
-    }, [text_path])  # fmt: skip
+    }, [path, text_path, *profiles])  # fmt: skip
     options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
-    text = text_path.read_text(encoding="utf-8")
+    text = models.read_text(text_path)
     with tqdm(total=len(settings) * n_chats, unit="chat") as bar:
         for setting in settings:
             names = [f"chat|{setting}|{i}" for i in range(n_chats)]

@@ -15,12 +15,12 @@ from typing import Any
 
 import click
 
-from .. import models, profile
+from .. import models
 from ..memory import ModelShape, largest_n_ctx, read_shape
 from .options import json_option, setting_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, STOCK, context_options, llama_options, needs_profile, parse_setting, with_base
+from .settings import BASE, STOCK, context_options, llama_options, profiles_of, parse_setting, with_base
 from .tables import print_table
 from .worker import resident_bytes
 
@@ -83,7 +83,7 @@ def largest_tokens(shape: ModelShape, setting: str, gib: float) -> int:
 def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """MiB as allocated and as resident, and the largest contexts."""
     gibs = run["asked"]["gibs"]
-    head = ["n_ctx", "cache", "KV MiB", "of f16", "cores", "stage", "queries", "other", "resident MiB after loading", "full", "peak", "card MiB", *(f"tokens in {g:g} GiB" for g in gibs)]
+    head = ["n_ctx", "cache", "KV MiB", "of f16", "cores", "stage", "queries", "meta", "other", "resident MiB after loading", "full", "peak", "card MiB", *(f"tokens in {g:g} GiB" for g in gibs)]
     cells = []
     for name, r in run["records"].items():
         _, setting, n_ctx = name.split("|")
@@ -92,7 +92,8 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         def mib(key: str) -> str:
             return "" if r[key] is None else f"{r[key] / 2**20:.1f}"
 
-        parts = [mib(key) if r["core_bytes"] else "" for key in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes")]
+        ours = [r[key] for key in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes")]
+        parts = [f"{n / 2**20:.1f}" if r["core_bytes"] else "" for n in (*ours, r["kv_bytes"] - sum(ours))]
         resident = [mib(key) for key in ("resident_loaded", "resident_steady", "resident_peak", "card_bytes")]
         cells.append([n_ctx, setting, mib("kv_bytes"), f"{r['kv_bytes'] / base['kv_bytes']:.1%}", *parts, *resident, *(f"{n:,}" for n in r["largest"])])
     return head, cells
@@ -114,12 +115,11 @@ def memory(model, sizes, settings, fraction, gibs, threads, json_path) -> None:
     shape = read_shape(path)
     settings = with_base(settings or DEFAULT_SETTINGS)
     options = {setting: llama_options(setting) for setting in settings}
-    if needs_profile(settings):
-        profile.ensure(path, n_threads=threads)
+    profiles = profiles_of(path, settings, threads)
     sizes = sorted(sizes)
     run = Run(json_path, "memory", {
         "model": path.name, "sizes": sizes, "settings": settings, "fraction": fraction, "gibs": list(gibs), "threads": threads,
-    })  # fmt: skip
+    }, [path, *profiles])  # fmt: skip
     for n_ctx, setting in tqdm([(n, s) for n in sizes for s in settings], unit="run"):
         run.record(
             f"memory|{setting}|{n_ctx}",

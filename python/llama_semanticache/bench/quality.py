@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import click
 import numpy as np
 
-from .. import models, profile
+from .. import models
 from ..errors import ArgumentError
 from ..llama import Llama
 from .cases import SUITES, Case, Fact, make_case
@@ -20,7 +20,7 @@ from .harness import Loader, Snapshot, continue_greedily, log_softmax, next_logi
 from .options import json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, DEFAULT_SETTINGS, context_options, llama_options, needs_profile, parse_press, with_base
+from .settings import BASE, DEFAULT_SETTINGS, context_options, llama_options, profiles_of, parse_press, with_base
 from .tables import print_table
 
 KVPRESS_VARIABLE = "LLAMA_SEMANTICACHE_KVPRESS_PYTHON"
@@ -169,6 +169,10 @@ def text_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, cells
 
 
+ROOM = 192
+"""Tokens for a question and its answer."""
+
+
 @click.command()
 @click.argument("model")
 @text_option("Text to read from: facts in it, and what follows it.")
@@ -178,7 +182,7 @@ def text_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @click.option("--first-case", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first case; cases are reproducible by number.")
 @click.option("--n-following", type=click.IntRange(min=2), default=256, show_default=True, help="Following tokens for the KL divergence.")
 @setting_option
-@click.option("--n-ctx", type=click.IntRange(min=1), help="Context size.  [default: the longest case + 512, rounded up to 256]")
+@click.option("--n-ctx", type=click.IntRange(min=1), help="Context size.  [default: the longest case and 512 or what follows, rounded up to 256]")
 @threads_option
 @click.option("--kvpress-python", type=click.Path(exists=True, dir_okay=False, path_type=Path), envvar=KVPRESS_VARIABLE,
               help=f"A Python with kvpress, torch and gguf, for settings kvpress:NAME:KEEP.  [env: {KVPRESS_VARIABLE}]")  # fmt: skip
@@ -188,18 +192,19 @@ def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, 
     path = models.resolve(model)
     settings = with_base(settings or DEFAULT_SETTINGS)
     lengths = sorted(lengths)
-    n_ctx = n_ctx or -(-(lengths[-1] + 512) // 256) * 256
+    n_ctx = n_ctx or -(-(lengths[-1] + max(512, n_following)) // 256) * 256
+    if n_ctx < lengths[-1] + max(ROOM, n_following):
+        raise ArgumentError(f"--n-ctx: expected at least {lengths[-1] + max(ROOM, n_following)} for a case of {lengths[-1]} tokens and what is asked of it, got {n_ctx}; raise it or leave it out")
     for setting in settings:
         (parse_press if setting.startswith("kvpress:") else llama_options)(setting)
     if kvpress_python is None and any(s.startswith("kvpress:") for s in settings):
         raise ArgumentError(f"--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set {KVPRESS_VARIABLE}")
-    if needs_profile(settings):
-        profile.ensure(path, n_threads=threads)
+    profiles = profiles_of(path, settings, threads)
     asked = {
         "model": path.name, "text": text_path.name, "lengths": lengths, "suite": suite, "n_cases": n_cases, "first_case": first_case,
         "n_following": n_following, "settings": settings, "n_ctx": n_ctx, "threads": threads,
     }  # fmt: skip
-    run = Run(json_path, "quality", asked, [text_path])
+    run = Run(json_path, "quality", asked, [path, text_path, *profiles])
     with closing(Loader(path, context_options(n_ctx, threads))) as load:
-        measure_texts(run, load, text_path.read_text(encoding="utf-8"), settings, lengths, first_case, n_cases, suite, n_following, kvpress_python)
+        measure_texts(run, load, models.read_text(text_path), settings, lengths, first_case, n_cases, suite, n_following, kvpress_python)
     print_table(f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data))

@@ -15,6 +15,7 @@ from typing import Any, Callable, Sequence
 from .. import __version__, _native, upstream_commit
 from ..errors import ArgumentError
 from ..models import sha256
+from ..profile import model_id
 
 
 def machine() -> str:
@@ -49,7 +50,7 @@ class Run:
     asked : dict
         All that the numbers depend on, as JSON has it.
     inputs : sequence of Path
-        The files that are read, besides the model: their contents count, too.
+        The files that are read: their contents count, too.
 
     Raises
     ------
@@ -62,7 +63,7 @@ class Run:
         self.data: dict[str, Any] = {
             "kind": kind, "asked": json.loads(json.dumps(asked)), "command": command_line(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine(), "version": __version__,
-            "upstream_commit": upstream_commit(), "build": build(), "inputs": {p.name: sha256(p) for p in inputs}, "records": {},
+            "upstream_commit": upstream_commit(), "build": build(), "inputs": {p.name: model_id(p) if p.suffix == ".gguf" else sha256(p) for p in inputs}, "records": {},
         }  # fmt: skip
         if path is not None and not path.parent.is_dir():
             raise ArgumentError(f"{path}: expected a folder to write to, got none of the name {path.parent}; make it first")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Iterable
 
+from .. import profile
 from ..errors import ArgumentError
 from ..llama import METHODS
 
@@ -14,6 +16,8 @@ STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
 
 DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.3", "streaming:0.3")
 """The peers hold no queries, so that 0.3 of theirs are about the bytes of our 0.25."""
+
+OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "profile", "horizon", "chunk", "merge", "seed")
 
 PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "kvzip")
 """Presses of kvpress that `kvpress_worker` knows."""
@@ -52,6 +56,8 @@ def _parse(text: str) -> dict[str, Any]:
             kwargs["kv_profile"] = None
             continue
         name, value = option.split("=")
+        if name not in OPTIONS:
+            raise ValueError(f"no option of the name {name}, but {', '.join(OPTIONS)}")
         if name in ("horizon", "chunk", "merge", "seed"):
             name = name if name in ("merge", "seed") else f"n_{name}"
             kwargs.setdefault("kv_params", {})[name] = int(value)
@@ -78,6 +84,16 @@ def with_base(settings: Iterable[str]) -> list[str]:
 def context_options(n_ctx: int, threads: int | None) -> dict[str, Any]:
     """Arguments of `Llama` that are the same for every setting."""
     return dict(n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False)
+
+
+def profiles_of(path: Path, settings: Iterable[str], threads: int | None) -> list[Path]:
+    """The profiles that they decide by; the model's own is measured if it is missing."""
+    chosen = [parse_setting(s).get("kv_profile", "auto") for s in settings if s.split(":")[0] in METHODS]
+    files = [Path(choice) for choice in dict.fromkeys(chosen) if choice not in (None, "auto")]
+    for file in files:
+        if not file.is_file():
+            raise ArgumentError(f"profile: expected a file, got {file}, which is none; run `llama-semanticache profile MODEL --out {file}`")
+    return [*([profile.ensure(path, n_threads=threads)] if needs_profile(settings) else []), *files]
 
 
 def needs_profile(settings: Iterable[str]) -> bool:

@@ -17,13 +17,13 @@ from typing import Any, Sequence
 
 import click
 
-from .. import models, profile
+from .. import models
 from ..errors import ArgumentError
 from ..memory import estimate, read_shape
 from .options import json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, STOCK, context_options, needs_profile, parse_setting, with_base
+from .settings import BASE, STOCK, context_options, profiles_of, parse_setting, with_base
 from .tables import print_table
 
 STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
@@ -143,11 +143,10 @@ def speed(model, text_path, depths, settings, n_decode, rounds, threads, stock_l
         raise ArgumentError(f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}")
     path = models.resolve(model)
     settings = with_base(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))
-    if needs_profile(s for s in settings if s not in STOCK):
-        profile.ensure(path, n_threads=threads)
+    profiles = profiles_of(path, settings, threads)
     depths = sorted(depths)
     run = Run(json_path, "speed", {
         "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "threads": threads,
-    }, [text_path])  # fmt: skip
-    measure(run, path, text_path.read_text(encoding="utf-8"), settings, depths, n_decode, rounds, threads, Path(stock_lib).resolve())
+    }, [path, text_path, *profiles, *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink())])  # fmt: skip
+    measure(run, path, models.read_text(text_path), settings, depths, n_decode, rounds, threads, Path(stock_lib).resolve())
     print_table(f"{path.name}, {text_path.name}, {rounds} rounds, {threads or 'all'} threads", *speed_table(run.data))

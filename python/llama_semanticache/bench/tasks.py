@@ -21,12 +21,12 @@ from typing import Any, Callable, Sequence
 import click
 import numpy as np
 
-from .. import models, profile
+from .. import models
 from ..errors import ArgumentError
 from .harness import Loader, continue_greedily, read_in, render
 from .options import json_option, setting_option, threads_option
 from .runs import Run
-from .settings import BASE, DEFAULT_SETTINGS, context_options, llama_options, needs_profile, with_base
+from .settings import BASE, DEFAULT_SETTINGS, context_options, llama_options, profiles_of, with_base
 from .tables import print_table
 
 
@@ -121,7 +121,7 @@ def cut_middle(tokens: Sequence[int], n: int) -> list[int]:
 def read_items(path: Path) -> list[dict[str, Any]]:
     """The file's items, checked."""
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(models.read_text(path).rstrip("\n").split("\n"), 1):
         try:
             item = json.loads(line)
             got = f"no {', '.join(sorted({'task', 'id', 'prompt', 'gold'} - item.keys()))}"
@@ -221,11 +221,10 @@ def tasks(model, tasks_path, n_ctx, whole, settings, threads, json_path) -> None
     for setting in settings:
         llama_options(setting)
     items = read_items(tasks_path)
-    if needs_profile(settings):
-        profile.ensure(path, n_threads=threads)
+    profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "tasks", {
         "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "settings": settings, "threads": threads,
-    }, [tasks_path])  # fmt: skip
+    }, [path, tasks_path, *profiles])  # fmt: skip
     with closing(Loader(path, context_options(n_ctx, threads))) as load:
         prompts = fit(load(BASE), items, n_ctx, whole)
         measure(run, load, prompts, settings)

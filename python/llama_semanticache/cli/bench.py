@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..errors import SemanticCacheError
+from .common import traceback_option
 
 COMMANDS = {name: f"llama_semanticache.bench.{name}" for name in ("chat", "memory", "quality", "report", "speed", "tasks")}
 """A module each, with a command of its name; imported when it is called, since some of them load llama_cpp."""
@@ -30,5 +31,6 @@ class BenchGroup(click.Group):
 
 
 @click.group(cls=BenchGroup)
-def bench() -> None:
+@traceback_option
+def bench(verbose: bool) -> None:
     """Measure: does compression pay here?"""

@@ -108,7 +108,7 @@ class Conversation:
                 note(f"{name} needs a file name: {name} FILE", style="red")
             else:
                 note(f"{name} is not a command; /help lists them", style="red")
-        except SemanticCacheError as error:
+        except (SemanticCacheError, OSError, RuntimeError, ValueError) as error:  # whatever a name may be wrong in
             self.report(error)
         return True
 

@@ -21,15 +21,18 @@ _VERBOSE = "llama_semanticache.verbose"
 
 
 class ErrorGroup(click.Group):
-    """Reports a SemanticCacheError as 'Error: ...' with exit status 1, with a traceback only under --verbose."""
+    """Reports an error of ours, llama_cpp's or the system's as 'Error: ...' with exit status 1, with a traceback only under --verbose."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except SemanticCacheError as error:
+        except (click.exceptions.Exit, click.exceptions.Abort, BrokenPipeError):
+            raise  # click's own business
+        except (SemanticCacheError, OSError, RuntimeError, ValueError) as error:
             if ctx.meta.get(_VERBOSE):
                 raise
-            raise click.ClickException(str(error)) from error
+            where = "" if isinstance(error, SemanticCacheError) else f" ({type(error).__name__}; --verbose shows where)"
+            raise click.ClickException(f"{error}{where}") from error
 
 
 @dataclass(frozen=True)

@@ -701,7 +701,7 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const query
     add_votes(stage, c, rows.n_sink, ws);
     for_rows(c.n_cand, [&](int32_t i) {
         const int32_t n_before = i < c.n_core || !stage.votes ? 0 : stage.n_voted[stage.n_sink + i - c.n_core];
-        const float   inv      = 1.0f/(float) (c.n_query + n_before*shape.n_gqa);
+        const float   inv      = 1.0f/(float) std::max(c.n_query + n_before*shape.n_gqa, 1);
         ws.s_use[i]  = std::sqrt(std::sqrt(ws.s_use[i]*inv));
         ws.w[i]     *= inv;
     });
@@ -767,7 +767,7 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
     }
 
     const int32_t n_merged = merge_clusters(shape, c, ws.w.data(), ws);
-    if (n_merged > 0 && params.how == method::semantic) {
+    if (n_merged > 0 && params.how == method::semantic && c.n_query > 0) {
         const int32_t n_gone = gather_gone(shape, c, n_merged, ws), n_query = n_fit_query(queries, shape);
         fit_bias(shape, n_gone, n_merged, n_query, ws);
         fit_values(shape, n_merged, n_query, ws);

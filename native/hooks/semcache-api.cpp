@@ -92,7 +92,7 @@ int32_t semcache_configure_next(const semcache_params * params) {
         expect(p.ratio > 0.0f && p.ratio <= 1.0f, "ratio", "0 < ratio <= 1", num(p.ratio));
         expect(p.n_window >= 1, "n_window", "at least 1", num(p.n_window));
         expect(p.n_sink >= 0, "n_sink", "at least 0", num(p.n_sink));
-        expect(p.n_stage > p.n_window + p.n_sink, "n_stage", "more than n_window + n_sink = " + num(p.n_window + p.n_sink), num(p.n_stage));
+        expect(p.n_stage > (int64_t) p.n_window + p.n_sink, "n_stage", "more than n_window + n_sink = " + num((int64_t) p.n_window + p.n_sink), num(p.n_stage));
         expect(p.n_horizon >= 1, "n_horizon", "at least 1", num(p.n_horizon));
         expect(p.n_chunk >= 1 && p.n_chunk <= 255, "n_chunk", "1 to 255", num(p.n_chunk));
 
@@ -126,7 +126,10 @@ const char * semcache_last_error(void) { return state().message.c_str(); }
 int32_t semcache_last_status(void) { return state().status; }
 
 int32_t semcache_get_stats(const llama_context * ctx, semcache_stats * stats) {
-    return guarded([&] { store_of(ctx).stats(*stats); });
+    return guarded([&] {
+        expect(stats, "stats", "a place to write to", "NULL");
+        store_of(ctx).stats(*stats);
+    });
 }
 
 int64_t semcache_kv_bytes(const llama_context * ctx) {
@@ -135,15 +138,20 @@ int64_t semcache_kv_bytes(const llama_context * ctx) {
         return -SEMCACHE_ERR_CONTEXT;
     }
     int64_t res = 0;
-    for (const auto & [buft, size] : ctx->get_memory()->memory_breakdown()) {
-        res += size;
-    }
-    return res;
+    const semcache_status status = guarded([&] {
+        for (const auto & [buft, size] : ctx->get_memory()->memory_breakdown()) {
+            res += size;
+        }
+    });
+    return status == SEMCACHE_OK ? res : -status;
 }
 
 int32_t semcache_get_head_stats(const llama_context * ctx, semcache_head_stats * heads, int32_t n) {
     int32_t res = 0;
-    const semcache_status status = guarded([&] { res = store_of(ctx).head_stats(heads, n); });
+    const semcache_status status = guarded([&] {
+        expect(heads || n <= 0, "heads", "a place to write to", "NULL");
+        res = store_of(ctx).head_stats(heads, n);
+    });
     return status == SEMCACHE_OK ? res : -status;
 }
 
@@ -161,6 +169,8 @@ int32_t semcache_calibrate_add(llama_context * ctx) {
 
 int32_t semcache_calibrate_write(llama_context * ctx, const char * path, const char * model_id) {
     return guarded([&] {
+        expect(path,     "path",     "a file to write", "NULL");
+        expect(model_id, "model_id", "a fingerprint of the model", "NULL");
         semcache::profile p = store_of(ctx).calibration();
         if (p.n_text == 0) {
             throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected at least one text, got none; call semcache_calibrate_add first");

@@ -67,6 +67,33 @@ llm_graph_input_semcache * graph_input(const llm_graph_context & graph, const ll
     return (llm_graph_input_semcache *) graph.res->add_input(std::move(input));
 }
 
+// Whether queries were turned by RoPE, told by how they were computed: some models leave layers out, each in a way of its own.
+bool is_turned(const ggml_tensor * q, const std::string & arch) {
+    bool weighted = false;
+    for (const ggml_tensor * t = q; t; t = t->src[0]) {
+        switch (t->op) {
+            case GGML_OP_ROPE:
+                if (weighted) {
+                    throw semcache_error(SEMCACHE_ERR_MODEL, "compressing the KV cache: expected queries as RoPE left them, got " + arch +
+                            ", which weighs them again; use this model without compression");
+                }
+                return true;
+            case GGML_OP_MUL:
+                weighted |= t->src[1]->ne[0] > 1;
+                break;
+            case GGML_OP_CONCAT:
+                throw semcache_error(SEMCACHE_ERR_MODEL, "compressing the KV cache: expected RoPE from a head's first value on, got " + arch +
+                        ", which turns a part of it; use this model without compression");
+            case GGML_OP_MUL_MAT:
+            case GGML_OP_MUL_MAT_ID:
+                return false;
+            default:
+                break;
+        }
+    }
+    return false;
+}
+
 } // namespace
 
 ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
@@ -78,6 +105,9 @@ ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor *
     }
     ggml_context * ctx = graph.ctx0;
     l->shape.scale = kq_scale;
+    if (!is_turned(q, mctx->get_semcache()->arch)) {
+        l->rope = 0;
+    }
 
     // the voters' queries go to the ring
     if (q->nb[1] != ggml_row_size(q->type, q->ne[0]) || q->nb[2] != q->nb[1]*q->ne[1]) {

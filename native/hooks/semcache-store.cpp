@@ -100,7 +100,7 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
         return std::string("type_k = type_v = f16, got ") + ggml_type_name(params.type_k) + " and " + ggml_type_name(params.type_v);
     }
     if (h.n_layer_kv_from_start >= 0) {
-        return "K and V of its own in every layer, got layers that share them";
+        return "K and V of its own in every layer, got " + model.arch_name() + ", whose layers may share them";
     }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || cparams.ctx_other) {
         return "a plain context, got one for drafting";
@@ -122,23 +122,21 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
         case LLM_ARCH_MINICPM3:   // these rotate the tail of a head
         case LLM_ARCH_PLM:
         case LLM_ARCH_DEEPSEEK2:
-        case LLM_ARCH_HUNYUAN_MOE: // these scale queries and keys after RoPE
-        case LLM_ARCH_HUNYUAN_DENSE:
             return "an architecture with the ordinary KV cache and RoPE, got " + model.arch_name();
         default:
             return "";
     }
 }
 
-// Calls f(job, thread) for every job, and at the end throws again what one of them threw. Does not fail for want of memory
-// itself: rows may have been written already.
+// Calls f(job, thread) for every job, and at the end throws again what one of them threw. Thread i gets no job before i, the main
+// thread is 0. Does not fail for want of memory itself: rows may have been written already.
 template <typename F> void run_jobs(size_t n_jobs, int32_t n_threads, F && f) {
-    std::atomic<size_t> next { 0 };
+    std::atomic<size_t> next { (size_t) n_threads };
     std::atomic_flag    failed = ATOMIC_FLAG_INIT;
     std::exception_ptr  error;
-    auto work = [&](int32_t ith) {
+    auto work = [&](size_t first, int32_t ith) {
         try {
-            for (size_t i; (i = next.fetch_add(1)) < n_jobs;) {
+            for (size_t i = first; i < n_jobs; i = next.fetch_add(1)) {
                 f(i, ith);
             }
         } catch (...) {
@@ -151,12 +149,15 @@ template <typename F> void run_jobs(size_t n_jobs, int32_t n_threads, F && f) {
     try {
         threads.reserve(n_threads);
         for (int32_t i = 1; i < n_threads; ++i) {
-            threads.emplace_back(work, i);
+            threads.emplace_back(work, i, i);
         }
     } catch (const std::exception &) {
         // fewer threads do the same work
     }
-    work(0);
+    work(0, 0);
+    for (size_t i = threads.size() + 1; i < (size_t) n_threads; ++i) {
+        work(i, 0);
+    }
     for (auto & t : threads) {
         t.join();
     }
@@ -248,7 +249,7 @@ std::shared_ptr<llama_semcache> semcache_attach(llama_kv_cache & kv, llama_swa_t
 //
 
 llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope & scope, bool v_trans) :
-    kv(kv), v_trans(v_trans), params(scope.config->params), n_ctx(scope.cparams.n_ctx), n_batch(scope.cparams.n_batch),
+    arch(scope.model.arch_name()), kv(kv), v_trans(v_trans), params(scope.config->params), n_ctx(scope.cparams.n_ctx), n_batch(scope.cparams.n_batch),
     vote_every(params.calibrate ? 1 : semcache::asks_queries((semcache::method) params.method) ? semcache::VOTE_EVERY : 0), n_ring(params.calibrate ? params.n_stage : params.n_stage - params.n_window), n_voted(params.n_stage) {
     const auto & hparams = scope.model.hparams;
     const auto & config  = *scope.config;
@@ -294,6 +295,7 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
     resolve(params.type_v, [&](uint32_t il) { return hparams.n_embd_head_v(il); });
 
     // layers
+    ropes.resize(1);
     layer_of.assign(hparams.n_layer_all, -1);
     size_t at = 0;
     for (const auto & kl : kv.layers) {
@@ -325,6 +327,7 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
         l.votes.resize(l.row_count.size()*params.n_stage);
         full_bytes += ggml_row_size(GGML_TYPE_F16, hparams.n_embd_k_gqa(kl.il) + hparams.n_embd_v_gqa(kl.il))*(size_t) n_ctx;
 
+        // ropes[0] turns nothing
         const semcache::rope r = rope_of_layer(scope.model, scope.cparams, kl.il);
         const auto same = std::find_if(ropes.begin(), ropes.end(), [&](const semcache::rope & o) {
             return o.neox == r.neox && o.inv_freq == r.inv_freq;
@@ -553,12 +556,17 @@ size_t llama_semcache::kv_heads() const {
     return std::accumulate(layers.begin(), layers.end(), (size_t) 0, [](size_t n, const layer & l) { return n + l.n_head_kv(); });
 }
 
-bool llama_semcache::has_room(const std::vector<llama_ubatch> & ubatches) const {
-    int64_t n = std::max(0, kv.v_cells[0].seq_pos_max(0) + 1 - n_asked);
+bool llama_semcache::has_room(const std::vector<llama_ubatch> & ubatches) {
+    llama_pos first = std::numeric_limits<llama_pos>::max(), last = -1;
     for (const auto & ubatch : ubatches) {
-        n += ubatch.n_tokens;
+        const auto [lo, hi] = std::minmax_element(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+        first = std::min(first, *lo);
+        last  = std::max(last,  *hi);
     }
-    return n <= n_ring;
+    if (!has_cores() && kv.v_cells[0].get_used() == 0) {
+        n_asked = first; // a text may begin anywhere
+    }
+    return first >= n_asked && (int64_t) last - n_asked < n_ring;
 }
 
 bool llama_semcache::pass_possible() const {
@@ -613,7 +621,7 @@ void llama_semcache::pass(llama_context * lctx) {
     pp.how   = (semcache::method) params.method;
     pp.merge = params.merge != 0;
 
-    const int32_t n_threads = std::max(1, lctx->get_cparams().n_threads_batch);
+    const int32_t n_threads = std::clamp(lctx->get_cparams().n_threads_batch, 1, (int32_t) kv_heads());
     int64_t n_merged = 0, n_dropped = 0;
     std::vector<semcache::pass_workspace> ws(n_threads);
 
@@ -625,13 +633,24 @@ void llama_semcache::pass(llama_context * lctx) {
     jobs.reserve(kv_heads());
     for (const layer & l : layers) {
         host_layer::reserve(arena, l);
-        const int32_t n_rows = *std::max_element(l.row_count.begin(), l.row_count.end()) + n_tokens;
-        for (auto & w : ws) {
-            w.reserve(l.shape, n_rows, n_stop, (int32_t) ring.size());
+    }
+    const auto all_groups = groups();
+    for (const auto & group : all_groups) {
+        std::vector<std::pair<int32_t, const layer *>> sizes; // of the jobs, as they are sorted below
+        for (uint32_t i : group) {
+            for (int32_t n : layers[i].row_count) {
+                sizes.emplace_back(n + n_tokens, &layers[i]);
+            }
+        }
+        std::stable_sort(sizes.begin(), sizes.end(), [](const auto & a, const auto & b) { return a.first > b.first; });
+        for (size_t ith = 0; ith < ws.size(); ++ith) {
+            for (size_t i = ith; i < sizes.size(); ++i) {
+                ws[ith].reserve(sizes[i].second->shape, sizes[i].first, n_stop, (int32_t) ring.size());
+            }
         }
     }
 
-    for (const auto & group : groups()) {
+    for (const auto & group : all_groups) {
         host.clear();
         jobs.clear();
         for (uint32_t i : group) {
@@ -657,7 +676,7 @@ void llama_semcache::pass(llama_context * lctx) {
                 jobs.push_back(j);
             }
         }
-        std::sort(jobs.begin(), jobs.end(), [](const job & a, const job & b) { return a.n_rows > b.n_rows; });
+        std::stable_sort(jobs.begin(), jobs.end(), [](const job & a, const job & b) { return a.n_rows > b.n_rows; });
         run_jobs(jobs.size(), n_threads, [&](size_t i, int32_t ith) {
             job & j = jobs[i];
             j.result = semcache::compress_head(j.rows, j.stage, j.queries, j.l->shape, ropes[j.l->rope], pp, ws[ith]);
@@ -827,8 +846,8 @@ llama_pos llama_semcache::floor(const llama_kv_cache_iswa & kv, llama_pos pos) {
     return res > swa.seq_pos_max(0) || window_is_held(swa.seq_pos_min(0), res, swa.n_swa) ? res : 0;
 }
 
-bool llama_semcache::refuse_shift(const char * what) const {
-    const std::string message = std::string(what) + ": expected an uncompressed KV cache, got a compressed one, whose positions are fixed; clear the sequence instead";
+bool llama_semcache::refuse(const char * what) const {
+    const std::string message = std::string(what) + ": expected an uncompressed KV cache, got a compressed one, whose only sequence stays where it is; clear it instead";
     semcache_set_error(SEMCACHE_ERR_STATE, message);
     LLAMA_LOG_ERROR("%s: %s\n", __func__, message.c_str());
     return true;
@@ -838,7 +857,10 @@ bool llama_semcache::refuse_shift(const char * what) const {
 // llama_semcache: state
 //
 
-void llama_semcache::state_write_head(llama_io_write_i & io) const {
+void llama_semcache::state_write_head(llama_io_write_i & io, llama_state_seq_flags flags) const {
+    if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) { // llama.cpp takes the blocks of quantized rows for values
+        throw semcache_error(SEMCACHE_ERR_STATE, "state: expected one in host memory, got LLAMA_STATE_SEQ_FLAGS_ON_DEVICE; leave the flag out");
+    }
     const uint32_t head[] = {
         STATE_MAGIC, STATE_VERSION, (uint32_t) params.method, (uint32_t) n_ctx, (uint32_t) params.n_stage, (uint32_t) params.n_window,
         (uint32_t) params.n_sink, (uint32_t) params.n_chunk, (uint32_t) layers.size(), (uint32_t) params.type_k, (uint32_t) params.type_v,
@@ -1038,7 +1060,7 @@ int32_t llama_semcache::head_stats(semcache_head_stats * heads, int32_t n) const
     for (const auto & l : layers) {
         for (int32_t ih = 0; ih < l.n_head_kv(); ++ih, ++i) {
             if (i < n) {
-                heads[i] = { (int32_t) l.il, ih, l.row_first[ih + 1] - l.row_first[ih], l.row_count[ih] };
+                heads[i] = { (int32_t) l.il, ih, l.row_first[ih + 1] - l.row_first[ih], l.row_count[ih], 2*(int32_t) ropes[l.rope].inv_freq.size() };
             }
         }
     }

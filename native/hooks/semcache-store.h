@@ -83,7 +83,7 @@ public:
         ggml_tensor * rows;    // I32 [n_head_kv, 2] first row of each head and its rows in use, for the graph
         ggml_tensor * q;       // Q8_0 (F16 if rows are no whole blocks) [n_embd_head_k*n_head, n_vote(n_ring) + 1], see llama_semcache::ring_row
         semcache::head_shape shape;
-        int32_t rope;          // index into ropes
+        int32_t rope;          // index into ropes; 0 if the graph turns no queries here
         std::vector<int32_t> row_first; // [n_head_kv + 1]
         std::vector<int32_t> row_count; // [n_head_kv] rows in use, sinks included
         std::vector<semcache::core_meta>   meta;  // [n_row]
@@ -100,6 +100,8 @@ public:
     // NULL if the layer is not compressed.
     layer * find(uint32_t il);
 
+    const std::string arch; // of the model
+
     bool    has_cores() const { return n_past > 0; }
     int32_t pos_end()   const { return n_past; }
 
@@ -114,7 +116,7 @@ public:
     int64_t ring_end() const { return n_vote(n_ring); }
 
     // Whether the ring has room for the queries of a batch; if not, a pass has to take their votes first.
-    bool has_room(const std::vector<llama_ubatch> & ubatches) const;
+    bool has_room(const std::vector<llama_ubatch> & ubatches);
 
     // A memory context whose apply() runs a pass; status NO_UPDATE if the stage holds nothing to compress.
     llama_memory_context_ptr init_pass(llama_context * lctx);
@@ -135,12 +137,12 @@ public:
     // The same for any memory that holds this store.
     llama_pos floor(const llama_memory_i & memory, llama_pos pos) const;
 
-    // Positions of a compressed cache are fixed: says so as the last error and returns true.
-    bool refuse_shift(const char * what) const;
+    // Positions and the sequence of a compressed cache are fixed: says so as the last error and returns true.
+    bool refuse(const char * what) const;
 
     void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
 
-    void state_write_head(llama_io_write_i & io) const;
+    void state_write_head(llama_io_write_i & io, llama_state_seq_flags flags) const;
     void state_write_data(llama_io_write_i & io) const;
     void state_read_head(llama_io_read_i & io);
     void state_read_data(llama_io_read_i & io);
@@ -179,7 +181,7 @@ private:
 
     std::vector<layer>          layers;
     std::vector<int32_t>        layer_of; // [n_layer] index into layers, or -1
-    std::vector<semcache::rope> ropes;    // distinct ones
+    std::vector<semcache::rope> ropes;    // distinct ones, behind one that turns nothing
     std::vector<bool>           delimiter; // [n_vocab]
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 

@@ -115,6 +115,7 @@ struct semcache_head_stats {
     int32_t head;               // kv head
     int32_t rows_allocated;
     int32_t rows_used;
+    int32_t n_rot;              // values that RoPE turns in a query; 0 in a layer without
 };
 
 // Parameters with their defaults (see DESIGN of each in docs/decisions.md).
@@ -122,7 +123,8 @@ struct semcache_params semcache_default_params(void);
 
 // The next llama_init_from_model() on this thread builds a compressed cache. The parameters are copied. NULL takes a
 // previous call back. Checked here: ranges and the profile file; checked by llama_init_from_model(), which then returns
-// NULL with semcache_last_error() set: what depends on the model.
+// NULL with semcache_last_error() set: what depends on the model. After a failure pass NULL: llama.cpp checks some of its own
+// parameters before it comes to ours, which then wait for the next call.
 int32_t semcache_configure_next(const struct semcache_params * params);
 
 // Message of the last failed call on this thread, "" if none. Valid until the next call on this thread.

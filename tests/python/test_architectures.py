@@ -7,6 +7,8 @@ import pytest
 import tiny_models
 from conftest import EXACT, SMALL, check_stats, continue_with, kl, last_logits, random_tokens
 
+from llama_semanticache import _native
+
 N_PROMPT, N_MORE = 600, 8
 FULL_ATTENTION = {"gemma2": {1}, "gemma3": {5}}  # the other layers have sliding windows
 TOKENS = random_tokens(N_PROMPT + N_MORE)
@@ -30,7 +32,7 @@ def test_compressed_run(arch, tiny, load):
     assert stats.total_bytes < stats.full_bytes
     check_stats(llm)
     layers = {il for il, *_ in llm.kv_rows()}
-    assert layers == FULL_ATTENTION.get(arch, {0, 1})
+    assert layers == FULL_ATTENTION.get(arch, {0, 1, 2, 3} if arch == "smollm3" else {0, 1})
     assert (stats.other_bytes > 0) == (arch in FULL_ATTENTION)
 
     uncompressed = run(load(tiny(arch), n_ctx=1024, n_batch=80))
@@ -38,6 +40,15 @@ def test_compressed_run(arch, tiny, load):
     # random weights attend to single tokens, so much is lost; but a wrong position or mask gives unrelated logits
     if arch not in FULL_ATTENTION:
         assert np.corrcoef(logits.ravel(), uncompressed.ravel())[0, 1] > 0.3
+
+
+@pytest.mark.parametrize("arch, n_rot", [("llama", [16, 16]), ("phi3-longrope", [12, 12]), ("smollm3", [16, 16, 16, 0]), ("gemma3", [32])])
+def test_queries_are_turned_where_rope_turned_them(arch, n_rot, tiny, load):
+    llm = load(tiny(arch), **SMALL)
+    ffi, lib = _native.load()
+    heads = ffi.new("struct semcache_head_stats[]", len(llm.kv_rows()))
+    assert lib.semcache_get_head_stats(_native.context(llm), heads, len(heads)) == len(heads)
+    assert [h.n_rot for h in heads][::2] == n_rot  # two kv heads per layer
 
 
 @pytest.mark.parametrize("arch", tiny_models.SUPPORTED)

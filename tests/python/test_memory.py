@@ -169,7 +169,7 @@ def test_supported_architectures(folder, arch):
     )
 
 
-@pytest.mark.parametrize("arch", tiny_models.REFUSED)
+@pytest.mark.parametrize("arch", [a for a in tiny_models.REFUSED if a != "hunyuan-dense"])  # which only its graph tells
 def test_refused_architectures(folder, arch):
     shape = tiny_shape(folder, arch)
     word = {"recurrent": "full attention"}.get(tiny_models.REFUSED[arch], tiny_models.REFUSED[arch])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from conftest import SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
 
+from llama_semanticache import _native
+
 TOKENS = random_tokens(500)
 MORE = random_tokens(100, seed=1)
 
@@ -243,4 +245,16 @@ def test_positions_cannot_be_shifted_beside_sliding_windows(tiny, load):
     memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
     llama_cpp.llama_memory_seq_add(memory, 0, 190, -1, -10)
     llama_cpp.llama_memory_seq_div(memory, 0, 190, -1, 2)
+    np.testing.assert_array_equal(continue_with(llm, MORE[:5]), continue_with(twin, MORE[:5]))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_there_is_one_sequence(arch, filled):
+    import llama_cpp
+
+    llm, twin = filled(arch), filled(arch)
+    memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
+    llama_cpp.llama_memory_seq_cp(memory, 0, 0, -1, -1)
+    llama_cpp.llama_memory_seq_keep(memory, 0)
+    assert "only sequence stays where it is" in _native.load()[0].string(_native.load()[1].semcache_last_error()).decode()
     np.testing.assert_array_equal(continue_with(llm, MORE[:5]), continue_with(twin, MORE[:5]))

@@ -134,3 +134,25 @@ def test_a_damaged_count_of_those_who_voted_is_refused(n_asked, tiny, load):
     llm.load_state(state)
     llm.eval(MORE)
     check_stats(llm)
+
+
+@pytest.mark.parametrize("method", ["semanticache", "snapkv", "tova", "h2o"])
+def test_a_pass_in_which_nobody_votes(method, tiny, load):
+    """Every second token votes, and just those are gone."""
+    llm = load(tiny("llama"), **{**WIDE, "kv_compress": method})
+    llm.eval(TOKENS[:366])
+    n_pass, asked = llm.kv_stats().n_pass, 360  # six batches of 60
+    for p in range(asked, 366, 2):
+        assert llm._ctx.kv_cache_seq_rm(0, p, p + 1)
+    llm.eval(MORE[:60])
+    assert llm.kv_stats().n_pass == n_pass + 1
+    llm.eval(MORE[60:])
+    assert np.isfinite(continue_with(llm, TOKENS[:100])).all()
+
+
+def test_a_text_may_begin_anywhere(tiny, load):
+    llm = load(tiny("llama"), **WIDE)
+    llm.n_tokens = 300
+    for start in range(0, 240, 60):
+        llm.eval(TOKENS[start : start + 60])
+    assert llm.kv_stats().n_pass >= 3 and np.isfinite(continue_with(llm, MORE)).all()

@@ -14,11 +14,12 @@ import gguf
 import numpy as np
 
 # Architectures whose cache can be compressed. "llama3" is llama with RoPE frequency factors, "mistral" is llama with a
-# head size that is not n_embd / n_head, "phi3-longrope" has long and short factors and rotates 3/4 of a head.
-SUPPORTED = ("llama", "llama3", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3-longrope")
+# head size that is not n_embd / n_head, "phi3-longrope" has long and short factors and rotates 3/4 of a head, every fourth layer
+# of "smollm3" is without RoPE.
+SUPPORTED = ("llama", "llama3", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3-longrope", "smollm3")
 
 # Architectures that must be refused with kv_compress, and why.
-REFUSED = {"mamba": "recurrent", "bloom": "ALiBi", "deepseek2": "MLA", "qwen2vl": "M-RoPE"}
+REFUSED = {"mamba": "recurrent", "bloom": "ALiBi", "deepseek2": "MLA", "qwen2vl": "M-RoPE", "hunyuan-dense": "weighs them again"}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -27,7 +28,7 @@ CHAT_TEMPLATE = (
 
 _GGUF_ARCH = {"llama3": "llama", "mistral": "llama", "phi3-longrope": "phi3"}
 _ATTN_GAIN = math.sqrt(2.0)  # of q and of k: attention logits then have a standard deviation of 2
-_N_LAYER = {"gemma3": 7}  # five sliding-window layers, one full, one sliding-window
+_N_LAYER = {"gemma3": 7, "smollm3": 4}  # of gemma3 five sliding-window layers, one full, one sliding-window
 _EPS = 1e-5
 
 
@@ -55,7 +56,7 @@ def write_tiny(
     arch : str
         One of `SUPPORTED` or a key of `REFUSED`.
     n_layer : int, optional
-        Default 2; 7 for gemma3, whose every sixth layer has full attention.
+        Default 2; 7 for gemma3, whose every sixth layer has full attention; 4 for smollm3.
     n_embd, n_head, n_head_kv : int
         Width, query heads, kv heads. bloom has as many kv heads as query heads, deepseek2 (MLA) one.
     n_embd_head : int, optional
@@ -244,7 +245,7 @@ class _Builder:
                 )
                 self.tensor(f"{blk}.attn_qkv.weight", np.concatenate([q, k, v]), self.dtype)
             else:
-                qk_norm = arch in ("qwen3", "gemma3")
+                qk_norm = arch in ("qwen3", "gemma3", "hunyuan-dense")
                 self.matrix(f"{blk}.attn_q.weight", n_q, self.n_embd, gain=1.0 if qk_norm else _ATTN_GAIN)
                 self.matrix(f"{blk}.attn_k.weight", n_kv, self.n_embd, gain=1.0 if qk_norm else _ATTN_GAIN)
                 self.matrix(f"{blk}.attn_v.weight", n_kv, self.n_embd)

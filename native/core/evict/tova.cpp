@@ -8,7 +8,7 @@ namespace semcache {
 
 void evict_tova(const evict_input & x, float * p, float * score) {
     std::fill_n(score, x.n_row, 0.0f);
-    for (int32_t i = x.n_query() - x.n_gqa; i < x.n_query(); ++i) {
+    for (int32_t i = std::max(0, x.n_query() - x.n_gqa); i < x.n_query(); ++i) {
         x.add_shares(i, p, score);
     }
 }

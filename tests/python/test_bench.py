@@ -322,9 +322,19 @@ def test_chat(smollm2, tmp_path):
     assert [name.split("|")[1] for name in records] == ["stock:f16", *settings]
     for record in records.values():
         assert record["tokens"] > 300 and [a["turn"] for a in record["answers"]] == [1, 2]
-    assert [a["score"] for a in records["chat|stock:f16|0"]["answers"]] == [1.0, 1.0]
+    assert all(chat.recalls(a["got"], a["want"]) for a in records["chat|stock:f16|0"]["answers"])
     assert "turn 2" in output and "2/2" in output
     assert chat.chat_options("shift:0.25", Path(smollm2), 8960)[1] in range(2048, 8960 // 2, 256)
+
+
+def test_recall_by_hand():
+    assert chat.recalls(" March 17th.", "17 March") and chat.recalls("Hector Penrose, of course", "Hector Penrose")
+    assert not chat.recalls(" Hector.", "Hector Penrose") and not chat.recalls(" 117 March", "17 March") and not chat.recalls(" 36741", "3674")
+    run = {"asked": {"n_facts": 2}, "records": {
+        f"chat|{setting}|0": {"kv_bytes": n << 20, "answers": [{"turn": 1, "want": "Turin", "got": got}, {"turn": 2, "want": "17 March", "got": " March 17th"}]}
+        for setting, n, got in (("stock:f16", 4, " Turin"), ("x:1", 1, " Rome"))
+    }}  # fmt: skip
+    assert chat.chat_table(run)[1] == [["stock:f16", "2/2", "100%", "1/1", "1/1", "4.0"], ["x:1", "1/2", "50%", "0/1", "1/1", "1.0"]]
 
 
 def test_chat_that_cannot_be(tiny, tmp_path):

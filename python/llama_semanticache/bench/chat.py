@@ -9,6 +9,7 @@ and context shift): a cache of as many bytes as ours at that ratio forgets the o
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Sequence
@@ -79,8 +80,13 @@ def measure_chat(llm: Llama, messages: Sequence[dict[str, str]], facts: Sequence
         snapshot.restore(llm)
         start_tokens = llm.tokenize(start.encode(), add_bos=False, special=False)
         got = continue_greedily(llm, [*question, *start_tokens], len(llm.tokenize(want.encode(), add_bos=False, special=False)) + 3)
-        answers.append({"turn": turn, "want": want, "got": got, "score": float(want in got)})
+        answers.append({"turn": turn, "want": want, "got": got})
     return {"tokens": len(tokens), "kv_bytes": stats.total_bytes, "answers": answers}
+
+
+def recalls(answer: str, fact: str) -> bool:
+    """Whether all words of a fact stand in an answer, in any order: who is told "17 March" may say "March 17th"."""
+    return all(re.search(rf"\b{re.escape(word)}(st|nd|rd|th)?\b", answer) for word in fact.split())
 
 
 def chat_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -91,14 +97,14 @@ def chat_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if part == "chat":
             groups.setdefault(setting, []).append(record)
     turns = range(1, run["asked"]["n_facts"] + 1)
-    base = sum(a["score"] for r in groups.get(BASE, []) for a in r["answers"])
+    base = sum(recalls(a["got"], a["want"]) for r in groups.get(BASE, []) for a in r["answers"])
     cells = []
     for setting, records in groups.items():
         answers = [a for r in records for a in r["answers"]]
-        right = sum(a["score"] for a in answers)
-        by_turn = [[a["score"] for a in answers if a["turn"] == t] for t in turns]
+        right = sum(recalls(a["got"], a["want"]) for a in answers)
+        by_turn = [[recalls(a["got"], a["want"]) for a in answers if a["turn"] == t] for t in turns]
         cells.append([
-            setting, f"{right:.0f}/{len(answers)}", f"{right / base:.0%}" if base else "", *(f"{sum(s):.0f}/{len(s)}" for s in by_turn),
+            setting, f"{right}/{len(answers)}", f"{right / base:.0%}" if base else "", *(f"{sum(s)}/{len(s)}" for s in by_turn),
             f"{records[0]['kv_bytes'] / 2**20:.1f}",
         ])  # fmt: skip
     return ["cache", "facts", "of full", *(f"turn {t}" for t in turns), "KV MiB"], cells

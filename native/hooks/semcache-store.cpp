@@ -263,7 +263,7 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
     }
     const int32_t lo = params.n_sink + params.n_chunk;
     std::vector<int32_t> rows;
-    if (config.profile.heads.empty() || params.method != SEMCACHE_METHOD_SEMANTIC) {
+    if (config.profile.heads.empty()) {
         rows = semcache::equal_budgets(heads.size(), params.ratio, n_ctx, lo);
     } else {
         bool same = config.profile.heads.size() == heads.size();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass, replace
+from typing import Sequence
 
 from ..errors import ArgumentError
 from ..llama import Llama
@@ -50,6 +51,11 @@ PARAPHRASES = {
 }
 
 
+def recalled(answers: Sequence[str], text: str) -> float:
+    """Share of the answers that a text holds, each as whole words."""
+    return sum(bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text)) for answer in answers) / len(answers)
+
+
 @dataclass(frozen=True)
 class Fact:
     """What is asked for, and the sentences that tell it."""
@@ -62,7 +68,7 @@ class Fact:
 
     def score(self, text: str) -> float:
         """Share of the answers that the text holds."""
-        return sum(bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text)) for answer in self.answers) / len(self.answers)
+        return recalled(self.answers, text)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from .. import models
 from ..errors import ArgumentError
 from ..llama import Llama
-from .cases import SUITES, Case, Fact, make_case
+from .cases import SUITES, Case, Fact, make_case, recalled
 from .harness import Loader, Snapshot, continue_greedily, log_softmax, next_logits, read_in
 from .options import json_option, setting_option, text_option, threads_option
 from .process import Worker
@@ -138,7 +138,7 @@ def text_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
         records = list(cases.values())
         full = [r for case, r in groups.get((BASE, n), {}).items() if case in cases]  # a run that was cut off has fewer of a setting
         answers = [a for r in records for a in r["answers"]]
-        facts, facts_base = sum(a["score"] for a in answers), sum(a["score"] for r in full for a in r["answers"])
+        facts, facts_base = (sum(recalled(a["want"], a["got"]) for a in some) for some in (answers, [a for r in full for a in r["answers"]]))
         kl = [r["kl"] for r in records if "kl" in r]
         rows.append({
             "setting": setting, "tokens": n, "facts": facts, "questions": len(answers), "of_full": facts / facts_base if facts_base else None,

@@ -16,6 +16,7 @@ import click
 import numpy as np
 
 from ..errors import ArgumentError
+from .cases import recalled
 from .chat import chat_table
 from .memory import memory_table
 from .quality import text_rows, text_table
@@ -105,7 +106,7 @@ def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
     for name, record in run["records"].items():
         _, setting, n, _ = name.split("|")
         for a in record["answers"]:
-            recall.setdefault((f"{short(setting)}, {n}", a["depth"]), []).append(a["score"])
+            recall.setdefault((f"{short(setting)}, {n}", a["depth"]), []).append(recalled(a["want"], a["got"]))
         if record.get("heads"):
             budgets[setting] = record["heads"]
     settings, depths = list(dict.fromkeys(s for s, _ in recall)), sorted({d for _, d in recall})

@@ -115,7 +115,8 @@ public:
     int64_t ring_row(llama_pos pos) const { return (pos - n_asked)/vote_every; }
     int64_t ring_end() const { return n_vote(n_ring); }
 
-    // Whether the ring has room for the queries of a batch; if not, a pass has to take their votes first.
+    // Whether the ring has room for the queries of a batch; if not, a pass has to take their votes first. In an empty cache the ring
+    // begins where the batch does.
     bool has_room(const std::vector<llama_ubatch> & ubatches);
 
     // A memory context whose apply() runs a pass; status NO_UPDATE if the stage holds nothing to compress.

@@ -91,8 +91,8 @@ class Llama(llama_cpp.Llama):
         How K and V of the older tokens are stored; the stage is always f16. "auto" is q8_0, or f16 if heads are no multiple of 32
         values.
     kv_profile : "auto", path or None
-        Which head gets how many rows. "auto": the model's profile, measured on first use; None: all heads the same, which
-        loses far more.
+        Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of others;
+        None: all heads the same, which loses far more.
     kv_params : mapping, optional
         Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, seed; calibrate
         is for `profile.calibrate`.

@@ -209,3 +209,15 @@ def test_errors_are_those_of_the_reference(tmp_path, load, cache):
     ]  # fmt: skip
     # the ring's queries have 8 bits, and one choice more or less is made otherwise for it
     np.testing.assert_allclose(got.errors, expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("method", ["keydiff", "streaming"])
+def test_a_profile_that_is_named_holds_for_every_method(method, tiny, cache, load):
+    path = str(profile.calibrate(tiny("llama"), texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1))
+
+    def budgets(**options):
+        return [allocated for _, _, allocated, _ in load(tiny("llama"), **{**SMALL, **options}).kv_rows()]
+
+    ours = budgets(kv_profile=path)
+    assert len(set(ours)) > 1 and budgets(kv_compress=method, kv_profile=path) == ours
+    assert len(set(budgets(kv_compress=method, kv_profile="auto"))) == 1

@@ -35,7 +35,7 @@ def command_line() -> str:
 
 def build() -> str:
     """SHA-256 of the native libraries, the first 16 digits: two builds of one version may measure differently."""
-    return hashlib.sha256("".join(sha256(path) for path in sorted(_native.library_folder().iterdir())).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(sha256(path) for path in sorted(_native.library_folder().iterdir()) if path.is_file()).encode()).hexdigest()[:16]
 
 
 class Run:

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from conftest import last_logits
 
 from llama_semanticache import Llama
-from llama_semanticache.bench import cases, chat, quality, speed, tasks
+from llama_semanticache.bench import cases, chat, quality, report, speed, tasks
 from llama_semanticache.bench.runs import Run
 from llama_semanticache.bench.settings import parse_setting
 from llama_semanticache.cli import main
@@ -276,16 +276,30 @@ def test_tasks(tiny, tmp_path):
     records = json.loads(out.read_text())["records"]
     assert len(records) == 4 and {r["tokens"] for r in records.values()} >= {1024 - 32}  # the long one lost its middle
     head, cells = tasks.task_table({"asked": {"settings": ["stock:f16", "x:1"]}, "records": {
-        "task|stock:f16|lcc|0": {"score": 0.5, "kv_bytes": 2**21}, "task|stock:f16|trec|0": {"score": 1.0, "kv_bytes": 2**21},
-        "task|x:1|lcc|0": {"score": 0.25, "kv_bytes": 2**20}, "task|x:1|trec|0": {"score": 0.5, "kv_bytes": 2**20},
+        "task|stock:f16|lcc|0": {"score": 0.5, "kv_bytes": 2**21, "tokens": 1024}, "task|stock:f16|trec|0": {"score": 1.0, "kv_bytes": 2**21, "tokens": 1025},
+        "task|x:1|lcc|0": {"score": 0.25, "kv_bytes": 2**20, "tokens": 1024}, "task|x:1|trec|0": {"score": 0.5, "kv_bytes": 2**20, "tokens": 1025},
     }})  # fmt: skip
     assert cells == [
-        ["lcc", "1", "50.0", "25.0"], ["trec", "1", "100.0", "50.0"], ["all items", "2", "75.0", "37.5"],
+        ["lcc", "1", "50.0", "25.0"], ["trec", "1", "100.0", "50.0"],
+        ["513 to 1024 tokens", "1", "50.0", "25.0"], ["1025 to 2048 tokens", "1", "100.0", "50.0"], ["all items", "2", "75.0", "37.5"],
         ["of uncompressed", "", "100.0%", "50.0%"], ["KV MiB", "", "2.0", "1.0"],
     ]  # fmt: skip
     out.unlink()
-    assert "without 1 of 2 items that do not fit" in " ".join(run_command(*command, "--whole").split())
+    assert "without 1 of 2 items for their length" in " ".join(run_command(*command, "--whole").split())
     assert [name.split("|")[3] for name in json.loads(out.read_text())["records"]] == ["0", "0"]
+    run_command(*command[:-1], tmp_path / "long.json", "--min-tokens", 900)
+    assert [name.split("|")[3] for name in json.loads((tmp_path / "long.json").read_text())["records"]] == ["1", "1"]
+
+
+def test_runs_of_tasks_together():
+    def part(item, score):
+        records = {f"task|{s}|lcc|{item}": {"score": score * share, "kv_bytes": 2**20, "tokens": 2000} for s, share in (("stock:f16", 1), ("x:1", 0.5))}
+        return {"kind": "tasks", "asked": {"settings": ["stock:f16", "x:1"]}, "records": records, "machine": "m", "date": "d", "upstream_commit": "0" * 40, "command": "c"}
+
+    together, *each = report.show([part(0, 1.0), part(1, 0.5)])
+    assert "| all items" in together["markdown"] and [cell.strip() for cell in together["markdown"].split("| all items")[1].split("|")[1:4]] == ["2", "75.0", "37.5"]
+    assert [run["where"] for run in each] == ["m; d; llama.cpp 000000000"] * 2 and together["where"] == "2 runs together"
+    assert len(report.show([part(0, 1.0)])) == 1
 
 
 def test_a_task_stands_in_the_chat_template(smollm2):

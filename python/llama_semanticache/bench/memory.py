@@ -53,11 +53,11 @@ def fill(options: dict[str, Any], fraction: float) -> dict[str, Any]:
     for start in range(0, n, llm.n_batch):
         llm.eval(tokens[start : start + llm.n_batch])
         peak = max(peak, resident_bytes())
-    stats, card_after = llm.kv_stats(), card_bytes()
+    stats, card_after, steady = llm.kv_stats(), card_bytes(), resident_bytes()
     return {
         "n_tokens": n, "kv_bytes": stats.total_bytes, "core_bytes": stats.core_bytes, "stage_bytes": stats.stage_bytes,
-        "query_bytes": stats.query_bytes, "meta_bytes": stats.meta_bytes, "resident_loaded": loaded - before, "resident_steady": resident_bytes() - before,
-        "resident_peak": peak - before, "card_bytes": None if card is None or card_after is None else card_after - card,
+        "query_bytes": stats.query_bytes, "meta_bytes": stats.meta_bytes, "resident_loaded": loaded - before, "resident_steady": steady - before,
+        "resident_peak": max(peak, steady) - before, "card_bytes": None if card is None or card_after is None else card_after - card,
     }  # fmt: skip
 
 

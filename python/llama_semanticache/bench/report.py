@@ -87,7 +87,7 @@ def heat_map(title: str, x_label: str, y_label: str, values: np.ndarray, x: list
 
 
 def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
-    run = {"records": {name: r for run in runs for name, r in run["records"].items()}}  # of a cache in two runs the later
+    run = merged(runs)
     rows = text_rows(run)
     plots = []
     for n in sorted({r["tokens"] for r in rows}):
@@ -154,7 +154,15 @@ def svg(figure: Any) -> str:
 
 def subject(run: dict[str, Any]) -> str:
     """What a run has in common with those that its caches may be compared with: all that was asked but the caches."""
-    return json.dumps([run["kind"], {k: v for k, v in run["asked"].items() if k not in ("settings", "threads", "rounds")}], sort_keys=True)
+    return json.dumps([run["kind"], {k: v for k, v in run["asked"].items() if k not in ("settings", "threads", "rounds", "min_tokens")}], sort_keys=True)
+
+
+def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The runs of a subject as one; of a record in two of them the later."""
+    return {
+        "kind": runs[0]["kind"], "asked": {**runs[0]["asked"], "settings": list(dict.fromkeys(s for run in runs for s in run["asked"]["settings"]))},
+        "records": {name: record for run in runs for name, record in run["records"].items()},
+    }  # fmt: skip
 
 
 PAGE = """<!doctype html>
@@ -164,7 +172,7 @@ table { border-collapse: collapse; } th, td { padding: .2rem .6rem; border-botto
 code { font-size: 12px; } svg { max-width: 100%; height: auto; }
 </style></head><body><h1>Measurements</h1>
 {% for subject in subjects %}<h2>{{ subject.title }}</h2>
-{% for run in subject.runs %}<p>{{ run.where }}<br><code>{{ run.command }}</code></p>
+{% for run in subject.runs %}<p>{{ run.where }}{% if run.command %}<br><code>{{ run.command }}</code>{% endif %}</p>
 {{ run.html }}
 {% endfor %}{% for plot in subject.plots %}{{ plot }}{% endfor %}
 {% endfor %}</body></html>
@@ -175,25 +183,32 @@ MARKDOWN = """# Measurements
 ## {{ subject.title }}
 {% for run in subject.runs %}
 {{ run.where }}
-
+{% if run.command %}
     {{ run.command }}
-
+{% endif %}
 {{ run.markdown }}
 {% endfor %}{% for file in subject.files %}
 ![{{ subject.title }}]({{ file }})
 {% endfor %}{% endfor %}"""
 
 
-def show(run: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of a run."""
+def show_table(run: dict[str, Any]) -> dict[str, Any]:
+    """The run's table in both languages."""
     from markupsafe import Markup
     from tabulate import tabulate
 
     head, cells = TABLES[run["kind"]](run)
     align = ["left" if column in ("cache", "task") else "right" for column in head]
     tables = {form: tabulate(cells, head, tablefmt=form, colalign=align, disable_numparse=True) for form in ("github", "html")}
-    where = f"{run['machine']}; {run['date']}; llama.cpp {run['upstream_commit'][:9]}"
-    return {"where": where, "command": run["command"], "markdown": tables["github"], "html": Markup(tables["html"])}
+    return {"markdown": tables["github"], "html": Markup(tables["html"])}
+
+
+def show(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the page says of each run, and of tasks in several runs before that what they say together."""
+    together = [{"where": f"{len(runs)} runs together", "command": "", **show_table(merged(runs))}] if runs[0]["kind"] == "tasks" and len(runs) > 1 else []
+    return together + [
+        {"where": f"{run['machine']}; {run['date']}; llama.cpp {run['upstream_commit'][:9]}", "command": run["command"], **show_table(run)} for run in runs
+    ]  # fmt: skip
 
 
 @click.command()
@@ -221,7 +236,7 @@ def report(folder: Path) -> None:
         for plot, file_name in zip(plots, names):
             (folder / file_name).write_text(plot, encoding="utf-8")
         title = f"{run['kind']}: {run['asked']['model']}" + "".join(f", {run['asked'][key]}" for key in ("text", "tasks") if key in run["asked"])
-        subjects.append({"title": title, "runs": [show(run) for run in group.values()], "plots": list(map(Markup, plots)), "files": names})
+        subjects.append({"title": title, "runs": show(list(group.values())), "plots": list(map(Markup, plots)), "files": names})
     (folder / "report.md").write_text(jinja2.Template(MARKDOWN).render(subjects=subjects), encoding="utf-8")
     (folder / "report.html").write_text(jinja2.Environment(autoescape=True).from_string(PAGE).render(subjects=subjects), encoding="utf-8")
     click.echo(f"{len(files)} runs: {folder / 'report.md'}, {folder / 'report.html'}")

@@ -19,12 +19,14 @@ from ..profile import model_id
 
 
 def machine() -> str:
-    """The processor, how many of it and the system, in words."""
+    """The processor, how many of it and the system, in words. Family and model tell generations apart that share a name."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        lines = (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        name = next((value.strip() for key, value in lines if key.strip() == "model name"), name)
+        words = dict(reversed([[word.strip() for word in line.split(":", 1)] for line in info.read_text().splitlines() if ":" in line]))  # the first CPU's
+        name = words.get("model name", name)
+        if {"cpu family", "model"} <= words.keys():
+            name += f" (family {words['cpu family']}, model {words['model']})"
     return f"{name}, {os.cpu_count()} CPUs, {platform.system()}"
 
 

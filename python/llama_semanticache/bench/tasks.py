@@ -150,9 +150,9 @@ def template_frame(llm: Any) -> tuple[list[int], list[int]]:
     return a[: differ[0]], a[differ[0] + 1 :]
 
 
-def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool) -> list[tuple[dict[str, Any], list[int]]]:
+def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool, least: int = 0) -> list[tuple[dict[str, Any], list[int]]]:
     """Items and the tokens of their prompts, the shortest first; what leaves no room for the answer loses its middle, or is left
-    out if it must be `whole`.
+    out if it must be `whole`. So is what has fewer than `least` tokens.
     """
     framed = template_frame(llm)
     plain = llm.tokenize(b"", special=False), []
@@ -163,7 +163,7 @@ def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool) -> l
         n = n_ctx - TASKS[item["task"]][1] - len(before) - len(behind)
         if not whole or len(body) <= n:
             prompts.append((item, [*before, *cut_middle(body, n), *behind]))
-    return sorted(prompts, key=lambda prompt: len(prompt[1]))
+    return sorted((prompt for prompt in prompts if len(prompt[1]) >= least), key=lambda prompt: len(prompt[1]))
 
 
 def measure(run: Run, load: Any, prompts: Sequence[tuple[dict[str, Any], list[int]]], settings: Sequence[str]) -> None:
@@ -188,19 +188,26 @@ def answer_item(llm: Any, item: dict[str, Any], tokens: Sequence[int]) -> dict[s
 
 
 def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Means by task, and the mean over all items; scores of 100."""
+    """Means by task and by length of the prompt, and the mean over all items; scores of 100."""
     scores: dict[str, dict[str, list[float]]] = {}
+    lengths: dict[int, dict[str, list[float]]] = {}
     kv_bytes: dict[str, int] = {}
     for name, record in run["records"].items():
         part, setting, task, _ = name.split("|")
         if part == "task":
-            scores.setdefault(task, {}).setdefault(setting, []).append(100 * record["score"])
+            for some in (scores.setdefault(task, {}), lengths.setdefault((record["tokens"] - 1).bit_length(), {})):
+                some.setdefault(setting, []).append(100 * record["score"])
             kv_bytes[setting] = record["kv_bytes"]
     settings = [s for s in run["asked"]["settings"] if s in kv_bytes]
     everything = {s: [x for by_setting in scores.values() for x in by_setting.get(s, [])] for s in settings}
     base = np.mean(everything[BASE]) if everything.get(BASE) else None
-    cells = [[task, str(len(by.get(BASE, []))), *(f"{np.mean(by[s]):.1f}" if s in by else "" for s in settings)] for task, by in sorted(scores.items())]
-    cells.append(["all items", str(len(everything[settings[0]])) if settings else "0", *(f"{np.mean(everything[s]):.1f}" for s in settings)])
+
+    def means(name: str, by: dict[str, list[float]]) -> list[str]:
+        return [name, str(len(by.get(BASE, []))), *(f"{np.mean(by[s]):.1f}" if s in by else "" for s in settings)]
+
+    cells = [means(task, by) for task, by in sorted(scores.items())]
+    cells += [means(f"{2 ** (bits - 1) + 1 if bits else 1} to {2**bits} tokens", by) for bits, by in sorted(lengths.items())]
+    cells.append(means("all items", everything))
     cells.append(["of uncompressed", "", *(f"{np.mean(everything[s]) / base:.1%}" if base else "" for s in settings)])
     cells.append(["KV MiB", "", *(f"{kv_bytes[s] / 2**20:.1f}" for s in settings)])
     return ["task", "items", *settings], cells
@@ -211,10 +218,11 @@ def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @click.option("--tasks", "tasks_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSONL file: task, id, prompt, gold.")
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=16384, show_default=True)
 @click.option("--whole", is_flag=True, help="Leave out items that do not fit instead of cutting their middle out.")
+@click.option("--min-tokens", type=click.IntRange(min=0), default=0, help="Leave out items with a shorter prompt.")
 @setting_option
 @threads_option
 @json_option
-def tasks(model, tasks_path, n_ctx, whole, settings, threads, json_path) -> None:
+def tasks(model, tasks_path, n_ctx, whole, min_tokens, settings, threads, json_path) -> None:
     """LongBench-style tasks from a file, with the tasks' own metrics."""
     path = models.resolve(model)
     settings = with_base(settings or DEFAULT_SETTINGS)
@@ -223,10 +231,10 @@ def tasks(model, tasks_path, n_ctx, whole, settings, threads, json_path) -> None
     items = read_items(tasks_path)
     profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "tasks", {
-        "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "settings": settings, "threads": threads,
+        "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "min_tokens": min_tokens, "settings": settings, "threads": threads,
     }, [path, tasks_path, *profiles])  # fmt: skip
     with closing(Loader(path, context_options(n_ctx, threads))) as load:
-        prompts = fit(load(BASE), items, n_ctx, whole)
+        prompts = fit(load(BASE), items, n_ctx, whole, min_tokens)
         measure(run, load, prompts, settings)
-    left_out = f", without {len(items) - len(prompts)} of {len(items)} items that do not fit" if whole else ""
+    left_out = f", without {len(items) - len(prompts)} of {len(items)} items for their length" if len(prompts) < len(items) else ""
     print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))

@@ -14,7 +14,6 @@ namespace {
 
 constexpr float EPS_WEIGHT = 1e-9f;  // a row that no query looks at still takes part in its cluster's mean
 constexpr float EPS_MASS   = 1e-20f;
-constexpr float FADE       = 0.9f;   // of a core's use from one pass to the next
 constexpr float BIAS_MIN   = -6.0f;
 constexpr float BIAS_MAX   =  8.0f;
 constexpr float RIDGE      = 10.0f;  // of the fitted values, see fit_values
@@ -730,7 +729,7 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
         if (i < c.n_core) {
             const core_meta & old = rows.meta[rows.n_sink + i];
             ws.meta[i] = old;
-            ws.meta[i].s_use = evicts ? ws.s_use[i] : std::max(FADE*old.s_use, ws.s_use[i]);
+            ws.meta[i].s_use = evicts ? ws.s_use[i] : std::max(old.s_use, ws.s_use[i]);
         } else {
             ws.meta[i] = { ws.s_use[i], (uint32_t) stage.chunk[i - c.n_core], 1 };
         }

@@ -22,7 +22,7 @@ constexpr bool asks_queries(method m) { return m == method::semantic || m == met
 
 // What a pass remembers of a core besides its row.
 struct core_meta {
-    float    s_use;      // how much attention it got: see Scores of the reference; greatest of all passes, fading from pass to pass
+    float    s_use;      // how much attention it got: see Scores of the reference; the greatest of all passes
     uint32_t chunk : 24; // id of its chunk
     uint32_t n_tok : 8;  // tokens that it stands for; at most n_chunk <= 255, since clusters never cross a chunk
 };

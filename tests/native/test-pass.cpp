@@ -206,7 +206,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         }
         s_use[j] = std::pow(s_use[j], 0.25);
         if (j < n_core) {
-            s_use[j] = std::max(s_use[j], 0.9*cand[j].meta.s_use);
+            s_use[j] = std::max<double>(s_use[j], cand[j].meta.s_use);
         }
         score[j] = s_use[j]*std::sqrt(distance);
     }

@@ -293,12 +293,12 @@ def test_a_pass_without_new_rows_only_takes_votes():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_cores_keep_a_faded_score(seed):
+def test_cores_keep_their_best_score(seed):
     inp = random_input(seed)
     params = params_for(inp, inp.n_cand)
     now = ref.score(inp, params, ref.look_ahead(inp, params))
     rows = ref.compress_head(inp, params).rows
-    np.testing.assert_array_equal(rows.s_use[:10], np.maximum(now.s_use[:10], ref.FADE * inp.s_use))
+    np.testing.assert_array_equal(rows.s_use[:10], np.maximum(now.s_use[:10], inp.s_use))
     assert np.any(rows.s_use[:10] > now.s_use[:10])
     np.testing.assert_array_equal(rows.s_use[10:], now.s_use[10:])
 

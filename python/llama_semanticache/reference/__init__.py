@@ -21,7 +21,6 @@ from .chunks import DELIMITERS, chunk_ids, delimiter_table
 from .compress import (
     BIAS_MAX,
     BIAS_MIN,
-    FADE,
     N_FIT,
     VOTE_EVERY,
     HeadRows,
@@ -54,7 +53,6 @@ __all__ = [
     "BIAS_MAX",
     "BIAS_MIN",
     "DELIMITERS",
-    "FADE",
     "N_FIT",
     "PARTS",
     "POLICIES",

@@ -20,9 +20,6 @@ from .lookahead import horizon_positions, rotate
 WEIGHT_FLOOR = 1e-9
 """Added to the weight of every merged row, so that rows that no query looked at still have a mean."""
 
-FADE = 0.9
-"""Factor on the use of a core from one pass to the next."""
-
 MASS_FLOOR = 1e-20
 """Least mass of a cluster whose log is taken."""
 
@@ -51,7 +48,7 @@ class HeadRows:
         Added to the logits of the row.
     chunk : ndarray of int32, shape [n]
     s_use : ndarray of float64, shape [n]
-        Attention that the row got, see `Scores`: the greatest of all passes, times `FADE` for every pass since.
+        Attention that the row got, see `Scores`: the greatest of all passes.
     n_tok : ndarray of int64, shape [n]
         Tokens that the row stands for.
     """
@@ -349,12 +346,9 @@ def value_deviations(v) -> np.ndarray:
 
 
 def update_scores(rows: HeadRows, scores: Scores, n_core: int) -> HeadRows:
-    """Step 3, cores. Keep the greater of the faded old s_use and the new one; new rows take theirs as it is.
-
-    A core has been seen by the queries of many passes, a new row by those of one: without fading, the old always win.
-    """
+    """Step 3, cores. Keep the greater of the old s_use and the new one; new rows take theirs as it is."""
     s_use = scores.s_use.copy()
-    s_use[:n_core] = np.maximum(s_use[:n_core], FADE * rows.s_use[:n_core])
+    s_use[:n_core] = np.maximum(s_use[:n_core], rows.s_use[:n_core])
     return replace(rows, s_use=s_use)
 
 

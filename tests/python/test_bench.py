@@ -128,9 +128,8 @@ def test_facts():
         assert {f.kind for f in ruler} >= {"multikey", "paraphrase", "multivalue", "tracking"}
         assert [len(f.sentences) for f in ruler if f.kind in ("multikey", "multivalue", "tracking")].count(3) == 2
     assert {cases.ruler_facts(s)[0].kind for s in range(5)} >= {"multikey", "paraphrase", "multivalue", "tracking"}
-    assert cases.Fact("date", 0.5, (), "", ("3 July 1822",)).score(" 13 July 1822") == 0, "another date that ends alike"
-    three = cases.Fact("multivalue", 0.5, (), "", ("Ann", "Bob", "Eve"))
-    assert three.score(" Bob, Ann and Joe") == pytest.approx(2 / 3)
+    assert cases.recalled(["3 July 1822"], " 13 July 1822") == 0, "another date that ends alike"
+    assert cases.recalled(["Ann", "Bob", "Eve"], " Bob, Ann and Joe") == pytest.approx(2 / 3)
 
 
 def test_quality(tiny, tmp_path):

@@ -66,10 +66,6 @@ class Fact:
     prompt: str  # question and the start of its answer
     answers: tuple[str, ...]  # all must be given, in any order
 
-    def score(self, text: str) -> float:
-        """Share of the answers that the text holds."""
-        return recalled(self.answers, text)
-
 
 @dataclass(frozen=True)
 class Case:

@@ -57,9 +57,9 @@ def question_of(llm: Llama, fact: Fact) -> tuple[list[int], int]:
     return tokens, len(llm.tokenize(" and ".join(fact.answers).encode(), add_bos=False, special=False)) + 2
 
 
-def judge(case: Case, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The answers to the case's questions and their scores."""
-    return [{"kind": f.kind, "depth": f.depth, "want": list(f.answers), "got": text, "score": f.score(text)} for f, text in zip(case.facts, texts)]
+def answers_of(case: Case, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The answers to the case's questions, beside what was wanted; a table judges them."""
+    return [{"kind": f.kind, "depth": f.depth, "want": list(f.answers), "got": text} for f, text in zip(case.facts, texts)]
 
 
 def ask(llm: Llama, case: Case, questions: Sequence[tuple[list[int], int]], snapshot: Snapshot) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def ask(llm: Llama, case: Case, questions: Sequence[tuple[list[int], int]], snap
     for question in questions:
         snapshot.restore(llm)
         texts.append(continue_greedily(llm, *question))
-    return judge(case, texts)
+    return answers_of(case, texts)
 
 
 def measure_texts(run: Run, load: Loader, text: str, settings: Sequence[str], lengths: Sequence[int], first: int, n_cases: int, suite: str, n_following: int, kvpress_python: Path | None) -> None:
@@ -96,7 +96,7 @@ def measure_texts(run: Run, load: Loader, text: str, settings: Sequence[str], le
             case=f"{n}|{i}", tokens=case.tokens, following=case.following, press=name, keep=keep,
             questions=[{"tokens": tokens, "n": n_answer} for tokens, n_answer in questions[n, i]],
         )  # fmt: skip
-        return {**record, "answers": judge(case, record.pop("texts"))}
+        return {**record, "answers": answers_of(case, record.pop("texts"))}
 
     def measure(setting: str, n: int, i: int) -> dict[str, Any]:
         case, llm = cases[n, i], load(setting)

@@ -31,7 +31,7 @@ class ErrorGroup(click.Group):
         except (SemanticCacheError, OSError, RuntimeError, ValueError) as error:
             if ctx.meta.get(_VERBOSE):
                 raise
-            where = "" if isinstance(error, SemanticCacheError) else f" ({type(error).__name__}; --verbose shows where)"
+            where = "" if isinstance(error, SemanticCacheError) else f" ({type(error).__name__}; run again with --verbose to see where, and llama.cpp's log)"
             raise click.ClickException(f"{error}{where}") from error
 
 
@@ -212,9 +212,7 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
 
     Raises
     ------
-    click.ClickException
-        llama.cpp cannot load it.
-    SemanticCacheError
+    SemanticCacheError, ValueError, RuntimeError
         See `Llama`.
     """
     path = find_model(model)
@@ -226,25 +224,11 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
 
     from .. import Llama, profile
 
-    try:
-        if load.kv_compress == "semanticache" and load.kv_profile == "auto" and load.kv_ratio < 1:
-            # Llama does this too, but silently unless llama.cpp's log is wanted
-            profile.ensure(path, verbose=True, n_threads=load.threads)
-        llm = Llama(
-            str(path),
-            n_ctx=n_ctx,
-            n_threads=load.threads,
-            n_threads_batch=load.threads,
-            verbose=load.verbose,
-            **load.kv_settings(),
-        )
-    except SemanticCacheError:
-        raise
-    except (ValueError, RuntimeError, OSError) as error:
-        if load.verbose:
-            raise
-        raise click.ClickException(f"{error}; run again with --verbose to see llama.cpp's log") from error
-    return llm, path
+    if load.kv_compress == "semanticache" and load.kv_profile == "auto" and load.kv_ratio < 1:
+        # Llama does this too, but silently unless llama.cpp's log is wanted
+        profile.ensure(path, verbose=True, n_threads=load.threads)
+    options = {"n_ctx": n_ctx, "n_threads": load.threads, "n_threads_batch": load.threads, "verbose": load.verbose}
+    return Llama(str(path), **options, **load.kv_settings()), path
 
 
 def kv_line(stats: KVStats, tokens_per_s: float | None) -> str:

@@ -220,8 +220,8 @@ def test_a_package_of_the_extra_that_is_missing(tmp_path, monkeypatch):
 
 
 def test_a_run_names_files_and_not_where_they_lie(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(tmp_path), "bench", str(tmp_path / "none"), "a b", str(tmp_path)])
-    assert Run(None, "speed", {}).data["command"] == f"{tmp_path.name} bench {tmp_path / 'none'} 'a b' {tmp_path.name}"
+    monkeypatch.setattr(sys, "argv", [str(tmp_path), "bench", str(tmp_path / "none"), "a b", "streaming:0.3", f"x:1:profile={tmp_path / 'p'}", f"--json={tmp_path}/"])
+    assert Run(None, "speed", {}).data["command"] == f"{tmp_path.name} bench none 'a b' streaming:0.3 x:1:profile=p --json={tmp_path.name}/"
 
 
 def test_a_file_that_is_no_run(tmp_path):

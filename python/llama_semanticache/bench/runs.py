@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from datetime import datetime, timezone
@@ -32,7 +33,7 @@ def machine() -> str:
 
 def command_line() -> str:
     """This process's command, files by their names: where they lie is nobody's business."""
-    return shlex.join([Path(word).name if os.sep in word and Path(word).exists() else word for word in sys.argv])
+    return shlex.join([re.sub(r"(^|=)[^=]*/(?=[^/])", r"\1", word) for word in sys.argv])
 
 
 def build() -> str:

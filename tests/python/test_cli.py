@@ -24,6 +24,14 @@ TIMEOUT = 120  # seconds
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and terminals")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c_is_heard():
+    """A shell starts what runs in the background with SIGINT ignored, and the programs under test would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return str(tiny_models.write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf", "llama"))

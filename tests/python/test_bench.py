@@ -288,6 +288,8 @@ def test_tasks(tiny, tmp_path):
     assert [name.split("|")[3] for name in json.loads(out.read_text())["records"]] == ["0", "0"]
     run_command(*command[:-1], tmp_path / "long.json", "--min-tokens", 900)
     assert [name.split("|")[3] for name in json.loads((tmp_path / "long.json").read_text())["records"]] == ["1", "1"]
+    done = CliRunner().invoke(main, ["bench", *map(str, command[:-2]), "--min-tokens", "5000"])
+    assert done.exit_code == 1 and "have at least 5000 tokens, got none of 2" in done.output
 
 
 def test_runs_of_tasks_together():

@@ -34,13 +34,13 @@ def test_until_the_stage_overflows_passes_only_take_votes(arch, flash_attn, tiny
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 def test_nothing_is_lost_with_every_row_kept(arch, tiny, load):
-    llm, full = load(tiny(arch), **WIDE, **EXACT, kv_ratio=1), load(tiny(arch), n_ctx=1024, n_batch=N_BATCH)
+    llm = load(tiny(arch), **WIDE, **EXACT, kv_ratio=1, flash_attn=False)
+    full = load(tiny(arch), n_ctx=1024, n_batch=N_BATCH, flash_attn=False)
     for some in (llm, full):
         some.eval(TOKENS)
     stats = llm.kv_stats()
     assert stats.n_pass >= 6 and stats.rows_merged == stats.rows_dropped == 0
-    lost = kl(continue_with(full, MORE), continue_with(llm, MORE))
-    assert lost.mean() < 2e-6 and lost.max() < 1e-4  # f16 probabilities upstream: with AVX2 one token in 150 is off by 1e-5
+    assert kl(continue_with(full, MORE), continue_with(llm, MORE)).max() < 1e-5
 
 
 def test_tokens_one_by_one_pass_when_the_ring_is_full(tiny, load):

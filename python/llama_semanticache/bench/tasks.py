@@ -235,6 +235,8 @@ def tasks(model, tasks_path, n_ctx, whole, min_tokens, settings, threads, json_p
     }, [path, tasks_path, *profiles])  # fmt: skip
     with closing(Loader(path, context_options(n_ctx, threads))) as load:
         prompts = fit(load(BASE), items, n_ctx, whole, min_tokens)
+        if not prompts:
+            raise ArgumentError(f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have at least {min_tokens} tokens, got none of {len(items)}; raise the one or lower the other")
         measure(run, load, prompts, settings)
     left_out = f", without {len(items) - len(prompts)} of {len(items)} items for their length" if len(prompts) < len(items) else ""
     print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))

@@ -331,13 +331,14 @@ def test_chat(smollm2, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "chat.json"
     text.write_text("The quick brown fox jumps over a lazy dog and runs into the dark wood. " * 60)
     settings = ("semanticache:0.25:equal:stage=192:window=32", "shift:0.25")
-    output = run_command("chat", smollm2, "--text", text, "--turns", 6, "--facts", 2, "--n-answer", 40, "--chats", 1, "--n-ctx", 1024,
+    output = run_command("chat", smollm2, "--text", text, "--turns", 6, "--facts", 2, "--n-answer", 40, "--chats", 1, "--first-chat", 1, "--n-ctx", 1024,
                          *(w for s in settings for w in ("--setting", s)), "--json", out)  # fmt: skip
     records = json.loads(out.read_text())["records"]
     assert [name.split("|")[1] for name in records] == ["stock:f16", *settings]
+    wanted = [(turn, fact[3]) for turn, fact in enumerate(cases.chat_facts(1, 2), 1)]
     for record in records.values():
-        assert record["tokens"] > 300 and [a["turn"] for a in record["answers"]] == [1, 2]
-    assert all(chat.recalls(a["got"], a["want"]) for a in records["chat|stock:f16|0"]["answers"])
+        assert record["tokens"] > 300 and [(a["turn"], a["want"]) for a in record["answers"]] == wanted
+    assert all(chat.recalls(a["got"], a["want"]) for a in records["chat|stock:f16|1"]["answers"])
     assert "turn 2" in output and "2/2" in output
     assert chat.chat_options("shift:0.25", Path(smollm2), 8960)[1] in range(2048, 8960 // 2, 256)
 

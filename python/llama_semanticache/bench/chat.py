@@ -132,11 +132,12 @@ def chat_options(setting: str, path: Path, n_ctx: int) -> tuple[dict[str, Any], 
 @click.option("--facts", "n_facts", type=click.IntRange(1, 5), default=5, show_default=True, help="Told in the first turns.")
 @click.option("--n-answer", type=click.IntRange(min=1), default=240, show_default=True, help="Tokens of an assistant's answer.")
 @click.option("--chats", "n_chats", type=click.IntRange(min=1), default=3, show_default=True, help="Conversations.")
+@click.option("--first-chat", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first conversation; they are reproducible by number.")
 @click.option("--setting", "settings", multiple=True, help="As in bench quality, or shift:RATIO; repeatable. stock:f16 is always there.")
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=8960, show_default=True, help="Must hold the whole conversation.")
 @threads_option
 @json_option
-def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, settings, n_ctx, threads, json_path) -> None:
+def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, settings, n_ctx, threads, json_path) -> None:
     """Facts of a conversation's first turns, asked for in its last, also against llama.cpp's context shift."""
     from tqdm import tqdm
 
@@ -144,20 +145,21 @@ def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, settings, n_ctx,
     settings = with_base(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"))
     profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "chat", {
-        "model": path.name, "text": text_path.name, "n_turns": n_turns, "n_facts": n_facts, "n_answer": n_answer, "n_chats": n_chats,
+        "model": path.name, "text": text_path.name, "n_turns": n_turns, "n_facts": n_facts, "n_answer": n_answer, "n_chats": n_chats, "first_chat": first_chat,
         "settings": settings, "n_ctx": n_ctx, "threads": threads,
     }, [path, text_path, *profiles])  # fmt: skip
     options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
     text = models.read_text(text_path)
+    numbers = range(first_chat, first_chat + n_chats)
     with tqdm(total=len(settings) * n_chats, unit="chat") as bar:
         for setting in settings:
-            names = [f"chat|{setting}|{i}" for i in range(n_chats)]
+            names = [f"chat|{setting}|{i}" for i in numbers]
             if all(name in run.records for name in names):
                 bar.update(n_chats)
                 continue
             arguments, n = options[setting]
             with closing(Llama(str(path), **context_options(n, threads), **arguments)) as llm:
-                chats = [conversation(llm, text, i, n_turns, n_facts, n_answer) for i in range(n_chats)]
+                chats = [conversation(llm, text, i, n_turns, n_facts, n_answer) for i in numbers]
                 for name, (messages, facts) in zip(names, chats):
                     bar.set_postfix_str(setting)
                     run.record(name, lambda: measure_chat(llm, messages, facts, setting.startswith("shift:")))

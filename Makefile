@@ -27,14 +27,13 @@ build: $(VENV)/.installed
 
 venv: $(VENV)/.tools
 
-# setuptools: rouge-score has no wheel, and without build isolation the setuptools of an older Python cannot make one.
 $(VENV)/.tools: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "expected Python 3.10 or newer, got $$($(PYTHON) --version); name another: make PYTHON=python3.11"; exit 1; }
 	@command -v git >/dev/null || { echo "git is needed to apply the patches and was not found; install git"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet cmake ninja "scikit-build-core>=0.11" "setuptools>=70.1"
+	$(BIN)/python -m pip install --quiet cmake ninja "scikit-build-core>=0.11"
 	touch $@
 
 # The wheel of llama-cpp-python without its libraries, since ours replace them: llama.cpp is compiled once, not twice.

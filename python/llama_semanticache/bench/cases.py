@@ -61,7 +61,7 @@ class Fact:
     """What is asked for, and the sentences that tell it."""
 
     kind: str
-    depth: float  # of the first sentence
+    depth: float  # of its place among the facts; of several sentences most lie elsewhere
     sentences: tuple[tuple[float, str], ...]  # depth and text
     prompt: str  # question and the start of its answer
     answers: tuple[str, ...]  # all must be given, in any order
@@ -181,7 +181,7 @@ def make_case(llm: Llama, text_tokens: list[int], seed: int, n_tokens: int, n_fo
     facts = SUITES[suite](seed)
     told = sorted((depth, sentence) for fact in facts for depth, sentence in fact.sentences)
     sentences = [llm.tokenize(sentence.encode(), add_bos=False, special=False) for _, sentence in told]
-    bos = [llm.token_bos()] if llm.metadata.get("tokenizer.ggml.add_bos_token") == "true" else []
+    bos = llm.tokenize(b"", special=False)
     n_body = n_tokens - len(bos) - sum(map(len, sentences))
     n_spare = len(text_tokens) - n_body - n_following
     if n_body < 1 or n_spare < 1:

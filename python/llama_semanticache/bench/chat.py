@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence
 
 import click
 
@@ -23,7 +23,7 @@ from .cases import chat_facts
 from .harness import Snapshot, continue_greedily, render
 from .options import json_option, text_option, threads_option
 from .runs import Run
-from .settings import BASE, context_options, llama_options, profiles_of, with_base
+from .settings import BASE, check_settings, context_options, llama_options, profiles_of, with_base
 from .tables import print_table
 
 SYSTEM = "You are a helpful assistant who remembers what the user says."
@@ -84,25 +84,28 @@ def measure_chat(llm: Llama, messages: Sequence[dict[str, str]], facts: Sequence
     return {"tokens": len(tokens), "kv_bytes": stats.total_bytes, "answers": answers}
 
 
-def recalls(answer: str, fact: str) -> bool:
+def has_words(answer: str, fact: str) -> bool:
     """Whether all words of a fact stand in an answer, in any order: who is told "17 March" may say "March 17th"."""
     return all(re.search(rf"\b{re.escape(word)}(st|nd|rd|th)?\b", answer) for word in fact.split())
 
 
 def chat_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Facts recalled by cache, and by the turn that told them."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
     for name, record in run["records"].items():
-        part, setting, _ = name.split("|")
+        part, setting, number = name.split("|")
         if part == "chat":
-            groups.setdefault(setting, []).append(record)
+            groups.setdefault(setting, {})[number] = record
+
+    def n_right(records: Iterable[dict[str, Any]]) -> int:
+        return sum(has_words(a["got"], a["want"]) for r in records for a in r["answers"])
+
     turns = range(1, run["asked"]["n_facts"] + 1)
-    base = sum(recalls(a["got"], a["want"]) for r in groups.get(BASE, []) for a in r["answers"])
     cells = []
-    for setting, records in groups.items():
-        answers = [a for r in records for a in r["answers"]]
-        right = sum(recalls(a["got"], a["want"]) for a in answers)
-        by_turn = [[recalls(a["got"], a["want"]) for a in answers if a["turn"] == t] for t in turns]
+    for setting, chats in groups.items():
+        records, answers = list(chats.values()), [a for r in chats.values() for a in r["answers"]]
+        right, base = n_right(records), n_right(r for number, r in groups.get(BASE, {}).items() if number in chats)
+        by_turn = [[has_words(a["got"], a["want"]) for a in answers if a["turn"] == t] for t in turns]
         cells.append([
             setting, f"{right}/{len(answers)}", f"{right / base:.0%}" if base else "", *(f"{sum(s)}/{len(s)}" for s in by_turn),
             f"{records[0]['kv_bytes'] / 2**20:.1f}",
@@ -149,6 +152,7 @@ def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, sett
         "settings": settings, "n_ctx": n_ctx, "threads": threads,
     }, [path, text_path, *profiles])  # fmt: skip
     options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
+    check_settings(path, [s for s in settings if not s.startswith("shift:")], n_ctx)
     text = models.read_text(text_path)
     numbers = range(first_chat, first_chat + n_chats)
     with tqdm(total=len(settings) * n_chats, unit="chat") as bar:

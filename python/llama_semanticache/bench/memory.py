@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..memory import ModelShape, largest_n_ctx, read_shape
 from .options import json_option, setting_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, STOCK, context_options, llama_options, profiles_of, parse_setting, with_base
+from .settings import BASE, STOCK, check_settings, context_options, estimated_options, llama_options, profiles_of, with_base
 from .tables import print_table
 from .worker import resident_bytes
 
@@ -28,14 +29,38 @@ DEFAULT_SETTINGS = (*STOCK, "semanticache:0.25", "semanticache:0.125", "semantic
 
 
 def card_bytes() -> int | None:
-    """Bytes in use on all cards that NVML sees; None without it."""
+    """Bytes in use on all cards that NVML sees; None without it or without a card."""
     try:
         import pynvml
-
-        pynvml.nvmlInit()
-        return sum(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(i)).used for i in range(pynvml.nvmlDeviceGetCount()))
-    except Exception:  # no such package, no driver or no card
+    except ImportError:  # it comes with the extra "bench"
         return None
+    try:
+        pynvml.nvmlInit()
+        cards = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return sum(pynvml.nvmlDeviceGetMemoryInfo(card).used for card in cards) if cards else None
+    except pynvml.NVMLError:
+        return None
+
+
+class PeakResident:
+    """The most that this process holds while it is entered, `bytes`: a thread looks every two milliseconds, since a pass takes and gives back its
+    working memory inside one call.
+    """
+
+    def __enter__(self) -> PeakResident:
+        self.bytes, self.done = resident_bytes(), threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+        self.bytes = max(self.bytes, resident_bytes())
+
+    def watch(self) -> None:
+        while not self.done.wait(0.002):
+            self.bytes = max(self.bytes, resident_bytes())
 
 
 def fill(options: dict[str, Any], fraction: float) -> dict[str, Any]:
@@ -49,15 +74,13 @@ def fill(options: dict[str, Any], fraction: float) -> dict[str, Any]:
     loaded = resident_bytes()
     n = int(fraction * llm.n_ctx())
     tokens = np.random.RandomState(0).randint(100, llm.n_vocab() - 100, n).tolist()
-    peak = loaded
-    for start in range(0, n, llm.n_batch):
-        llm.eval(tokens[start : start + llm.n_batch])
-        peak = max(peak, resident_bytes())
+    with PeakResident() as peak:
+        llm.eval(tokens)
     stats, card_after, steady = llm.kv_stats(), card_bytes(), resident_bytes()
     return {
         "n_tokens": n, "kv_bytes": stats.total_bytes, "core_bytes": stats.core_bytes, "stage_bytes": stats.stage_bytes,
         "query_bytes": stats.query_bytes, "meta_bytes": stats.meta_bytes, "resident_loaded": loaded - before, "resident_steady": steady - before,
-        "resident_peak": max(peak, steady) - before, "card_bytes": None if card is None or card_after is None else card_after - card,
+        "resident_peak": max(peak.bytes, steady) - before, "card_bytes": None if card is None or card_after is None else card_after - card,
     }  # fmt: skip
 
 
@@ -76,14 +99,13 @@ def largest_tokens(shape: ModelShape, setting: str, gib: float) -> int:
     """Largest context whose cache, weights and buffers fit, at most what the model was trained for; 0 if none does."""
     if setting in STOCK:
         return largest_n_ctx(shape, gib, STOCK[setting])
-    names = ("kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v")
-    return largest_n_ctx(shape, gib, "semanticache", **{key: value for key, value in parse_setting(setting).items() if key in names})
+    return largest_n_ctx(shape, gib, "semanticache", **estimated_options(setting))
 
 
 def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """MiB as allocated and as resident, and the largest contexts."""
     gibs = run["asked"]["gibs"]
-    head = ["n_ctx", "cache", "KV MiB", "of f16", "cores", "stage", "queries", "meta", "other", "resident MiB after loading", "full", "peak", "card MiB", *(f"tokens in {g:g} GiB" for g in gibs)]
+    head = ["n_ctx", "cache", "KV MiB", "of f16", "cores", "stage", "queries", "meta", "other", "resident MiB after loading", "after tokens", "of them", "peak", "card MiB", *(f"tokens in {g:g} GiB" for g in gibs)]
     cells = []
     for name, r in run["records"].items():
         _, setting, n_ctx = name.split("|")
@@ -94,7 +116,7 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
         ours = [r[key] for key in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes")]
         parts = [f"{n / 2**20:.1f}" if r["core_bytes"] else "" for n in (*ours, r["kv_bytes"] - sum(ours))]
-        resident = [mib(key) for key in ("resident_loaded", "resident_steady", "resident_peak", "card_bytes")]
+        resident = [mib("resident_loaded"), str(r["n_tokens"]), *(mib(key) for key in ("resident_steady", "resident_peak", "card_bytes"))]
         cells.append([n_ctx, setting, mib("kv_bytes"), f"{r['kv_bytes'] / base['kv_bytes']:.1%}", *parts, *resident, *(f"{n:,}" for n in r["largest"])])
     return head, cells
 
@@ -105,9 +127,10 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @setting_option
 @click.option("--fill", "fraction", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Share of the context that is read.")
 @click.option("--gib", "gibs", type=click.FloatRange(min=0, min_open=True), multiple=True, default=(4, 8), show_default=True, help="Memory to find the largest context for; repeatable.")
+@click.option("--n-gpu-layers", type=int, default=0, show_default=True, help="Layers whose weights and cache lie on a card, -1: all.")
 @threads_option
 @json_option
-def memory(model, sizes, settings, fraction, gibs, threads, json_path) -> None:
+def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_path) -> None:
     """KV bytes as allocated, resident size of a process that fills its cache, and the largest context that fits."""
     from tqdm import tqdm
 
@@ -117,12 +140,13 @@ def memory(model, sizes, settings, fraction, gibs, threads, json_path) -> None:
     options = {setting: llama_options(setting) for setting in settings}
     profiles = profiles_of(path, settings, threads)
     sizes = sorted(sizes)
+    check_settings(path, settings, sizes[0])
     run = Run(json_path, "memory", {
-        "model": path.name, "sizes": sizes, "settings": settings, "fraction": fraction, "gibs": list(gibs), "threads": threads,
+        "model": path.name, "sizes": sizes, "settings": settings, "fraction": fraction, "gibs": list(gibs), "n_gpu_layers": n_gpu_layers, "threads": threads,
     }, [path, *profiles])  # fmt: skip
     for n_ctx, setting in tqdm([(n, s) for n in sizes for s in settings], unit="run"):
         run.record(
             f"memory|{setting}|{n_ctx}",
-            lambda: {**measure({"model_path": str(path), **context_options(n_ctx, threads), **options[setting]}, fraction, setting), "largest": [largest_tokens(shape, setting, g) for g in gibs]},
+            lambda: {**measure({"model_path": str(path), **context_options(n_ctx, threads), "n_gpu_layers": n_gpu_layers, **options[setting]}, fraction, setting), "largest": [largest_tokens(shape, setting, g) for g in gibs]},
         )
     print_table(f"{path.name}, {fraction:.0%} of the context read", *memory_table(run.data))

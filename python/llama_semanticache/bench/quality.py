@@ -20,7 +20,7 @@ from .harness import Loader, Snapshot, continue_greedily, log_softmax, next_logi
 from .options import json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, DEFAULT_SETTINGS, context_options, llama_options, profiles_of, parse_press, with_base
+from .settings import BASE, DEFAULT_SETTINGS, check_settings, context_options, parse_press, profiles_of, with_base
 from .tables import print_table
 
 KVPRESS_VARIABLE = "LLAMA_SEMANTICACHE_KVPRESS_PYTHON"
@@ -195,9 +195,11 @@ def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, 
     n_ctx = n_ctx or -(-(lengths[-1] + max(512, n_following)) // 256) * 256
     if n_ctx < lengths[-1] + max(ROOM, n_following):
         raise ArgumentError(f"--n-ctx: expected at least {lengths[-1] + max(ROOM, n_following)} for a case of {lengths[-1]} tokens and what is asked of it, got {n_ctx}; raise it or leave it out")
-    for setting in settings:
-        (parse_press if setting.startswith("kvpress:") else llama_options)(setting)
-    if kvpress_python is None and any(s.startswith("kvpress:") for s in settings):
+    presses = [s for s in settings if s.startswith("kvpress:")]
+    for press in presses:
+        parse_press(press)
+    check_settings(path, [s for s in settings if s not in presses], n_ctx)
+    if kvpress_python is None and presses:
         raise ArgumentError(f"--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set {KVPRESS_VARIABLE}")
     profiles = profiles_of(path, settings, threads)
     asked = {

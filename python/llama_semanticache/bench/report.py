@@ -10,7 +10,7 @@ import io
 import json
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Container, Iterable, Sequence
 
 import click
 import numpy as np
@@ -37,8 +37,10 @@ def short(setting: str) -> str:
     return setting.replace(":type_k=", " K ").replace(":type_v=", " V ").replace(":", " ")
 
 
-def scatter(title: str, x_label: str, y_label: str, points: Iterable[tuple[str, float, float]], log: bool = False) -> Any:
-    """Named points; the better is up and left, or down and left on a logarithmic axis. llama.cpp's caches are squares, ours dots."""
+def scatter(title: str, x_label: str, y_label: str, points: Iterable[tuple[str, float, Sequence[float]]], earlier: Container[str], log: bool = False) -> Any:
+    """Named points (x, and y with its least and its most); the better is up and left, or down and left on a logarithmic axis. llama.cpp's
+    caches are squares, ours dots; those of `earlier` are pale.
+    """
     from adjustText import adjust_text
     from matplotlib.figure import Figure
 
@@ -48,11 +50,13 @@ def scatter(title: str, x_label: str, y_label: str, points: Iterable[tuple[str, 
     axes.grid(alpha=0.3)
     axes.margins(0.12)
     names = []
-    for name, x, y in points:
+    for name, x, (y, least, most) in points:
         kind = "stock" if name.startswith("stock") else "ours" if name.startswith("semanticache") else "others"
-        color = {"stock": "black", "ours": "tab:blue", "others": "tab:red"}[kind]
-        axes.scatter(x, y, marker={"stock": "s", "ours": "o", "others": "x"}[kind], color=color)
-        names.append(axes.text(x, y, short(name), fontsize=7, color=color))
+        look = {"color": {"stock": "black", "ours": "tab:blue", "others": "tab:red"}[kind], "alpha": 0.45 if name in earlier else 1}
+        axes.errorbar(x, y, [[y - least], [most - y]], marker={"stock": "s", "ours": "o", "others": "x"}[kind], elinewidth=0.8, **look)
+        names.append(axes.text(x, y, short(name), fontsize=7, **look))
+        if name in earlier:
+            axes.set_xlabel(f"{x_label} (pale: an earlier build)")
     adjust_text(names, ax=axes, arrowprops={"arrowstyle": "-", "color": "gray", "lw": 0.5})
     return figure
 
@@ -80,23 +84,25 @@ def heat_map(title: str, x_label: str, y_label: str, values: np.ndarray, x: list
     axes.set_xticklabels(x, fontsize=7)
     axes.set_yticklabels(y, fontsize=7)
     if values.size <= 200:
-        for i, j in np.ndindex(values.shape):
+        for i, j in np.argwhere(~np.isnan(values)):
             axes.text(j, i, format(values[i, j], form), ha="center", va="center", fontsize=6, color="black" if values[i, j] > 0.6 * image.norm.vmax else "white")
     figure.colorbar(image)
     return figure
 
 
 def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
-    run = merged(runs)
+    run, earlier = merged(runs), of_earlier_builds(runs)
     rows = text_rows(run)
     plots = []
     for n in sorted({r["tokens"] for r in rows}):
         some = [r for r in rows if r["tokens"] == n]
-        compressed = [(r["setting"], r["kv_mib"], r["kl"]) for r in some if r["kl"] is not None]
-        plots.append(scatter(f"KL divergence by memory, {n} tokens", "KV cache, MiB", "KL, nats per token", compressed, log=True))
-        plots.append(scatter(f"Facts by memory, {n} tokens", "KV cache, MiB", "share of facts", [(r["setting"], r["kv_mib"], r["facts"] / r["questions"]) for r in some]))
+        compressed = [(r["setting"], r["kv_mib"], (r["kl"], r["kl_least"], r["kl_most"])) for r in some if r["kl"] is not None]
+        facts = [(r["setting"], r["kv_mib"], 3 * (r["facts"] / r["questions"],)) for r in some]
+        plots.append(scatter(f"KL divergence by memory, {n} tokens", "KV cache, MiB", "KL, nats per token", compressed, earlier, log=True))
+        plots.append(scatter(f"Facts by memory, {n} tokens", "KV cache, MiB", "share of facts", facts, earlier))
     by_setting: dict[str, list[tuple[float, float]]] = {}
-    recall: dict[tuple[str, float], list[float]] = {}
+    by = "kind" if run["asked"].get("suite") == "ruler" else "depth"  # the sentences of a harder fact lie at several depths
+    recall: dict[tuple[str, Any], list[float]] = {}
     for r in rows:
         if r["kl"] is not None:
             by_setting.setdefault(short(r["setting"]), []).append((r["tokens"], r["kl"]))
@@ -106,14 +112,15 @@ def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
     for name, record in run["records"].items():
         _, setting, n, _ = name.split("|")
         for a in record["answers"]:
-            recall.setdefault((f"{short(setting)}, {n}", a["depth"]), []).append(recalled(a["want"], a["got"]))
+            recall.setdefault((f"{short(setting)}, {n}", a[by]), []).append(recalled(a["want"], a["got"]))
         if record.get("heads"):
             budgets[setting] = record["heads"]
-    settings, depths = list(dict.fromkeys(s for s, _ in recall)), sorted({d for _, d in recall})
-    values = np.array([[np.mean(recall[s, d]) for d in depths] for s in settings])
-    plots.append(heat_map("Facts by depth", "depth in the text", "cache, tokens", values, [f"{d:g}" for d in depths], settings, ".2f", top=1))
+    settings, groups = list(dict.fromkeys(s for s, _ in recall)), sorted({group for _, group in recall})
+    values = np.array([[np.mean(recall.get((s, group), np.nan)) for group in groups] for s in settings])
+    plots.append(heat_map(f"Facts by {by}", "kind" if by == "kind" else "depth in the text", "cache, tokens", values, list(map(str, groups)), settings, ".2f", top=1))
     for setting, heads in budgets.items():
-        if len({allocated for *_, allocated in heads}) == 1:  # nothing to see
+        rows_of_head = [allocated for *_, allocated in heads]
+        if max(rows_of_head) - min(rows_of_head) <= 1:  # nothing to see but what does not divide
             continue
         layers, n_head = sorted({il for il, *_ in heads}), max(ih for _, ih, *_ in heads) + 1
         values = np.full((n_head, len(layers)), np.nan)
@@ -124,16 +131,17 @@ def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def speed_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
-    points: dict[tuple[int, str], dict[str, tuple[float, float]]] = {}
+    points: dict[tuple[int, str], dict[str, tuple[float, Sequence[float]]]] = {}
+    earlier = of_earlier_builds(runs)
     for run in runs:
         records = speed_records(run)
         base = {r["depth"]: r for r in records if r["setting"] == BASE}
         for r in records:
             for name, what in (("Prefill", "prefill_s"), ("Decoding", "decode_s")):
-                point = r["kv_bytes"] / 2**20, median(ratios(r, base[r["depth"]], what))
-                points.setdefault((r["depth"], name), {})[r["setting"]] = point
+                times = ratios(r, base[r["depth"]], what)
+                points.setdefault((r["depth"], name), {})[r["setting"]] = r["kv_bytes"] / 2**20, (median(times), min(times), max(times))
     return [
-        scatter(f"{name} by memory, depth {depth}", "KV cache, MiB", "times llama.cpp's f16 cache", [(s, *p) for s, p in some.items()])
+        scatter(f"{name} by memory, depth {depth}", "KV cache, MiB", "times llama.cpp's f16 cache", [(s, *p) for s, p in some.items()], earlier)
         for (depth, name), some in sorted(points.items())
     ]
 
@@ -163,6 +171,12 @@ def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "kind": runs[0]["kind"], "asked": {**runs[0]["asked"], "settings": list(dict.fromkeys(s for run in runs for s in run["asked"]["settings"]))},
         "records": {name: record for run in runs for name, record in run["records"].items()},
     }  # fmt: skip
+
+
+def of_earlier_builds(runs: Sequence[dict[str, Any]]) -> set[str]:
+    """Settings that the build of the last run has not measured."""
+    builds = {s: run.get("build") for run in runs for s in run["asked"]["settings"]}
+    return {s for s, build in builds.items() if build != runs[-1].get("build")}
 
 
 PAGE = """<!doctype html>
@@ -204,8 +218,12 @@ def show_table(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the page says of each run, and of tasks in several runs before that what they say together."""
-    together = [{"where": f"{len(runs)} runs together", "command": "", **show_table(merged(runs))}] if runs[0]["kind"] == "tasks" and len(runs) > 1 else []
+    """What the page says of each run, and of tasks in several runs before that what they say together of the caches that all of them have."""
+    together = []
+    if runs[0]["kind"] == "tasks" and len(runs) > 1:
+        run = merged(runs)
+        run["asked"]["settings"] = [s for s in run["asked"]["settings"] if all(s in r["asked"]["settings"] for r in runs)]
+        together = [{"where": f"{len(runs)} runs together", "command": "", **show_table(run)}]
     return together + [
         {"where": f"{run['machine']}; {run['date']}; llama.cpp {run['upstream_commit'][:9]}", "command": run["command"], **show_table(run)} for run in runs
     ]  # fmt: skip
@@ -231,12 +249,18 @@ def report(folder: Path) -> None:
         name = min(group, key=len)
         run = group[name]
         by_date = sorted(group.values(), key=lambda r: r["date"])
-        plots = [svg(plot) for plot in PLOTS.get(run["kind"], lambda _: [])(by_date)]
+        figures = PLOTS.get(run["kind"], lambda _: [])(by_date)
+        caption = f"{run['asked']['model']}; {'; '.join(dict.fromkeys(r['machine'] for r in by_date))}; {by_date[0]['date'][:10]} to {by_date[-1]['date'][:10]}"
+        for figure in figures:
+            figure.suptitle(caption, fontsize=6, color="gray")
+        plots = list(map(svg, figures))
         names = [f"plots/{name}-{i}.svg" for i in range(1, len(plots) + 1)]
         for plot, file_name in zip(plots, names):
             (folder / file_name).write_text(plot, encoding="utf-8")
         title = f"{run['kind']}: {run['asked']['model']}" + "".join(f", {run['asked'][key]}" for key in ("text", "tasks") if key in run["asked"])
-        subjects.append({"title": title, "runs": show(list(group.values())), "plots": list(map(Markup, plots)), "files": names})
+        title += "".join(f", {key} {', '.join(map(str, run['asked'][key]))}" for key in ("lengths", "depths", "sizes") if key in run["asked"])
+        title += ", harder facts" if run["asked"].get("suite") == "ruler" else ""
+        subjects.append({"title": title, "runs": show(by_date), "plots": list(map(Markup, plots)), "files": names})
     (folder / "report.md").write_text(jinja2.Template(MARKDOWN).render(subjects=subjects), encoding="utf-8")
     (folder / "report.html").write_text(jinja2.Environment(autoescape=True).from_string(PAGE).render(subjects=subjects), encoding="utf-8")
     click.echo(f"{len(files)} runs: {folder / 'report.md'}, {folder / 'report.html'}")

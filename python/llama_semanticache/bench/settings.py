@@ -8,6 +8,7 @@ from typing import Any, Iterable
 from .. import profile
 from ..errors import ArgumentError
 from ..llama import METHODS
+from ..memory import CacheEstimate, ModelShape, estimate, read_shape
 
 BASE = "stock:f16"
 STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
@@ -16,6 +17,9 @@ STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
 
 DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.3", "streaming:0.3")
 """The peers hold no queries, so that 0.3 of theirs are about the bytes of our 0.25."""
+
+ESTIMATED = ("kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v")
+"""Arguments of `Llama` that `memory.estimate` takes, too."""
 
 OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "profile", "horizon", "chunk", "merge", "seed")
 
@@ -62,7 +66,7 @@ def _parse(text: str) -> dict[str, Any]:
             name = name if name in ("merge", "seed") else f"n_{name}"
             kwargs.setdefault("kv_params", {})[name] = int(value)
         else:
-            kwargs[f"kv_{name}"] = int(value) if value.isdigit() else value
+            kwargs[f"kv_{name}"] = int(value) if name in ("stage", "window", "sink") else value
     return kwargs
 
 
@@ -74,6 +78,40 @@ def llama_options(setting: str) -> dict[str, Any]:
 
     kind = getattr(llama_cpp, f"GGML_TYPE_{STOCK[setting].upper()}")
     return {"type_k": kind, "type_v": kind}
+
+
+def estimated(shape: ModelShape, n_ctx: int, setting: str) -> CacheEstimate:
+    """Memory of a setting that names no kvpress.
+
+    Raises
+    ------
+    ArgumentError
+        The model cannot have this cache, or not with these numbers.
+    """
+    if setting in STOCK:
+        return estimate(shape, n_ctx, STOCK[setting])
+    return estimate(shape, n_ctx, "semanticache", **estimated_options(setting))
+
+
+def estimated_options(setting: str) -> dict[str, Any]:
+    """Arguments of `memory.estimate` for one of our settings."""
+    return {name: value for name, value in parse_setting(setting).items() if name in ESTIMATED}
+
+
+def check_settings(path: Path, settings: Iterable[str], n_ctx: int) -> None:
+    """Says what is wrong with any of them before the first is measured.
+
+    Raises
+    ------
+    ArgumentError
+        As `estimated`.
+    """
+    shape = read_shape(path)
+    for setting in settings:
+        try:
+            estimated(shape, n_ctx, setting)
+        except ArgumentError as error:
+            raise ArgumentError(f"{setting}: {error}") from error
 
 
 def with_base(settings: Iterable[str]) -> list[str]:

@@ -19,11 +19,11 @@ import click
 
 from .. import models
 from ..errors import ArgumentError
-from ..memory import estimate, read_shape
+from ..memory import read_shape
 from .options import json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, STOCK, context_options, profiles_of, parse_setting, with_base
+from .settings import BASE, STOCK, check_settings, context_options, estimated, parse_setting, profiles_of, with_base
 from .tables import print_table
 
 STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
@@ -64,8 +64,9 @@ def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Se
     from tqdm import tqdm
 
     n_ctx = -(-(max(depths) + n_decode) // 256) * 256
+    check_settings(path, settings, n_ctx)
     shape = read_shape(path)
-    stock_bytes = {s: estimate(shape, n_ctx, STOCK[s]).kv_bytes for s in settings if s in STOCK}
+    stock_bytes = {s: estimated(shape, n_ctx, s).kv_bytes for s in settings if s in STOCK}
     names = [(d, i, s, f"speed|{s}|{d}|{i}") for d in depths for i in range(rounds) for s in settings]
     missing = [name for *_, name in names if name not in run.records]
     if not missing:
@@ -132,7 +133,7 @@ def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @text_option("Text to read from.")
 @click.option("--depth", "depths", type=click.IntRange(min=1), multiple=True, default=(1000, 7600), show_default=True, help="Tokens before the decoding; repeatable.")
 @setting_option
-@click.option("--n-decode", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded one by one.")
+@click.option("--n-decode", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens decoded one by one; with 256 or more a pass is among them.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @threads_option
 @click.option("--stock-lib", envvar=STOCK_VARIABLE, type=click.Path(exists=True, file_okay=False), help=f"Folder of stock llama.cpp's libraries (make stock).  [env: {STOCK_VARIABLE}]")
@@ -149,4 +150,4 @@ def speed(model, text_path, depths, settings, n_decode, rounds, threads, stock_l
         "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "threads": threads,
     }, [path, text_path, *profiles, *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink())])  # fmt: skip
     measure(run, path, models.read_text(text_path), settings, depths, n_decode, rounds, threads, Path(stock_lib).resolve())
-    print_table(f"{path.name}, {text_path.name}, {rounds} rounds, {threads or 'all'} threads", *speed_table(run.data))
+    print_table(f"{path.name}, {text_path.name}, {rounds} rounds, threads: {threads or 'as llama-cpp-python chooses'}", *speed_table(run.data))

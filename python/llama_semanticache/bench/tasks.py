@@ -2,8 +2,8 @@
 
     llama-semanticache bench tasks MODEL --tasks items.jsonl --n-ctx 16384 --setting semanticache:0.25 --json tasks.json
 
-A line of the file holds "task", "id", "prompt" and "gold" (a string or a list of them), of classification perhaps
-"all_classes". Metrics and answer lengths are those of LongBench (Bai et al. 2023, arXiv 2308.14508); as there, a prompt that is
+A line of the file holds "task", "id", "prompt" and "gold" (a string or a list of them); of trec and lsht "gold" is an object
+of "answers" (such a list) and "all_classes". Metrics and answer lengths are those of LongBench (Bai et al. 2023, arXiv 2308.14508); as there, a prompt that is
 too long loses its middle, and it stands in the model's chat template unless it is made of examples or code to go on with.
 """
 
@@ -26,7 +26,7 @@ from ..errors import ArgumentError
 from .harness import Loader, continue_greedily, read_in, render
 from .options import json_option, setting_option, threads_option
 from .runs import Run
-from .settings import BASE, DEFAULT_SETTINGS, context_options, llama_options, profiles_of, with_base
+from .settings import BASE, DEFAULT_SETTINGS, check_settings, context_options, profiles_of, with_base
 from .tables import print_table
 
 
@@ -37,8 +37,10 @@ def _words(text: str) -> list[str]:
 
 
 def _characters(text: str) -> list[str]:
-    """Letters and digits one by one: Chinese is not split into words here, which moves its scores, but those of all caches alike."""
-    return [c for c in text.lower() if c.isalnum()]
+    """Numbers, Latin words, and all other letters one by one. LongBench splits Chinese into words (jieba); this moves the scores, but
+    those of all caches alike.
+    """
+    return re.findall(r"[a-z0-9]+|[^\W_]", text.lower())
 
 
 def f1(answer: str, gold: str, split: Callable[[str], list[str]] = _words) -> float:
@@ -53,27 +55,22 @@ def f1_zh(answer: str, gold: str) -> float:
 
 
 def rouge_l(answer: str, gold: str) -> float:
-    """F-measure of the longest common subsequence of words."""
-    from rouge_score import rouge_scorer
+    """F-measure of ROUGE-L over sentences, by the package that LongBench takes; 0 for an answer without a word."""
+    from rouge import Rouge
 
-    return rouge_scorer.RougeScorer(["rougeL"]).score(gold, answer)["rougeL"].fmeasure
+    try:
+        return Rouge(metrics=["rouge-l"]).get_scores(answer, gold)[0]["rouge-l"]["f"]
+    except ValueError:  # it refuses texts without sentences
+        return 0.0
 
 
 def rouge_l_zh(answer: str, gold: str) -> float:
-    from rouge_score import rouge_scorer
-
-    class Tokenizer:
-        @staticmethod
-        def tokenize(text: str) -> list[str]:
-            return _characters(text)
-
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Tokenizer()).score(gold, answer)["rougeL"].fmeasure
+    return rouge_l(" ".join(_characters(answer)), " ".join(_characters(gold)))
 
 
-def contains(answer: str, gold: str, classes: Sequence[str] = ()) -> float:
-    """Classification: the label stands in the answer's first line; divided by how many do, but those that are part of it."""
-    line = answer.strip().split("\n")[0]
-    found = {c for c in (*classes, gold) if c in line and (c == gold or c not in gold)}
+def contains(answer: str, gold: str, classes: Sequence[str]) -> float:
+    """Classification: the label stands in the answer; divided by how many do, but those that are part of it."""
+    found = {c for c in classes if c in answer and (c == gold or c not in gold)}
     return float(gold in found) / max(len(found), 1)
 
 
@@ -118,25 +115,51 @@ def cut_middle(tokens: Sequence[int], n: int) -> list[int]:
     return list(tokens) if len(tokens) <= n else [*tokens[: n // 2], *tokens[len(tokens) - (n - n // 2) :]]
 
 
+def fault(item: Any) -> str:
+    """What an item of the file has instead of what it should have; empty if it is one."""
+
+    def are_texts(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text for text in value)
+
+    if not isinstance(item, dict):
+        return "no JSON object"
+    missing = {"task", "id", "prompt", "gold"} - item.keys()
+    if missing:
+        return f"no {', '.join(sorted(missing))}"
+    if not isinstance(item["task"], str) or item["task"] not in TASKS:
+        return f"the task {item['task']!r}"
+    if not isinstance(item["id"], (str, int)) or "|" in str(item["id"]):
+        return f"the id {item['id']!r}"
+    if not isinstance(item["prompt"], str) or not item["prompt"]:
+        return f"the prompt {item['prompt']!r}"
+    gold = item["gold"]
+    if TASKS[item["task"]][0] is contains:
+        good = isinstance(gold, dict) and are_texts(gold.get("answers")) and are_texts(gold.get("all_classes"))
+    else:
+        good = are_texts([gold] if isinstance(gold, str) else gold)
+    return "" if good else f"the gold {gold!r}"
+
+
 def read_items(path: Path) -> list[dict[str, Any]]:
-    """The file's items, checked."""
-    items = []
+    """The file's items, checked; "gold" is a list, and "all_classes" one that is empty where the task has none."""
+    items: dict[tuple[str, str], dict[str, Any]] = {}
     for number, line in enumerate(models.read_text(path).rstrip("\n").split("\n"), 1):
         try:
             item = json.loads(line)
-            got = f"no {', '.join(sorted({'task', 'id', 'prompt', 'gold'} - item.keys()))}"
-        except (ValueError, AttributeError):
-            item, got = {}, "no JSON object"
-        if got == "no ":
-            got = "" if item["task"] in TASKS and item["prompt"] and item["gold"] else f"task {item['task']!r}, a prompt of {len(item['prompt'])} characters, gold {item['gold']!r}"
-        if not got and "|" in str(item["id"]):
-            got = f"an id with | in it, {item['id']!r}"
-        if not got and (item["task"], str(item["id"])) in {(i["task"], str(i["id"])) for i in items}:
+        except ValueError:
+            item = None
+        got = fault(item)
+        if not got and (item["task"], str(item["id"])) in items:
             got = f"a second {item['task']} of the id {item['id']!r}"
         if got:
-            raise ArgumentError(f"{path}, line {number}: expected task, id, prompt and gold of one of {', '.join(TASKS)}, got {got}; mend the line")
-        items.append({**item, "gold": [item["gold"]] if isinstance(item["gold"], str) else list(item["gold"])})
-    return items
+            raise ArgumentError(
+                f"{path}, line {number}: expected a task of {', '.join(TASKS)}, an id without |, a prompt, and gold (a text or a list of them; "
+                f"of trec and lsht an object of answers and all_classes), got {got}; mend the line"
+            )
+        gold = item["gold"]
+        answers, classes = (gold["answers"], gold["all_classes"]) if isinstance(gold, dict) else ([gold] if isinstance(gold, str) else gold, [])
+        items[item["task"], str(item["id"])] = {**item, "gold": answers, "all_classes": classes}
+    return list(items.values())
 
 
 def template_frame(llm: Any) -> tuple[list[int], list[int]]:
@@ -184,33 +207,47 @@ def answer_item(llm: Any, item: dict[str, Any], tokens: Sequence[int]) -> dict[s
     """The model's answer and its score."""
     record = read_in(llm, tokens[:-1])
     got = continue_greedily(llm, tokens[-1:], TASKS[item["task"]][1], lambda text: item["task"] in FIRST_LINE and "\n" in text.strip("\n"))
-    return {**record, "tokens": len(tokens), "got": got, "score": score(item["task"], got, item["gold"], item.get("all_classes") or ())}
+    return {**record, "tokens": len(tokens), "got": got, "score": score(item["task"], got, item["gold"], item["all_classes"])}
 
 
 def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Means by task and by length of the prompt, and the mean over all items; scores of 100."""
-    scores: dict[str, dict[str, list[float]]] = {}
-    lengths: dict[int, dict[str, list[float]]] = {}
-    kv_bytes: dict[str, int] = {}
+    """Means by task and by length of the prompt, and over all items; scores of 100. Items that one of the caches has not answered do not count."""
+    by_item: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for name, record in run["records"].items():
-        part, setting, task, _ = name.split("|")
+        part, setting, task, number = name.split("|")
         if part == "task":
-            for some in (scores.setdefault(task, {}), lengths.setdefault((record["tokens"] - 1).bit_length(), {})):
-                some.setdefault(setting, []).append(100 * record["score"])
-            kv_bytes[setting] = record["kv_bytes"]
-    settings = [s for s in run["asked"]["settings"] if s in kv_bytes]
-    everything = {s: [x for by_setting in scores.values() for x in by_setting.get(s, [])] for s in settings}
-    base = np.mean(everything[BASE]) if everything.get(BASE) else None
+            by_item.setdefault((task, number), {})[setting] = record
+    settings = [s for s in run["asked"]["settings"] if any(s in records for records in by_item.values())]
+    answered = {item: records for item, records in by_item.items() if records.keys() >= set(settings)}
+    if not answered:
+        return ["task", "items", *settings], []
 
-    def means(name: str, by: dict[str, list[float]]) -> list[str]:
-        return [name, str(len(by.get(BASE, []))), *(f"{np.mean(by[s]):.1f}" if s in by else "" for s in settings)]
+    def means(name: str, some: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
+        return [name, str(len(some)), *(f"{100 * np.mean([records[s]['score'] for records in some]):.1f}" for s in settings)]
 
-    cells = [means(task, by) for task, by in sorted(scores.items())]
-    cells += [means(f"{2 ** (bits - 1) + 1 if bits else 1} to {2**bits} tokens", by) for bits, by in sorted(lengths.items())]
+    groups: dict[str, list[dict[str, dict[str, Any]]]] = {}
+    for (task, _), records in sorted(answered.items()):
+        groups.setdefault(task, []).append(records)
+    for records in sorted(answered.values(), key=lambda records: records[BASE]["tokens"]):
+        bits = (records[BASE]["tokens"] - 1).bit_length()
+        groups.setdefault(f"{2 ** (bits - 1) + 1 if bits else 1} to {2**bits} tokens", []).append(records)
+    everything = list(answered.values())
+    base = np.mean([records[BASE]["score"] for records in everything])
+    cells = [means(name, some) for name, some in groups.items()]
     cells.append(means("all items", everything))
-    cells.append(["of uncompressed", "", *(f"{np.mean(everything[s]) / base:.1%}" if base else "" for s in settings)])
-    cells.append(["KV MiB", "", *(f"{kv_bytes[s] / 2**20:.1f}" for s in settings)])
+    cells.append(["of uncompressed", "", *(f"{np.mean([records[s]['score'] for records in everything]) / base:.1%}" if base else "" for s in settings)])
+    cells.append(["95% interval", "", *(of_base(everything, s) for s in settings)])
+    cells.append(["KV MiB", "", *(f"{everything[-1][s]['kv_bytes'] / 2**20:.1f}" for s in settings)])
     return ["task", "items", *settings], cells
+
+
+def of_base(items: Sequence[dict[str, dict[str, Any]]], setting: str) -> str:
+    """Bootstrap interval, over the items, of a cache's share of the uncompressed score."""
+    scores = np.array([[records[s]["score"] for s in (setting, BASE)] for records in items])
+    again = np.random.default_rng(0).integers(len(items), size=(10000, len(items)))
+    ours, base = scores[again].mean(axis=1).T
+    least, most = np.quantile((ours / base)[base > 0], (0.025, 0.975)) if (base > 0).any() else (np.nan, np.nan)
+    return f"{least:.0%} to {most:.0%}"
 
 
 @click.command()
@@ -226,8 +263,7 @@ def tasks(model, tasks_path, n_ctx, whole, min_tokens, settings, threads, json_p
     """LongBench-style tasks from a file, with the tasks' own metrics."""
     path = models.resolve(model)
     settings = with_base(settings or DEFAULT_SETTINGS)
-    for setting in settings:
-        llama_options(setting)
+    check_settings(path, settings, n_ctx)
     items = read_items(tasks_path)
     profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "tasks", {

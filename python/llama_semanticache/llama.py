@@ -75,9 +75,10 @@ class Llama(llama_cpp.Llama):
 
     Parameters
     ----------
-    kv_compress : None, "semanticache", "paper" or "streaming"
+    kv_compress : None or a name in `METHODS`
         None leaves the cache alone. "semanticache" is this package's method, "paper" the one of the SemantiCache paper's
-        abstract, "streaming" keeps only the first and the newest tokens; the last two are baselines.
+        abstract, "streaming" keeps only the first and the newest tokens, "keydiff", "knorm", "snapkv", "tova" and "h2o" evict by
+        others' scores; all but the first are for comparison.
     kv_ratio : float
         Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
     kv_stage : int
@@ -86,7 +87,7 @@ class Llama(llama_cpp.Llama):
     kv_window : int
         Newest tokens of the stage that a pass leaves alone.
     kv_sink : int
-        First tokens of the context, exact for ever.
+        First tokens of the context, never merged or dropped; stored as ``kv_type_k`` and ``kv_type_v`` say.
     kv_type_k, kv_type_v : "auto", "f16", "q8_0" or "q4_0"
         How K and V of the older tokens are stored; the stage is always f16. "auto" is q8_0, or f16 if heads are no multiple of 32
         values.

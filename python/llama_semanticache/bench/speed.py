@@ -87,13 +87,13 @@ def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Se
 
 
 def speed_records(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s."""
+    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s, resident_bytes."""
     out: dict[tuple[str, int], dict[str, Any]] = {}
     for name, record in run["records"].items():
         part, setting, depth, _ = name.split("|")
         if part != "speed":
             continue
-        row = out.setdefault((setting, int(depth)), {"setting": setting, "depth": int(depth), "prefill_s": [], "decode_s": [], "pass_s": []})
+        row = out.setdefault((setting, int(depth)), {"setting": setting, "depth": int(depth), "prefill_s": [], "decode_s": [], "pass_s": [], "resident_bytes": []})
         for key, value in record.items():
             if isinstance(row.get(key), list):
                 row[key].append(value)
@@ -121,7 +121,7 @@ def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for r in records:
         prefill, decode = (ratios(r, base[r["depth"]], what) for what in ("prefill_s", "decode_s"))
         cells.append([
-            str(r["depth"]), r["setting"], f"{r['kv_bytes'] / 2**20:.1f}", f"{r['resident_bytes'] / 2**20:.0f}",
+            str(r["depth"]), r["setting"], f"{r['kv_bytes'] / 2**20:.1f}", f"{median(r['resident_bytes']) / 2**20:.0f}",
             f"{rate(r, 'prefill_s', r['depth']):.0f}", f"{median(prefill):.2f}", f"{rate(r, 'decode_s', run['asked']['n_decode']):.1f}",
             f"{median(decode):.2f} ({min(decode):.2f} to {max(decode):.2f})", f"{sum(r['pass_s']) / sum(r['prefill_s']):.1%}" if r["pass_s"] else "",
         ])  # fmt: skip

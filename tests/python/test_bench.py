@@ -457,6 +457,9 @@ def test_report(tiny, wide, tmp_path):
     (tmp_path / "x.json").write_text("{}")
     done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
     assert done.exit_code == 1 and "x.json: expected the JSON of a bench run" in done.output
+    Run(tmp_path / "x.json", "riddles", {"model": "m"}).record("x", dict)
+    done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
+    assert done.exit_code == 1 and "x.json: expected a run of bench quality, speed" in done.output and "Traceback" not in done.output
 
 
 def run_of_quality(build, date, recalled, suite="single", heads=()):

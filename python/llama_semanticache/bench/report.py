@@ -242,6 +242,8 @@ def report(folder: Path) -> None:
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for file in files:
         run = read(file)
+        if run["kind"] not in TABLES:
+            raise ArgumentError(f"{file}: expected a run of bench {', '.join(TABLES)}, got one of {run['kind']!r}; move it elsewhere")
         groups.setdefault(subject(run), {})[file.stem] = run
     subjects = []
     (folder / "plots").mkdir(exist_ok=True)

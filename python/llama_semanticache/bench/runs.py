@@ -96,7 +96,7 @@ def read(path: Path) -> dict[str, Any]:
     """The file of a run."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(data, dict) and isinstance(data.get("records"), dict) and {"kind", "asked", "version", "upstream_commit", "machine"} <= data.keys():
+        if isinstance(data, dict) and isinstance(data.get("records"), dict) and {"kind", "asked", "command", "date", "version", "upstream_commit", "machine"} <= data.keys():
             return data
     except ValueError:
         pass

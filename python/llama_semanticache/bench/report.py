@@ -95,8 +95,8 @@ def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
     rows = text_rows(run)
     plots = []
     for n in sorted({r["tokens"] for r in rows}):
-        some = [r for r in rows if r["tokens"] == n]
-        compressed = [(r["setting"], r["kv_mib"], (r["kl"], r["kl_least"], r["kl_most"])) for r in some if r["kl"] is not None]
+        some = [r for r in rows if r["tokens"] == n and ":profile=" not in r["setting"]]  # those are compared in the table
+        compressed = [(r["setting"], r["kv_mib"], (r["kl"], r["kl_least"], r["kl_most"])) for r in some if r["kl"]]
         facts = [(r["setting"], r["kv_mib"], 3 * (r["facts"] / r["questions"],)) for r in some]
         plots.append(scatter(f"KL divergence by memory, {n} tokens", "KV cache, MiB", "KL, nats per token", compressed, earlier, log=True))
         plots.append(scatter(f"Facts by memory, {n} tokens", "KV cache, MiB", "share of facts", facts, earlier))

@@ -17,6 +17,7 @@ constexpr float EPS_MASS   = 1e-20f;
 constexpr float BIAS_MIN   = -6.0f;
 constexpr float BIAS_MAX   =  8.0f;
 constexpr float RIDGE      = 10.0f;  // of the fitted values, see fit_values
+constexpr float LEAST_KEPT = 1e-3f;  // share of a query's attention that a pass must leave for the query to take part in the fit
 constexpr float PAD_LOGIT  = -1e30f; // of the columns that only fill a panel
 constexpr int32_t BLOCK    = 128*1024; // logits that are looked at together: enough to reuse a key panel, few enough for the L2 cache
 
@@ -92,9 +93,9 @@ int32_t n_fit_query(const query_rows & queries, const head_shape & shape) {
     return (queries.n + stride - 1)/stride*shape.n_gqa;
 }
 
-// Queries as f32, turned forward, with the scale of the logits in them; those of the fits come first.
-void load_queries(const query_rows & queries, const head_shape & shape, const rope & r, pass_workspace & ws) {
-    const int32_t d = shape.n_embd_head_k, stride = fit_stride(queries);
+// Queries as f32, turned forward, with the scale of the logits in them; those of every stride'th token come first.
+void load_queries(const query_rows & queries, const head_shape & shape, const rope & r, int32_t stride, pass_workspace & ws) {
+    const int32_t d = shape.n_embd_head_k;
     const int64_t n_a = (int64_t) r.inv_freq.size();
     float * q = ws.q.data();
     auto load = [&](int32_t t) {
@@ -484,7 +485,13 @@ void fit_values(const head_shape & shape, int32_t n_merged, int32_t n_query, pas
                 vstore(yi + j, p);
                 sum += p;
             }
-            const float   inv = 1.0f/(1.0f - ws.s_gone[q0 + i] + vsum(sum));
+            const float kept = 1.0f - ws.s_gone[q0 + i] + vsum(sum);
+            if (kept < LEAST_KEPT) { // rounding noise; nothing that stays could answer this query
+                std::fill(yi, yi + n_cols, 0.0f);
+                std::fill(ri, ri + ld, 0.0f);
+                return;
+            }
+            const float   inv = 1.0f/kept;
             const float * out = ws.out.data() + (int64_t) (q0 + i)*ld;
             for (int32_t j = 0; j < n_cols; j += VL) {
                 vstore(yi + j, vload(yi + j)*-inv);
@@ -673,7 +680,7 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const query
     const counts c(rows, stage, queries, shape);
     load_keys(rows, stage, shape, c, ws);
     load_values(rows, stage, shape, c, ws);
-    load_queries(queries, shape, r, ws);
+    load_queries(queries, shape, r, fit_stride(queries), ws);
     for (auto * v : { &ws.s_use, &ws.w }) {
         std::fill(v->begin(), v->begin() + c.n_cols, 0.0f);
     }
@@ -699,10 +706,13 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const query
     }
     add_votes(stage, c, rows.n_sink, ws);
     for_rows(c.n_cand, [&](int32_t i) {
-        const int32_t n_before = i < c.n_core || !stage.votes ? 0 : stage.n_voted[stage.n_sink + i - c.n_core];
-        const float   inv      = 1.0f/(float) std::max(c.n_query + n_before*shape.n_gqa, 1);
-        ws.s_use[i]  = std::sqrt(std::sqrt(ws.s_use[i]*inv));
-        ws.w[i]     *= inv;
+        const bool    is_core  = i < c.n_core;
+        const int32_t n_before = is_core || !stage.votes ? 0 : stage.n_voted[stage.n_sink + i - c.n_core];
+        const int32_t n_asked  = std::max(c.n_query + n_before*shape.n_gqa, 1);
+        // the fewer ask, the greater is the power mean if one of them looked, and a core's best score stays
+        const int32_t n_mean   = is_core ? std::max(n_asked, queries.n_full*shape.n_gqa) : n_asked;
+        ws.s_use[i]  = std::sqrt(std::sqrt(ws.s_use[i]*(1.0f/(float) n_mean)));
+        ws.w[i]     *= 1.0f/(float) n_asked;
     });
     deviations(shape, c, ws);
     return c.n_cand;
@@ -719,7 +729,7 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
         load_keys(rows, stage, shape, c, ws);
         load_values(rows, stage, shape, c, ws);
         if (evicts) {
-            load_queries(queries, shape, r, ws);
+            load_queries(queries, shape, r, 1, ws);
             evict_scores(rows, stage, queries, shape, c, params.how, ws);
         } else {
             std::fill(ws.s_use.begin(), ws.s_use.begin() + c.n_cand, 0.0f);

@@ -69,6 +69,7 @@ struct query_rows {
     const float   * cs;      // [n, n_rot/2, 2] turn of each token's queries, see rope::table
     const int32_t * token;   // [n] place of each token in the stage; read by evict/ only
     int32_t n;               // tokens
+    int32_t n_full;          // of a pass that is as far from the last as it can be; a core's score is a mean over no fewer
 
     // In q8_0 instead of q: rows of q8_row blocks, in which this head's group begins at value q8_first.
     const q8_block * q8; int64_t q8_row; int32_t q8_first;

@@ -93,6 +93,7 @@ int32_t semcache_configure_next(const semcache_params * params) {
         expect(p.n_window >= 1, "n_window", "at least 1", num(p.n_window));
         expect(p.n_sink >= 0, "n_sink", "at least 0", num(p.n_sink));
         expect(p.n_stage > (int64_t) p.n_window + p.n_sink, "n_stage", "more than n_window + n_sink = " + num((int64_t) p.n_window + p.n_sink), num(p.n_stage));
+        expect(p.calibrate || p.n_stage - p.n_window <= SEMCACHE_MAX_ROOM, "n_stage", "at most n_window + " + num(SEMCACHE_MAX_ROOM), num(p.n_stage));
         expect(p.n_horizon >= 1, "n_horizon", "at least 1", num(p.n_horizon));
         expect(p.n_chunk >= 1 && p.n_chunk <= 255, "n_chunk", "1 to 255", num(p.n_chunk));
 

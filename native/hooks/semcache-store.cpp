@@ -346,7 +346,7 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
 
     const auto & vocab = scope.model.vocab;
     delimiter.resize(vocab.n_tokens());
-    for (size_t i = 0; i < delimiter.size(); ++i) {
+    for (size_t i = 0; vocab.get_type() != LLAMA_VOCAB_TYPE_NONE && i < delimiter.size(); ++i) {
         delimiter[i] = vocab.is_control(i) || semcache::is_delimiter(vocab.token_to_piece(i));
     }
     chunker.n_chunk = params.n_chunk;
@@ -534,8 +534,9 @@ semcache::query_rows llama_semcache::queries_of(const layer & l, int32_t ih, con
         q.q     = (const f16 *) host.q + first;
         q.q_row = l.q->ne[0];
     }
-    q.row = row.data();
-    q.n   = (int32_t) row.size();
+    q.row    = row.data();
+    q.n      = (int32_t) row.size();
+    q.n_full = vote_every && !params.calibrate ? (params.n_stage - params.n_window - params.n_sink)/vote_every : 0;
     return q;
 }
 

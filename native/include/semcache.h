@@ -68,11 +68,13 @@ enum semcache_method {
     SEMCACHE_METHOD_H2O       = 7
 };
 
+enum { SEMCACHE_MAX_ROOM = 4096 }; // n_stage - n_window: the scratch of a pass grows with its square
+
 struct semcache_params {
     size_t       struct_size;   // sizeof(struct semcache_params); set by semcache_default_params()
     int32_t      method;        // enum semcache_method
     float        ratio;         // rows allocated for cores, as a share of n_ctx, mean over kv heads; 0 < ratio <= 1
-    int32_t      n_stage;       // cells of the stage; n_window + n_sink < n_stage <= n_ctx
+    int32_t      n_stage;       // cells of the stage; n_window + n_sink < n_stage <= min(n_ctx, n_window + SEMCACHE_MAX_ROOM)
     int32_t      n_window;      // newest tokens of the stage that a pass leaves alone; >= 1
     int32_t      n_sink;        // first tokens of the sequence, never merged or dropped; >= 0
     int32_t      n_horizon;     // the look-ahead rotates queries to n_past + n_window + [0, n_horizon); >= 1
@@ -107,7 +109,7 @@ struct semcache_stats {
     int64_t stage_bytes;        // allocated: K and V of the stage in the compressed layers
     int64_t query_bytes;        // allocated: ring of the queries since the last pass
     int64_t meta_bytes;         // allocated: scores, chunk ids, token counts, votes on the stage
-    int64_t full_bytes;         // what an uncompressed cache of the same type would take for the compressed layers
+    int64_t full_bytes;         // what an uncompressed f16 cache would take for the compressed layers
 };
 
 struct semcache_head_stats {

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from . import _native, models, profile
 from .errors import ArgumentError, ContextOverflowError, ProfileError, StateError, UnsupportedModelError
 
 _ffi, _lib = _native.load()
 
 import llama_cpp  # noqa: E402  (after _native.load(), which decides which library it gets)
-from llama_cpp import llama_chat_format  # noqa: E402
+from llama_cpp import llama_chat_format, llama_speculative  # noqa: E402
 
 METHODS = {
     "semanticache": _lib.SEMCACHE_METHOD_SEMANTIC,
@@ -68,6 +71,23 @@ class KVStats:
     def compression_factor(self) -> float:
         """How many times smaller than the uncompressed f16 cache; 1 without kv_compress."""
         return self.full_bytes / self.total_bytes if self.total_bytes else 1.0
+
+
+class _ShortDrafts(llama_speculative.LlamaDraftModel):
+    """Drafts that fit a batch together with the token that they follow: upstream asks for the logits of all of them at once.
+
+    Parameters
+    ----------
+    draft_model : LlamaDraftModel
+    n_most : int
+        Tokens of a draft, at most.
+    """
+
+    def __init__(self, draft_model: llama_speculative.LlamaDraftModel, n_most: int) -> None:
+        self.draft_model, self.n_most = draft_model, n_most
+
+    def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
+        return self.draft_model(input_ids, **kwargs)[: self.n_most]
 
 
 class Llama(llama_cpp.Llama):
@@ -161,6 +181,8 @@ class Llama(llama_cpp.Llama):
             _lib.semcache_configure_next(_ffi.NULL)
         stats = self._native_stats()
         self.n_batch = min(self.n_batch, stats.n_batch)
+        if self.draft_model is not None:
+            self.draft_model = _ShortDrafts(self.draft_model, self.n_batch - 1)
         # upstream sizes these by the argument, while the library rounds n_ctx up to a multiple of 256
         self.input_ids = self.input_ids.__class__((self._n_ctx,), dtype=self.input_ids.dtype)
         if self._logits_all and self.scores.shape[0] < self._n_ctx:
@@ -313,7 +335,10 @@ class Llama(llama_cpp.Llama):
         self._seed = state.seed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self._kv_options}
+        state = {**super().__getstate__(), **self._kv_options}
+        if isinstance(self.draft_model, _ShortDrafts):
+            state["draft_model"] = self.draft_model.draft_model
+        return state
 
 
 def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:

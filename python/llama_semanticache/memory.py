@@ -23,6 +23,7 @@ CACHE_TYPES = ("f16", "q8_0", "q4_0", "semanticache")
 
 _BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
+_MAX_ROOM = 4096  # SEMCACHE_MAX_ROOM
 _N_SINK, _N_CHUNK = 4, 32  # a kv head never gets fewer rows than these two together
 _BIAS_BYTES, _META_BYTES = 4, 8  # of a row, besides K and V
 _VOTES_BYTES = 8  # of a token in the stage, per kv head
@@ -437,6 +438,8 @@ def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_st
             f"expected kv_stage > kv_window + {_N_SINK} sinks = {kv_window + _N_SINK}, got kv_stage {kv_stage}; "
             "raise --kv-stage or lower --kv-window"
         )
+    if kv_stage - kv_window > _MAX_ROOM:
+        raise ArgumentError(f"expected kv_stage <= kv_window + {_MAX_ROOM}, got kv_stage {kv_stage} and kv_window {kv_window}; raise --kv-window or lower --kv-stage")
     n_head_kv = sum(layer.n_head_kv for layer in full)
     rows = round(kv_ratio * cells * n_head_kv)
     least = min(cells, _N_SINK + _N_CHUNK) * n_head_kv

@@ -315,10 +315,17 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFReader:
 @cache
 def _header_reader() -> type[GGUFReader]:
     import numpy as np
-    from gguf import GGUFReader, GGUFValueType
+    from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFValueType, ReaderField
 
     class HeaderReader(GGUFReader):
         """GGUFReader that reads an array as one part: item by item, a vocabulary takes 5 to 20 seconds."""
+
+        def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+            for field in fields:
+                kind = int(field.parts[4][0])
+                if kind not in GGML_QUANT_SIZES:
+                    raise ValueError(f"a tensor of type {kind}, which this version of the package gguf does not know: if it is a new one, pip install --upgrade gguf")
+            super()._build_tensors(start_offs, fields)
 
         def _get_field_parts(self, orig_offs: int, raw_type: int):
             if GGUFValueType(raw_type) != GGUFValueType.ARRAY:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Sequence
 
 from . import _native, memory, models
-from .errors import ArgumentError
+from .errors import ArgumentError, ProfileError
+
+N_LEAST = 1024
+"""Tokens that a model must have been trained on: what a head is measured on comes behind the window."""
 
 N_TEXT_TOKENS = 2048
 HEADER = b"semcache-profile 2\n"
@@ -95,6 +98,8 @@ def calibrate(
     ------
     ArgumentError
         No texts, or `out` is there already.
+    ProfileError
+        The model's context is too short.
     StateError
         A text has too few tokens (773 at least), or the file could not be written.
     """
@@ -114,7 +119,12 @@ def calibrate(
     except OSError as error:
         raise ArgumentError(f"out: expected a folder to write {path.name} to, got {error}; name another or set {models.CACHE_VARIABLE}") from error
     texts = read_texts() if texts is None else list(texts)
-    n_ctx = min(n_ctx, max(256, (memory.read_shape(model_path).n_ctx_train or n_ctx) // 256 * 256))
+    n_ctx_train = memory.read_shape(model_path).n_ctx_train or n_ctx
+    if n_ctx_train < N_LEAST:
+        raise ProfileError(
+            f"{os.fspath(model_path)}: expected a model of at least {N_LEAST} tokens to measure its heads on, got one of {n_ctx_train}; pass kv_profile=None"
+        )
+    n_ctx = min(n_ctx, n_ctx_train // 256 * 256)
     ffi, lib = _native.load()
     llm = Llama(
         str(model_path), kv_compress="semanticache", kv_ratio=1.0, kv_stage=n_ctx, kv_profile=None,

@@ -16,7 +16,7 @@ Layout of a case
 Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C order (last axis fastest). First 32 int32:
 
      0 magic 0x43474353 (bytes "SCGC")    12 n_past
-     1 version, 3                         13 n_horizon
+     1 version, 4                         13 n_horizon
      2 method, enum semcache_method       14 seed, low 32 bits
      3 d_k                                15 seed, high 32 bits
      4 d_v                                16 budget
@@ -27,7 +27,7 @@ Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C o
      9 n_core                             21 attempt that had margins
     10 n_new                              22 n_q
     11 n_win                              23 n_ahead
-                                          24 .. 31 zero
+    24 n_full                             25 .. 31 zero
 
 With n_cand = n_core + n_new, T = n_sink + n_cand + n_win and n_stage = n_new + n_win, then the inputs
 
@@ -111,7 +111,9 @@ class Case:
     outliers: bool = False     # large channels and large single keys and queries
     n_q: int = 0               # 0: the whole stage votes
     n_ahead: int = 0
+    n_full: int = 0
     voted: bool = False        # the stage has votes of earlier passes
+    lost: bool = False         # a new row that no output needs takes nearly all attention of some queries, and goes
     heavy_cores: bool = False  # two cores of one chunk with biases near the upper bound, so that their merged bias is clamped
 
 
@@ -126,8 +128,10 @@ CASES = (
     Case("no-merge", d_k=32, d_v=32, n_rot=32, rope_neox=True, n_core=20, n_past=640, budget=20, merge=False),
     Case("below-budget", d_k=32, d_v=32, n_rot=32, n_core=12, n_new=20, n_past=320, budget=32),
     Case("votes", n_core=20, n_new=34, n_win=40, n_past=1200, n_q=24, n_ahead=40, budget=24, voted=True),
+    Case("few-votes-on-cores", d_k=16, d_v=16, n_rot=16, n_core=24, n_new=30, n_win=20, n_past=800, n_q=6, n_full=60, budget=26, voted=True),
     Case("votes-only", d_k=32, d_v=32, gqa=2, n_rot=32, n_sink=0, n_new=0, n_win=30, n_past=30, n_q=12, n_ahead=64, voted=True),
     Case("votes-on-cores", d_k=32, d_v=32, n_rot=32, n_core=12, n_new=0, n_win=20, n_past=300, n_q=10, budget=12, voted=True),
+    Case("lost-queries", d_k=32, d_v=32, n_rot=0, n_core=12, n_new=26, n_win=9, n_past=500, budget=14, lost=True),
     Case("clamped-bias", d_k=32, d_v=32, n_rot=32, n_core=2, n_new=10, n_win=4, n_past=100, budget=1, heavy_cores=True),
     Case("paper-first-pass", method=PAPER, gqa=1, n_new=60, budget=25),
     Case("paper-cores", method=PAPER, d_k=80, d_v=80, gqa=1, n_rot=32, n_core=30, n_new=45, n_past=900, budget=30, outliers=True),
@@ -136,6 +140,8 @@ CASES = (
     *(Case(name, method=method, d_k=32, d_v=32, n_rot=32, n_core=20, n_new=34, n_win=50, n_past=1200, n_q=44, budget=24, voted=True)
       for method, name in EVICTING.items()),
     Case("h2o-newest", method=7, d_k=32, d_v=32, n_rot=32, n_core=20, n_new=34, n_win=9, n_past=1200, n_q=34, budget=24, voted=True),
+    *(Case(f"{name}-many-votes", method=method, d_k=16, d_v=16, gqa=1, n_rot=16, n_core=10, n_new=40, n_win=170, n_past=1200, n_q=200, budget=24, voted=True)
+      for method, name in EVICTING.items() if name in ("snapkv", "tova", "h2o")),
     Case("tova-softcap", method=6, d_k=32, d_v=32, gqa=2, n_rot=32, n_new=30, n_win=20, budget=18, softcap=3.0),
 )
 
@@ -176,6 +182,10 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
     if case.method in EVICTING:
         n_tok[:], bias[:] = 1, 0
         s_use = 2.0 * rng.rand(case.n_core)
+    if case.lost:
+        lost = case.n_sink + case.n_core
+        k[lost] *= 12
+        v[lost] = np.mean(v[case.n_sink:case.n_sink + n_cand], axis=0)
     if case.heavy_cores:
         chunk[:case.n_core] = 0
         bias[case.n_sink:case.n_sink + case.n_core] = 7.9375
@@ -193,7 +203,7 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
     inp = reference.PassInput(exact(k, np.float16), exact(v, np.float16), exact(bias), case.n_sink, case.n_win, chunk, exact(s_use),
                               n_tok, exact(q, np.float16), np.arange(n_past - n_q, n_past), votes)
     params = reference.PassParams(float(exact(case.d_k ** -0.5)), case.softcap, inv_freq, case.rope_neox, n_past, case.n_horizon,
-                                  case.seed, case.budget, case.merge, case.n_ahead)
+                                  case.seed, case.budget, case.merge, case.n_ahead, case.n_full)
     return inp, params
 
 
@@ -233,6 +243,13 @@ def has_margins(case: Case, inp: reference.PassInput, params: reference.PassPara
         if len(distance) > 1 and not _apart(distance[0], distance[1]):
             return False
     merged = result.rows.bias[np.bincount(result.member_of[result.member_of >= 0], minlength=len(result.rows)) > 1]
+    if case.lost:
+        q = reference.fitted_queries(q)
+        x = reference.logits(q, inp.k, params.scale, params.softcap) + inp.bias
+        k, _, bias = reference.rows_after(inp, result)
+        kept = np.exp(reference.logits(q, k, params.scale, params.softcap) + bias - reference.logsumexp(x)[:, None]).sum(axis=1)
+        if np.all(kept >= reference.LEAST_KEPT) or np.any(np.abs(np.log(kept / reference.LEAST_KEPT)) < 0.1):
+            return False
     clamped = (merged <= reference.BIAS_MIN) | (merged >= reference.BIAS_MAX)
     return len(merged) > 0 and np.all(clamped == case.heavy_cores)
 
@@ -275,9 +292,9 @@ def case_bytes(case: Case) -> bytes:
         scores, taken = reference.score(inp, params, q), reference.take_votes(inp, params, q)
 
     header = np.zeros(32, dtype="<u4")
-    header[:24] = (MAGIC, 3, case.method, case.d_k, case.d_v, case.gqa, case.n_rot, case.rope_neox, case.n_sink, case.n_core, case.n_new,
+    header[:25] = (MAGIC, 4, case.method, case.d_k, case.d_v, case.gqa, case.n_rot, case.rope_neox, case.n_sink, case.n_core, case.n_new,
                    case.n_win, params.n_past, case.n_horizon, case.seed & 0xFFFFFFFF, case.seed >> 32, case.budget, case.merge,
-                   len(result.rows), result.n_merged, result.n_dropped, attempt, len(inp.q), params.n_ahead)
+                   len(result.rows), result.n_merged, result.n_dropped, attempt, len(inp.q), params.n_ahead, params.n_full)
     i32, f32 = "<i4", "<f4"
     out = result.rows
     arrays = [([params.scale, params.softcap], f32), (params.inv_freq, f32), (inp.pos_q, i32), (inp.chunk, i32), (inp.n_tok, i32),

@@ -105,7 +105,7 @@ inline void check_same_rows(const head_store & a, const head_store & b, const ch
 
 // Tokens of a stage in position order, n_sink + n_new + n_window of them, and the queries that vote.
 struct tokens {
-    int32_t n_sink = 0, n_new = 0, n_window = 0, n_q = 0;
+    int32_t n_sink = 0, n_new = 0, n_window = 0, n_q = 0, n_full = 0;
     std::vector<f16>     k, v, q; // [n, d_k], [n, d_v], [n_q, n_gqa, d_k]
     std::vector<int32_t> chunk;   // [n_new]
     std::vector<float>   cs;      // [n_q, n_rot/2, 2]
@@ -181,7 +181,7 @@ struct stage_store {
     }
 
     query_rows queries() const {
-        return { q.data() + q_off, q_row, ring.data(), t->cs.data(), t->token.data(), t->n_q, nullptr, 0, 0 };
+        return { q.data() + q_off, q_row, ring.data(), t->cs.data(), t->token.data(), t->n_q, t->n_full, nullptr, 0, 0 };
     }
 
     // Votes of token i as the last pass left them.

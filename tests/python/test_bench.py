@@ -65,7 +65,7 @@ def test_speed_measures_every_setting_in_every_round(wide, tmp_path):
     assert [(r["depth"], r["setting"]) for r in records] == [(d, s) for d in (50, 300) for s in ("stock:f16", *settings)]
     f16, q8_0, ours = records[3:]
     for record in records:
-        assert record["resident_bytes"] > record["kv_bytes"]
+        assert min(record["resident_bytes"]) > record["kv_bytes"]
         assert len(record["prefill_s"]) == len(record["decode_s"]) == 2 and min(record["prefill_s"] + record["decode_s"]) > 0
     assert ours["pass_s"] and 0 < sum(ours["pass_s"]) < sum(ours["prefill_s"]) and not f16["pass_s"]
     assert f16["kv_bytes"] == 2 * 2 * 2 * 64 * 2 * 512  # layers, kv heads, K and V, head size, bytes, cells
@@ -457,6 +457,7 @@ def test_report(tiny, wide, tmp_path):
     (tmp_path / "x.json").write_text("{}")
     done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
     assert done.exit_code == 1 and "x.json: expected the JSON of a bench run" in done.output
+    (tmp_path / "x.json").unlink()
     Run(tmp_path / "x.json", "riddles", {"model": "m"}).record("x", dict)
     done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
     assert done.exit_code == 1 and "x.json: expected a run of bench quality, speed" in done.output and "Traceback" not in done.output

@@ -75,6 +75,7 @@ def test_unsupported_architectures(arch, tiny, load, refused):
         (ArgumentError, dict(kv_window=96), ["kv_stage", "96"]),
         (ArgumentError, dict(kv_sink=-1), ["kv_sink", "-1"]),
         (ArgumentError, dict(kv_stage=16), ["kv_stage", "16"]),
+        (ArgumentError, dict(kv_stage=8192, kv_window=512, n_ctx=16384), ["n_stage", "at most n_window + 4096", "8192"]),
         (ArgumentError, dict(kv_stage=96.5), ["kv_stage", "96.5"]),
         (ArgumentError, dict(kv_stage="96"), ["kv_stage", "'96'"]),
         (ArgumentError, dict(kv_window="16"), ["kv_window", "'16'"]),
@@ -304,3 +305,16 @@ def test_a_failed_pass_leaves_the_cache_as_it_was(tiny):
     done = run_python(FAILED_PASS, tiny("llama"), os.path.dirname(__file__))
     assert done.returncode == 0, done.stderr
     assert "OK pass: expected memory" in done.stdout, done.stdout
+
+
+def test_a_model_without_a_vocabulary(tmp_path):
+    """llama.cpp aborts when it is asked what such a token is; a child shows it."""
+    path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", has_vocabulary=False)
+    program = f"""
+from llama_semanticache import Llama
+llm = Llama({str(path)!r}, n_ctx=1024, kv_compress="semanticache", kv_profile=None, kv_stage=96, kv_window=12, verbose=False)
+llm.eval(list(range(10, 210)))
+print("rows:", llm.kv_stats().rows_used)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "rows: " in done.stdout, done.stderr[-2000:]

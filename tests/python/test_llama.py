@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -117,6 +118,18 @@ def test_seed_determinism(llm):
     first = text_of(complete(llm, temperature=1))
     llm.set_seed(7)
     assert text_of(complete(llm, temperature=1)) == first
+
+
+def test_prompt_lookup_in_batches_smaller_than_a_draft(tiny, load):
+    """The window leaves room for batches of 4 tokens: longer drafts are cut, or upstream would ask for logits that are gone."""
+    prompt, small = PROMPT[:150] * 2, {**SMALL, "kv_stage": 96, "kv_window": 88}
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=10, max_ngram_size=1)
+    plain, drafted = load(tiny("llama"), **small, kv_ratio=1), load(tiny("llama"), **small, kv_ratio=1, draft_model=draft)
+    assert drafted.n_batch == 4
+    counts = count_evals(drafted)
+    assert text_of(complete(drafted, prompt)) == text_of(complete(plain, prompt))
+    assert max(counts[-10:]) > 1  # drafts were evaluated
+    assert pickle.loads(pickle.dumps(drafted)).draft_model.draft_model.num_pred_tokens == 10 and drafted.__getstate__()["draft_model"] is draft
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1])

@@ -207,6 +207,7 @@ def test_heads_that_cannot_be_quantized_are_left_out(folder):
         (4096, {"kv_stage": 0}),
         (4096, {"kv_stage": 260}),
         (4096, {"kv_stage": 128, "kv_window": 124}),
+        (32768, {"kv_stage": 8192}),
     ],
 )
 def test_arguments_are_checked(n_ctx, options):

@@ -251,6 +251,17 @@ def test_random_damage_is_either_read_or_reported(tiny, tmp_path):
     assert reported > 20
 
 
+def test_a_tensor_of_a_type_that_is_not_known(tiny, tmp_path):
+    """llama.cpp may know it: the message must not only speak of damage."""
+    field = gguf.GGUFReader(tiny).tensors[0].field
+    data = bytearray(tiny.read_bytes())
+    offset = field.offset + sum(part.nbytes for part in field.parts[:4])
+    data[offset : offset + 4] = (99).to_bytes(4, "little")
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ModelFileError, match="a tensor of type 99, which this version of the package gguf does not know"):
+        models.read_gguf(tmp_path / "m.gguf")
+
+
 def test_header_reader_agrees_with_the_library(tiny):
     ours, theirs = models.read_gguf(tiny), gguf.GGUFReader(tiny)
     assert list(ours.fields) == list(theirs.fields)

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 from conftest import SMALL
 
-from llama_semanticache import ArgumentError, ProfileError, _native, models, profile
+from llama_semanticache import ArgumentError, Llama, ProfileError, _native, models, profile
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "llama_semanticache"
 
@@ -102,6 +102,12 @@ def test_no_text_or_too_short_a_text(tiny, cache):
         profile.calibrate(tiny("llama"), texts=["Hi."], n_ctx=1024, progress=False, n_threads=1)
     assert type(error.value).__module__ == "llama_semanticache.errors"
     assert not profile.profile_path(profile.model_id(tiny("llama"))).exists()
+
+
+def test_a_model_of_too_short_a_context(tmp_path, cache):
+    path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_ctx_train=512)
+    with pytest.raises(ProfileError, match="of at least 1024 tokens to measure its heads on, got one of 512; pass kv_profile=None"):
+        Llama(str(path), n_ctx=1024, kv_compress="semanticache", verbose=False)
 
 
 def test_model_id(tiny, tmp_path):

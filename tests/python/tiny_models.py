@@ -45,6 +45,7 @@ def write_tiny(
     n_swa: int = 64,
     dtype: str = "f32",
     seed: int = 0,
+    has_vocabulary: bool = True,
     metadata: Mapping[str, str | int | float | bool] | None = None,
 ) -> Path:
     """Write a tiny random model.
@@ -70,6 +71,8 @@ def write_tiny(
         Type of the matrices; vectors are always f32.
     seed : int
         Of the weights.
+    has_vocabulary : bool
+        Without one a model only has token numbers.
     metadata : mapping, optional
         More metadata; "{arch}" in a key stands for the GGUF architecture, as in "{arch}.rope.scaling.type".
 
@@ -81,7 +84,7 @@ def write_tiny(
     if arch not in SUPPORTED and arch not in REFUSED:
         raise ValueError(f"expected an architecture of {', '.join((*SUPPORTED, *REFUSED))}, got {arch!r}")
     builder = _Builder(Path(path), arch, dtype, seed)
-    builder.vocabulary()
+    builder.vocabulary(has_vocabulary)
     builder.model(n_layer or _N_LAYER.get(arch, 2), n_embd, n_head, n_head_kv, n_embd_head, n_ctx_train, n_swa)
     for key, value in (metadata or {}).items():
         builder.add_metadata(key, value)
@@ -145,10 +148,13 @@ class _Builder:
 
     # parts
 
-    def vocabulary(self) -> None:
+    def vocabulary(self, is_there: bool) -> None:
         w = self.writer
         tokens = vocabulary()
         self.n_vocab = len(tokens)
+        if not is_there:
+            w.add_tokenizer_model("none")
+            return
         w.add_tokenizer_model("llama")
         w.add_tokenizer_pre("default")
         w.add_token_list([text for text, _ in tokens])

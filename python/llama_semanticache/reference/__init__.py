@@ -21,6 +21,7 @@ from .chunks import DELIMITERS, chunk_ids, delimiter_table
 from .compress import (
     BIAS_MAX,
     BIAS_MIN,
+    LEAST_KEPT,
     N_FIT,
     VOTE_EVERY,
     HeadRows,
@@ -53,6 +54,7 @@ __all__ = [
     "BIAS_MAX",
     "BIAS_MIN",
     "DELIMITERS",
+    "LEAST_KEPT",
     "N_FIT",
     "PARTS",
     "POLICIES",

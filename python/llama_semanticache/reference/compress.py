@@ -29,6 +29,9 @@ BIAS_MIN, BIAS_MAX = -6.0, 8.0
 RIDGE = 10.0
 """Weight of the ridge on the fitted values."""
 
+LEAST_KEPT = 1e-3
+"""Share of a query's attention that a pass must leave for the query to take part in the fit of the values."""
+
 VOTE_EVERY = 2
 """Of the tokens since the last pass, beginning with the first, every so many'th has queries that vote."""
 
@@ -206,6 +209,8 @@ class PassParams:
         Losers are merged into winners of their chunk; otherwise they are dropped.
     n_ahead : int
         Positions that every query looks ahead at least: the window's, since a row is asked once it has left the window.
+    n_full : int
+        Tokens that vote in a pass that is as far from the last as it can be: a core's score is a mean over no fewer.
     """
 
     scale: float
@@ -218,6 +223,7 @@ class PassParams:
     budget: int
     merge: bool = True
     n_ahead: int = 0
+    n_full: int = 0
 
     def __post_init__(self):
         check_budget(self.budget)
@@ -227,7 +233,8 @@ class PassParams:
 class Scores:
     """What the look-ahead queries say about each candidate; all float64, shape [n_cand].
 
-    A core is judged by the queries of this pass alone, a new row by all that voted while it was in the stage.
+    A core is judged by the queries of this pass alone, a new row by all that voted while it was in the stage. The fewer ask,
+    the greater is the power mean if one of them looked, and a core's best score stays: in a pass of few, the others count as 0.
 
     Attributes
     ----------
@@ -333,7 +340,8 @@ def score(inp: PassInput, params: PassParams, q) -> Scores:
     p = probabilities(inp, params, q)[:, inp.cand][:, :inp.n_core]
     votes = take_votes(inp, params, q).take(slice(inp.n_new))
     n_votes = q.shape[1] * votes.n  # a vote per query head
-    return Scores(s_use=np.concatenate([np.mean(p**4, axis=0), votes.p4 / n_votes]) ** 0.25, s_dev=value_deviations(inp.v[inp.cand]),
+    n_mean = q.shape[1] * max(len(q), params.n_full)
+    return Scores(s_use=np.concatenate([np.sum(p**4, axis=0) / n_mean, votes.p4 / n_votes]) ** 0.25, s_dev=value_deviations(inp.v[inp.cand]),
                   w=np.concatenate([np.mean(p, axis=0), votes.p / n_votes]))
 
 
@@ -464,7 +472,7 @@ def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) 
     """Step 6, values. Move the merged values so that the outputs of the queries come out as before the pass.
 
     What a cluster's mean cannot say, and what dropped rows took with them, the merged rows make good together: least squares
-    over the queries, min |r - A d|^2 + ridge |d|^2 with the residual r of the outputs, the shares A of the merged rows in the
+    over the queries to which the pass leaves something, min |r - A d|^2 + ridge |d|^2 with the residual r of the outputs, the shares A of the merged rows in the
     new softmax, and the moves d. The ridge is that of equally likely moves and residuals, mean |r|^2 over the members' mean
     squared distance from their cluster's value, times `RIDGE`: the queries of the text to come are others.
 
@@ -490,9 +498,10 @@ def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) 
     z = logsumexp(x)[:, None]
     k, v, bias = rows_after(inp, PassResult(out, np.zeros(0), member_of))
     p = np.exp(logits(q, k, params.scale, params.softcap) + bias - z)
-    p /= np.sum(p, axis=1, keepdims=True)
-    r = np.exp(x - z) @ inp.v - p @ v
-    a = p[:, inp.n_sink:inp.n_sink + len(out)][:, merged]
+    kept = np.sum(p, axis=1, keepdims=True)
+    p /= kept
+    r = (np.exp(x - z) @ inp.v - p @ v) * (kept >= LEAST_KEPT)
+    a = p[:, inp.n_sink:inp.n_sink + len(out)][:, merged] * (kept >= LEAST_KEPT)
     ridge = RIDGE * np.mean(np.sum(r**2, axis=1)) / scatter
     if ridge == 0:
         return out.v

@@ -346,7 +346,8 @@ llama_semcache::llama_semcache(llama_kv_cache & kv, const llama_semcache_scope &
 
     const auto & vocab = scope.model.vocab;
     delimiter.resize(vocab.n_tokens());
-    for (size_t i = 0; vocab.get_type() != LLAMA_VOCAB_TYPE_NONE && i < delimiter.size(); ++i) {
+    const size_t n_text = vocab.get_type() == LLAMA_VOCAB_TYPE_NONE ? 0 : delimiter.size(); // tokens that can be asked what they say
+    for (size_t i = 0; i < n_text; ++i) {
         delimiter[i] = vocab.is_control(i) || semcache::is_delimiter(vocab.token_to_piece(i));
     }
     chunker.n_chunk = params.n_chunk;

@@ -128,10 +128,10 @@ CASES = (
     Case("no-merge", d_k=32, d_v=32, n_rot=32, rope_neox=True, n_core=20, n_past=640, budget=20, merge=False),
     Case("below-budget", d_k=32, d_v=32, n_rot=32, n_core=12, n_new=20, n_past=320, budget=32),
     Case("votes", n_core=20, n_new=34, n_win=40, n_past=1200, n_q=24, n_ahead=40, budget=24, voted=True),
-    Case("few-votes-on-cores", d_k=16, d_v=16, n_rot=16, n_core=24, n_new=30, n_win=20, n_past=800, n_q=6, n_full=60, budget=26, voted=True),
+    Case("few-votes-on-cores", d_k=8, d_v=8, n_rot=8, n_core=24, n_new=30, n_win=20, n_past=800, n_q=6, n_full=60, budget=26, voted=True),
     Case("votes-only", d_k=32, d_v=32, gqa=2, n_rot=32, n_sink=0, n_new=0, n_win=30, n_past=30, n_q=12, n_ahead=64, voted=True),
     Case("votes-on-cores", d_k=32, d_v=32, n_rot=32, n_core=12, n_new=0, n_win=20, n_past=300, n_q=10, budget=12, voted=True),
-    Case("lost-queries", d_k=32, d_v=32, n_rot=0, n_core=12, n_new=26, n_win=9, n_past=500, budget=14, lost=True),
+    Case("lost-queries", d_k=16, d_v=16, gqa=2, n_rot=0, n_core=12, n_new=26, n_win=9, n_past=500, budget=14, lost=True),
     Case("clamped-bias", d_k=32, d_v=32, n_rot=32, n_core=2, n_new=10, n_win=4, n_past=100, budget=1, heavy_cores=True),
     Case("paper-first-pass", method=PAPER, gqa=1, n_new=60, budget=25),
     Case("paper-cores", method=PAPER, d_k=80, d_v=80, gqa=1, n_rot=32, n_core=30, n_new=45, n_past=900, budget=30, outliers=True),
@@ -140,7 +140,7 @@ CASES = (
     *(Case(name, method=method, d_k=32, d_v=32, n_rot=32, n_core=20, n_new=34, n_win=50, n_past=1200, n_q=44, budget=24, voted=True)
       for method, name in EVICTING.items()),
     Case("h2o-newest", method=7, d_k=32, d_v=32, n_rot=32, n_core=20, n_new=34, n_win=9, n_past=1200, n_q=34, budget=24, voted=True),
-    *(Case(f"{name}-many-votes", method=method, d_k=16, d_v=16, gqa=1, n_rot=16, n_core=10, n_new=40, n_win=170, n_past=1200, n_q=200, budget=24, voted=True)
+    *(Case(f"{name}-many-votes", method=method, d_k=8, d_v=8, gqa=1, n_rot=8, n_core=4, n_new=24, n_win=169, n_past=1200, n_q=193, budget=12, voted=True)
       for method, name in EVICTING.items() if name in ("snapkv", "tova", "h2o")),
     Case("tova-softcap", method=6, d_k=32, d_v=32, gqa=2, n_rot=32, n_new=30, n_win=20, budget=18, softcap=3.0),
 )

@@ -849,7 +849,7 @@ def test_golden_files_are_what_the_generator_writes(make_golden):
     assert on_disk == set(files)
     for name, data in files.items():
         assert (GOLDEN / name).read_bytes() == data, name
-    assert sum(map(len, files.values())) < 1_600_000
+    assert sum(map(len, files.values())) < 1_500_000
 
 
 EVICTING = dict(enumerate(ref.POLICIES, start=3))

@@ -472,8 +472,8 @@ def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) 
     """Step 6, values. Move the merged values so that the outputs of the queries come out as before the pass.
 
     What a cluster's mean cannot say, and what dropped rows took with them, the merged rows make good together: least squares
-    over the queries to which the pass leaves something, min |r - A d|^2 + ridge |d|^2 with the residual r of the outputs, the shares A of the merged rows in the
-    new softmax, and the moves d. The ridge is that of equally likely moves and residuals, mean |r|^2 over the members' mean
+    over the queries to which the pass leaves something, min |r - A d|^2 + ridge |d|^2 with the residual r of the outputs, the
+    shares A of the merged rows in the new softmax, and the moves d. The ridge is that of equally likely moves and residuals, mean |r|^2 over the members' mean
     squared distance from their cluster's value, times `RIDGE`: the queries of the text to come are others.
 
     Parameters
@@ -499,7 +499,7 @@ def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) 
     k, v, bias = rows_after(inp, PassResult(out, np.zeros(0), member_of))
     p = np.exp(logits(q, k, params.scale, params.softcap) + bias - z)
     kept = np.sum(p, axis=1, keepdims=True)
-    p /= kept
+    p /= np.maximum(kept, LEAST_KEPT)  # it may be 0
     r = (np.exp(x - z) @ inp.v - p @ v) * (kept >= LEAST_KEPT)
     a = p[:, inp.n_sink:inp.n_sink + len(out)][:, merged] * (kept >= LEAST_KEPT)
     ridge = RIDGE * np.mean(np.sum(r**2, axis=1)) / scatter

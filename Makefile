@@ -13,7 +13,7 @@ SOURCES  := $(shell find native python tests/native -type f -not -path '*/__pyca
             $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
             CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test build stock venv sanitize aarch64 clean
+.PHONY: demo test build stock venv sanitize aarch64 clean FORCE
 .DELETE_ON_ERROR:
 
 demo: build
@@ -44,7 +44,12 @@ $(VENV)/.llama-cpp-python: patches/UPSTREAM $(VENV)/.tools
 	    --config-settings=cmake.define.LLAMA_BUILD=OFF $(SDIST)
 	touch $@
 
-$(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python
+# Other CMAKE_ARGS than last time: configured anew, without what CMake remembers of the old ones.
+build/cmake-args: FORCE
+	@mkdir -p build
+	@printf '%s\n' "$$CMAKE_ARGS" | cmp -s - $@ 2>/dev/null || { rm -f $(BUILD)/CMakeCache.txt $(STOCK)/CMakeCache.txt; printf '%s\n' "$$CMAKE_ARGS" > $@; }
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python build/cmake-args
 	touch $@.started
 	$(BIN)/python -m pip install --no-build-isolation \
 	    --config-settings=build-dir=$(BUILD) \
@@ -56,7 +61,7 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python
 # The same llama.cpp without our patches, to compare with.
 stock: $(STOCK)/.built
 
-$(STOCK)/.built: patches/UPSTREAM $(VENV)/.tools
+$(STOCK)/.built: patches/UPSTREAM $(VENV)/.tools build/cmake-args
 	GIT_CEILING_DIRECTORIES=$(CURDIR)/build $(BIN)/cmake -S "$$($(BIN)/python patches/patchctl.py fetch $(UPSTREAM))" -B $(STOCK) \
 	    -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
 	    -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \

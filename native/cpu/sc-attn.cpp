@@ -144,13 +144,12 @@ bool visible(const attn_args & a, int32_t token0, int32_t n_tokens, int32_t cell
 // Logits of query row r become shares of its running softmax: x [n], padded with zeros to n_cols.
 void soft_max_step(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t n_cols, int32_t token, int32_t r, online & s) {
     float * x = s.x + r*s.ld_x;
-    std::fill(x + n, x + n_cols, MASKED);
     if (a.softcap > 0.0f) {
         for (int32_t i = 0; i < n; i += VL) {
             vstore(x + i, vsoftcap(vload(x + i), a.softcap));
         }
-        std::fill(x + n, x + n_cols, MASKED);
     }
+    std::fill(x + n, x + n_cols, MASKED);
     if (core) {
         const float * bias = a.bias + a.row_first[h] + row;
         for (int32_t i = 0; i < n; ++i) {

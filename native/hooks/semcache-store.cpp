@@ -25,9 +25,9 @@ using semcache::f16;
 namespace {
 
 constexpr uint32_t STATE_MAGIC   = 0x6d657363; // "csem": no stock cache state begins with so many streams
-constexpr uint32_t STATE_VERSION = 5;
+constexpr uint32_t STATE_VERSION = 6;
 
-// Fits core_meta::chunk; a chunk id is used up per delimiter and never again until the cache is cleared.
+// Fits core_meta::chunk; every delimiter takes a chunk id, which is free again when the text is cut before it.
 constexpr int32_t N_CHUNK_MAX = 1 << 24;
 
 thread_local llama_semcache_scope * scope_active = nullptr;
@@ -578,7 +578,7 @@ bool llama_semcache::pass_possible() const {
 
 void llama_semcache::pass(llama_context * lctx) {
     const int64_t t_start = ggml_time_us();
-    lctx->synchronize();
+    ggml_backend_sched_synchronize(lctx->get_sched()); // the context's own would end the timing of the batch that waits
 
     const stage_tokens st = collect();
     const int32_t n_tokens = (int32_t) st.cell.size(), pos_end = st.pos.back() + 1;
@@ -793,8 +793,11 @@ void llama_semcache::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     if (seq_id > 0) {
         return;
     }
-    if (p1 > kv.v_cells[0].seq_pos_max(0)) { // what comes at these positions votes anew
-        n_asked = std::min(n_asked, std::max(p0, 0));
+    if (p1 > kv.v_cells[0].seq_pos_max(0)) { // what comes behind the last token that stays votes anew
+        const auto & tokens = kv.v_cells[0].seq_pos_get(0);
+        const auto gone = tokens.lower_bound({ std::max(p0, 0), 0 });
+        const llama_pos stays = gone == tokens.begin() ? 0 : std::prev(gone)->first + 1;
+        n_asked = std::min(n_asked, std::max(stays, std::min(n_past, std::max(p0, 0))));
     }
     if (!has_cores() || p0 >= n_past) {
         return;
@@ -819,8 +822,9 @@ void llama_semcache::rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     n_past          = p0;
 }
 
-static bool window_is_held(llama_pos first, llama_pos pos, int32_t n_swa) {
-    return first <= std::max(0, pos - n_swa + 1);
+bool llama_semcache::window_is_held(const llama_kv_cache_iswa & kv, llama_pos pos) {
+    const llama_kv_cache & swa = *kv.get_swa();
+    return swa.seq_pos_min(0) <= std::max(kv.get_base()->seq_pos_min(0), pos - (llama_pos) swa.n_swa + 1);
 }
 
 bool llama_semcache::can_rm(const llama_kv_cache_iswa & kv, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -829,7 +833,7 @@ bool llama_semcache::can_rm(const llama_kv_cache_iswa & kv, llama_seq_id seq_id,
     if (!store || p0 > swa.seq_pos_max(0)) {
         return true;
     }
-    return store->can_rm(seq_id, p0, p1) && (p0 <= 0 || window_is_held(swa.seq_pos_min(0), p0, swa.n_swa));
+    return store->can_rm(seq_id, p0, p1) && (p0 <= 0 || window_is_held(kv, p0));
 }
 
 llama_pos llama_semcache::floor(const llama_memory_i & memory, llama_pos pos) const {
@@ -845,7 +849,7 @@ llama_pos llama_semcache::floor(const llama_memory_i & memory, llama_pos pos) co
 llama_pos llama_semcache::floor(const llama_kv_cache_iswa & kv, llama_pos pos) {
     const llama_kv_cache & swa = *kv.get_swa();
     const llama_pos res = kv.get_base()->semcache->floor(pos);
-    return res > swa.seq_pos_max(0) || window_is_held(swa.seq_pos_min(0), res, swa.n_swa) ? res : 0;
+    return res > swa.seq_pos_max(0) || window_is_held(kv, res) ? res : 0;
 }
 
 bool llama_semcache::refuse(const char * what) const {
@@ -859,32 +863,42 @@ bool llama_semcache::refuse(const char * what) const {
 // llama_semcache: state
 //
 
-void llama_semcache::state_write_head(llama_io_write_i & io, llama_state_seq_flags flags) const {
+static void check_state_call(llama_seq_id seq_id, llama_state_seq_flags flags) {
     if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) { // llama.cpp takes the blocks of quantized rows for values
         throw semcache_error(SEMCACHE_ERR_STATE, "state: expected one in host memory, got LLAMA_STATE_SEQ_FLAGS_ON_DEVICE; leave the flag out");
     }
-    const uint32_t head[] = {
-        STATE_MAGIC, STATE_VERSION, (uint32_t) params.method, (uint32_t) n_ctx, (uint32_t) params.n_stage, (uint32_t) params.n_window,
-        (uint32_t) params.n_sink, (uint32_t) params.n_chunk, (uint32_t) layers.size(), (uint32_t) params.type_k, (uint32_t) params.type_v,
+    if (seq_id > 0) {
+        throw semcache_error(SEMCACHE_ERR_STATE, "state: expected sequence 0, the only one, got " + std::to_string(seq_id) + "; pass 0");
+    }
+}
+
+std::vector<std::pair<const char *, uint32_t>> llama_semcache::state_head() const {
+    return {
+        { "magic",   STATE_MAGIC },                    { "version", STATE_VERSION },                   { "method",   (uint32_t) params.method },
+        { "n_ctx",   (uint32_t) n_ctx },               { "n_stage", (uint32_t) params.n_stage },       { "n_window", (uint32_t) params.n_window },
+        { "n_sink",  (uint32_t) params.n_sink },       { "n_chunk", (uint32_t) params.n_chunk },       { "n_layer",  (uint32_t) layers.size() },
+        { "type_k",  (uint32_t) params.type_k },       { "type_v",  (uint32_t) params.type_v },        { "calibrate", params.calibrate != 0 },
     };
-    io.write(head, sizeof(head));
+}
+
+void llama_semcache::state_write_head(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    check_state_call(seq_id, flags);
+    for (const auto & [name, value] : state_head()) {
+        io.write(&value, sizeof(value));
+    }
     for (const auto & l : layers) {
         write_vector(io, l.row_first);
     }
 }
 
-void llama_semcache::state_read_head(llama_io_read_i & io) {
-    uint32_t head[11];
-    io.read(head, sizeof(head));
-    const uint32_t want[] = {
-        STATE_MAGIC, STATE_VERSION, (uint32_t) params.method, (uint32_t) n_ctx, (uint32_t) params.n_stage, (uint32_t) params.n_window,
-        (uint32_t) params.n_sink, (uint32_t) params.n_chunk, (uint32_t) layers.size(), (uint32_t) params.type_k, (uint32_t) params.type_v,
-    };
-    static const char * const names[] = { "magic", "version", "method", "n_ctx", "n_stage", "n_window", "n_sink", "n_chunk", "n_layer", "type_k", "type_v" };
-    for (size_t i = 0; i < std::size(want); ++i) {
-        if (head[i] != want[i]) {
-            throw semcache_error(SEMCACHE_ERR_STATE, std::string("state: expected ") + names[i] + " " + std::to_string(want[i]) + ", got " +
-                    std::to_string(head[i]) + "; load it into a context with the settings it was saved with");
+void llama_semcache::state_read_head(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    check_state_call(seq_id, flags);
+    for (const auto & [name, want] : state_head()) {
+        uint32_t got;
+        io.read(&got, sizeof(got));
+        if (got != want) {
+            throw semcache_error(SEMCACHE_ERR_STATE, std::string("state: expected ") + name + " " + std::to_string(want) + ", got " +
+                    std::to_string(got) + "; load it into a context with the settings it was saved with");
         }
     }
     for (const auto & l : layers) {

@@ -5,8 +5,9 @@
 // what older tokens were compressed to, and the queries of the tokens in the stage.
 //
 // Call sites (patches/*.patch): the constructor of llama_context opens the scope; that of llama_kv_cache asks for its
-// number of cells and attaches the store; init_update(optimize) hands out a pass; clear, seq_rm, seq_add, seq_pos_*,
-// memory_breakdown, state_write and state_read pass through; build_attn_mha asks semcache_build_attn first.
+// number of cells and attaches the store; init_update(optimize) hands out a pass; clear, seq_rm, seq_keep, seq_pos_*,
+// memory_breakdown, state_write and state_read pass through; seq_cp, seq_add and seq_div are refused; build_attn_mha asks
+// semcache_build_attn first.
 
 #pragma once
 
@@ -119,7 +120,7 @@ public:
     // begins where the batch does.
     bool has_room(const std::vector<llama_ubatch> & ubatches);
 
-    // A memory context whose apply() runs a pass; status NO_UPDATE if the stage holds nothing to compress.
+    // A memory context whose apply() runs a pass; status NO_UPDATE if every token has voted.
     llama_memory_context_ptr init_pass(llama_context * lctx);
     bool pass_possible() const;
     void pass(llama_context * lctx);
@@ -143,9 +144,9 @@ public:
 
     void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
 
-    void state_write_head(llama_io_write_i & io, llama_state_seq_flags flags) const;
+    void state_write_head(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const;
     void state_write_data(llama_io_write_i & io) const;
-    void state_read_head(llama_io_read_i & io);
+    void state_read_head(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const;
     void state_read_data(llama_io_read_i & io);
 
     void stats(semcache_stats & s) const;
@@ -161,6 +162,12 @@ private:
     };
     struct job;
     class host_layer;
+
+    // What a state and the context that reads it must have in common, with names for errors.
+    std::vector<std::pair<const char *, uint32_t>> state_head() const;
+
+    // Whether the layers with sliding windows hold what a token at pos would see; a text need not begin at 0.
+    static bool window_is_held(const llama_kv_cache_iswa & kv, llama_pos pos);
 
     stage_tokens collect() const;
     void allocate(const llama_semcache_scope & scope);

@@ -43,7 +43,7 @@ def load() -> tuple[FFI, Any]:
     Raises
     ------
     LibraryError
-        llama_cpp was imported first with its own library, or the library is missing or of another version.
+        llama_cpp was imported first with its own library, or the library is missing or not ours.
     """
     from cffi import FFI
 
@@ -57,11 +57,13 @@ def load() -> tuple[FFI, Any]:
         ) from error
     path = bindings._lib._name
     if not hasattr(bindings._lib, "semcache_version"):
-        cause = "llama_cpp was imported first" if stock_first else f"{LIB_VARIABLE} points there"
-        raise LibraryError(
-            f"expected the patched llama.cpp, got the stock library {path} ({cause}); "
-            f"import llama_semanticache before llama_cpp and leave {LIB_VARIABLE} unset"
-        )
+        if stock_first:
+            cause = f"llama_cpp was imported first); import llama_semanticache before llama_cpp and leave {LIB_VARIABLE} unset"
+        elif LIB_VARIABLE in os.environ:
+            cause = f"{LIB_VARIABLE} points there); leave it unset"
+        else:
+            cause = f"there is none in {HERE / 'lib'}); install llama-semanticache, or run `make build` and its .venv's Python"
+        raise LibraryError(f"expected the patched llama.cpp, got the stock library {path} ({cause}")
     ffi = FFI()
     ffi.cdef("struct llama_context;\n" + _declarations())
     return ffi, ffi.dlopen(path)
@@ -84,8 +86,16 @@ def library_folder() -> Path:
 
 
 def context(llama: Any) -> Any:
-    """The llama_context of a llama_cpp.Llama as a cffi pointer."""
+    """The llama_context of a llama_cpp.Llama as a cffi pointer.
+
+    Raises
+    ------
+    StateError
+        It was closed.
+    """
     ffi, _ = load()
+    if llama._ctx.ctx is None:
+        raise StateError("expected a model that is loaded, got one after close(); load it again")
     return ffi.cast("struct llama_context *", llama._ctx.ctx)
 
 

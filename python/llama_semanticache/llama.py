@@ -7,6 +7,7 @@ import inspect
 import numbers
 import os
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -74,7 +75,8 @@ class KVStats:
 
 
 class _ShortDrafts(llama_speculative.LlamaDraftModel):
-    """Drafts that fit a batch together with the token that they follow: upstream asks for the logits of all of them at once.
+    """Drafts that fit a batch together with the token that they follow: upstream asks for the logits of all of them at once. All
+    attributes are the draft model's.
 
     Parameters
     ----------
@@ -84,7 +86,15 @@ class _ShortDrafts(llama_speculative.LlamaDraftModel):
     """
 
     def __init__(self, draft_model: llama_speculative.LlamaDraftModel, n_most: int) -> None:
-        self.draft_model, self.n_most = draft_model, n_most
+        self.__dict__.update(draft_model=draft_model, n_most=n_most)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("draft_model", "n_most"):  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.draft_model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.draft_model, name, value)
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
         return self.draft_model(input_ids, **kwargs)[: self.n_most]
@@ -148,6 +158,9 @@ class Llama(llama_cpp.Llama):
         if unknown:  # upstream takes any name and ignores it
             raise ArgumentError(f"expected the arguments {', '.join(self._kv_options)}, got {', '.join(unknown)}; mend the name")
         if kv_compress is None:
+            unused = sorted(name for name, value in self._kv_options.items() if value != _INIT.parameters[name].default)
+            if unused:
+                warnings.warn(f"{', '.join(unused)}: no use without kv_compress, the KV cache is llama.cpp's own; pass kv_compress=\"semanticache\" to compress it", stacklevel=2)
             super().__init__(model_path, **kwargs)
             return
 
@@ -314,6 +327,8 @@ class Llama(llama_cpp.Llama):
                 f"state: expected {state.llama_state_size} bytes, more than none, got {len(state.llama_state)}; the state is damaged, "
                 "the cache is as it was"
             )
+        if state.scores.shape[1] != self._n_vocab:
+            raise StateError(f"state: expected one of a model of {self._n_vocab} tokens, got one of {state.scores.shape[1]}; load it into the model it was saved from, the cache is as it was")
         # llama.cpp writes the architecture first, and would tell a wrong one from a damaged state only in its log
         arch = self.metadata["general.architecture"].encode()
         if not bytes(state.llama_state).startswith(struct.pack("<I", len(arch)) + arch):
@@ -339,6 +354,9 @@ class Llama(llama_cpp.Llama):
         if isinstance(self.draft_model, _ShortDrafts):
             state["draft_model"] = self.draft_model.draft_model
         return state
+
+
+_INIT = inspect.signature(Llama.__init__)
 
 
 def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:

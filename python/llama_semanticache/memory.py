@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError, ModelFileError
-from .models import read_gguf
+from .models import read_gguf, split_files
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -24,13 +24,17 @@ CACHE_TYPES = ("f16", "q8_0", "q4_0", "semanticache")
 _BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
 _MAX_ROOM = 4096  # SEMCACHE_MAX_ROOM
-_N_SINK, _N_CHUNK = 4, 32  # a kv head never gets fewer rows than these two together
 _BIAS_BYTES, _META_BYTES = 4, 8  # of a row, besides K and V
 _VOTES_BYTES = 8  # of a token in the stage, per kv head
 _DRIVER_BYTES = 300 << 20  # context of a GPU driver, estimated
 
 _RECURRENT = ("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7")
 _ALIBI = ("bloom", "refact", "jais")
+_ENCODERS = ("t5", "t5encoder", "eagle3", "dflash")
+_SHARED_KV = ("gemma3n", "gemma4")
+_NOT_CAUSAL = ("dream", "gemma-embedding", "llada", "llada-moe", "rnd1")
+# A cache, a softcap or a place of RoPE in the head of their own.
+_UNUSUAL = ("grok", "minimax-m3", "glm-dsa", "deepseek32", "deepseek4", "glm5-next", "hy_v4", "dots3note", "minicpm3", "plm", "deepseek2")
 # Every how many layers one has full attention, where the file does not say it; negative: the first of them, else the
 # last.
 _SWA_PERIOD = {
@@ -190,15 +194,15 @@ class MemoryReport:
 
 
 def read_shape(path: str | os.PathLike[str]) -> ModelShape:
-    """Read the metadata of a GGUF file; the model is not loaded.
+    """Read the metadata of a GGUF file, of a model that is split over several the first; the model is not loaded.
 
     Raises
     ------
     ModelFileError
         Not a readable, complete GGUF file, or one without the metadata of a language model.
     """
-    reader = read_gguf(path)
-    meta = _Metadata(reader, path)
+    readers = [read_gguf(file) for file in split_files(path)]
+    meta = _Metadata(readers[0], path)
     arch = meta.arch
     n_block = meta.need("block_count")
     n_layer = n_block - meta.get("nextn_predict_layers", 0)
@@ -218,7 +222,8 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         k, v = (d_k_swa, d_v_swa) if swa[il] else (d_k, d_v)
         layers.append(LayerShape(il, kind, n_head[il], n_head_kv[il] if cached[il] else 0, k, 0 if mla else v))
 
-    embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
     return ModelShape(
         path=str(path),
         name=meta.general("name", ""),
@@ -228,7 +233,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         n_ff=max(meta.per_layer("feed_forward_length", n_block, 0)),
         n_vocab=int(embedding.shape[-1]) if embedding is not None else meta.get("vocab_size", 0),
         n_swa=n_swa,
-        weights_bytes=sum(int(tensor.n_bytes) for tensor in reader.tensors),
+        weights_bytes=sum(int(tensor.n_bytes) for tensor in tensors),
         layers=tuple(layers),
         refused=_refusal(meta, layers),
     )
@@ -311,6 +316,14 @@ def _refusal(meta: _Metadata, layers: list[LayerShape]) -> str | None:
         return f"{meta.arch} uses ALiBi positions"
     if meta.get("rope.dimension_sections", None):
         return f"{meta.arch} uses M-RoPE positions"
+    if meta.arch in _ENCODERS or meta.arch in _NOT_CAUSAL or not meta.get("attention.causal", True):
+        return f"{meta.arch} is an encoder or has non-causal attention"
+    if meta.arch in _SHARED_KV:
+        return f"{meta.arch} may share K and V between layers"
+    if meta.get("attention.indexer.top_k", 0) or meta.get("attention.indexer.key_length", 0):
+        return f"{meta.arch} chooses the tokens that it attends to by an indexer"
+    if meta.arch in _UNUSUAL:
+        return f"{meta.arch} has attention or a cache of its own kind"
     return None
 
 
@@ -322,8 +335,10 @@ def estimate(
     kv_ratio: float = 0.25,
     kv_stage: int = 768,
     kv_window: int = 512,
+    kv_sink: int = 4,
     kv_type_k: str = "auto",
     kv_type_v: str = "auto",
+    n_chunk: int = 32,
     n_ubatch: int = 512,
     swa_full: bool = False,
 ) -> CacheEstimate:
@@ -336,8 +351,10 @@ def estimate(
         Context size, tokens.
     cache : str
         One of `CACHE_TYPES`. The first three are llama.cpp's own caches for all layers.
-    kv_ratio, kv_stage, kv_window, kv_type_k, kv_type_v : float, int, int, str, str
+    kv_ratio, kv_stage, kv_window, kv_sink, kv_type_k, kv_type_v : float, int, int, int, str, str
         As in `Llama`; used by "semanticache" only. Heads are taken to have equal budgets.
+    n_chunk : int
+        Longest chunk, tokens: a kv head never gets fewer rows than this and kv_sink.
     n_ubatch : int
         Tokens computed at a time.
     swa_full : bool
@@ -358,9 +375,9 @@ def estimate(
     if cache == "semanticache":
         if shape.refused:
             raise ArgumentError(f"expected a model whose cache can be compressed, got one where {shape.refused}")
-        rows = _check_budget(full, cells, kv_ratio, kv_stage, kv_window)
+        rows = _check_budget(full, cells, kv_ratio, kv_stage, kv_window, kv_sink, n_chunk)
         if not swa_full:  # a batch is no larger than what a pass makes room for
-            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window - _N_SINK)))
+            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window - kv_sink)))
         n_head_kv = sum(layer.n_head_kv for layer in full)
         kv_type_k, kv_type_v = _row_type(full, kv_type_k, "k"), _row_type(full, kv_type_v, "v")
         core = round(rows * (_plain_bytes(full, 1, kv_type_k, "k") + _plain_bytes(full, 1, kv_type_v, "v") + _BIAS_BYTES * n_head_kv))
@@ -425,7 +442,7 @@ def _plain_bytes(layers: Sequence[LayerShape], cells: int, cache: str, parts: st
     return total
 
 
-def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_stage: int, kv_window: int) -> float:
+def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_stage: int, kv_window: int, kv_sink: int, n_chunk: int) -> float:
     """Rows per kv head, on average."""
     if not 0 < kv_ratio <= 1:
         raise ArgumentError(f"expected 0 < kv_ratio <= 1, got {kv_ratio}")
@@ -433,19 +450,23 @@ def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_st
         raise ArgumentError(
             f"expected 0 < kv_stage <= n_ctx, got kv_stage {kv_stage} and n_ctx {cells}; lower --kv-stage"
         )
-    if kv_stage <= kv_window + _N_SINK:
+    if kv_sink < 0 or kv_window < 1:
+        raise ArgumentError(f"expected kv_sink >= 0 and kv_window >= 1, got {kv_sink} and {kv_window}; the defaults fit most uses")
+    if kv_stage <= kv_window + kv_sink:
         raise ArgumentError(
-            f"expected kv_stage > kv_window + {_N_SINK} sinks = {kv_window + _N_SINK}, got kv_stage {kv_stage}; "
+            f"expected kv_stage > kv_window + {kv_sink} sinks = {kv_window + kv_sink}, got kv_stage {kv_stage}; "
             "raise --kv-stage or lower --kv-window"
         )
+    if not 1 <= n_chunk <= 255:
+        raise ArgumentError(f"expected n_chunk of 1 to 255, got {n_chunk}; the default is 32")
     if kv_stage - kv_window > _MAX_ROOM:
         raise ArgumentError(f"expected kv_stage <= kv_window + {_MAX_ROOM}, got kv_stage {kv_stage} and kv_window {kv_window}; raise --kv-window or lower --kv-stage")
     n_head_kv = sum(layer.n_head_kv for layer in full)
     rows = round(kv_ratio * cells * n_head_kv)
-    least = min(cells, _N_SINK + _N_CHUNK) * n_head_kv
+    least = min(cells, kv_sink + n_chunk) * n_head_kv
     if rows < least:
         raise ArgumentError(
-            f"expected at least {_N_SINK + _N_CHUNK} rows per kv head, got {rows / n_head_kv:.0f} from "
+            f"expected at least {kv_sink + n_chunk} rows per kv head, got {rows / n_head_kv:.0f} from "
             f"kv_ratio {kv_ratio} and n_ctx {cells}; raise one of them"
         )
     return rows / n_head_kv

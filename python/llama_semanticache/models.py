@@ -164,6 +164,8 @@ def fetch(name: str, progress: bool = True) -> Path:
     if is_fetched(entry):
         return entry.path
     folder = entry.path.parent
+    if progress:
+        print(f"Fetching {entry.name} ({entry.size_bytes / 2**20:.0f} MiB, {entry.licence}) to {folder}", file=sys.stderr)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{entry.name}-") as scratch:
@@ -310,6 +312,29 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFReader:
             f"expected a complete GGUF file, got {path} ({path.stat().st_size} bytes) that is truncated or damaged "
             f"({type(error).__name__}: {error}); download or convert it again"
         ) from error
+
+
+def split_files(path: str | os.PathLike[str]) -> list[Path]:
+    """All files of a model, as llama.cpp finds them: the file itself, or the first and its siblings if it is split over several.
+
+    Raises
+    ------
+    ModelFileError
+        As `read_gguf`; the file is another than the first, has another name than llama-gguf-split gives, or one is missing.
+    """
+    path = Path(path)
+    reader = read_gguf(path)
+    number, count = (0 if field is None else int(field.contents()) for field in map(reader.get_field, ("split.no", "split.count")))
+    if count < 2:
+        return [path]
+    ending = f"-00001-of-{count:05d}.gguf"
+    if number != 0 or not path.name.endswith(ending):
+        raise ModelFileError(f"expected the first file of a model that is split over {count}, named ...{ending}, got {path}, number {number + 1}; name the first")
+    files = [path.with_name(f"{path.name.removesuffix(ending)}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelFileError(f"expected all {count} files of {path} in its folder, got no {', '.join(missing)}; fetch what is missing")
+    return files
 
 
 @cache

@@ -20,18 +20,19 @@ SHIPPED = Path(__file__).parent / "profiles"
 
 
 def model_id(model_path: str | os.PathLike[str]) -> str:
-    """Fingerprint of a model file: SHA-256 of its size, its first MiB and 64 blocks spread over the rest.
+    """Fingerprint of a model: SHA-256 of the size, the first MiB and 64 blocks spread over the rest of each of its files.
 
     Reading all of a 40 GB file would take a minute; any other quantization, fine-tune or vocabulary differs here too.
     """
-    path = Path(model_path)
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(1 << 20))
-        for i in range(64):
-            file.seek(i * max(0, size - (1 << 16)) // 63)
-            digest.update(file.read(1 << 16))
+    digest = hashlib.sha256()
+    for path in models.split_files(model_path):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            for i in range(64):
+                file.seek(i * max(0, size - (1 << 16)) // 63)
+                digest.update(file.read(1 << 16))
     return digest.hexdigest()
 
 
@@ -42,8 +43,14 @@ def profile_path(id: str) -> Path:
 
 def find(model_path: str | os.PathLike[str]) -> Path | None:
     """The profile of a model that was calibrated here or came with the package, or None."""
-    id = model_id(model_path)
-    return next((p for p in (profile_path(id), SHIPPED / f"{id}.profile") if _is_current(p)), None)
+    shipped = SHIPPED / f"{model_id(model_path)}.profile"
+    return measured(model_path) or (shipped if _is_current(shipped) else None)
+
+
+def measured(model_path: str | os.PathLike[str]) -> Path | None:
+    """The profile of a model that was calibrated here, or None."""
+    path = profile_path(model_id(model_path))
+    return path if _is_current(path) else None
 
 
 def _is_current(path: Path) -> bool:
@@ -86,7 +93,7 @@ def calibrate(
     out : path, optional
         File to write; by default the model's place in the user's cache directory.
     force : bool
-        Calibrate again although the profile is there.
+        Calibrate again although the model's profile is there, by whatever texts.
     n_threads : int, optional
         As in Llama.
 

@@ -166,5 +166,5 @@ def check_stats(llm: Llama) -> None:
     assert all(0 <= used <= allocated <= s.n_ctx for _, _, allocated, used in rows)
     # every token outside the stage is a row, went into one, or was dropped; cuts only take rows away
     assert s.rows_used + s.rows_merged + s.rows_dropped >= (s.n_tokens - s.n_tokens_stage) * len(rows)
-    windows = any(key.endswith("attention.sliding_window") for key in llm.metadata)
-    assert (s.other_bytes > 0) == windows, s  # what is in no other field is of sliding-window layers
+    others = any(key.endswith(("attention.sliding_window", "shortconv.l_cache")) for key in llm.metadata)
+    assert (s.other_bytes > 0) == others, s  # what is in no other field is of layers with sliding windows or recurrent states

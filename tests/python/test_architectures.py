@@ -10,7 +10,7 @@ from conftest import EXACT, SMALL, check_stats, continue_with, kl, last_logits, 
 from llama_semanticache import _native
 
 N_PROMPT, N_MORE = 600, 8
-FULL_ATTENTION = {"gemma2": {1}, "gemma3": {5}}  # the other layers have sliding windows
+FULL_ATTENTION = {"gemma2": {1}, "gemma3": {5}, "lfm2": {1, 3}}  # the other layers have sliding windows, or of lfm2 a recurrent state
 TOKENS = random_tokens(N_PROMPT + N_MORE)
 
 

@@ -20,7 +20,7 @@ from llama_semanticache import Llama
 from llama_semanticache.bench import cases, chat, memory, quality, report, speed, tasks
 from llama_semanticache.bench.process import Worker
 from llama_semanticache.bench.runs import Run
-from llama_semanticache.bench.settings import parse_setting
+from llama_semanticache.bench.settings import check_settings, parse_setting
 from llama_semanticache.cli import main
 from llama_semanticache.errors import ArgumentError, SemanticCacheError
 
@@ -56,7 +56,7 @@ def test_speed_measures_every_setting_in_every_round(wide, tmp_path):
     text.write_text("the quick brown fox jumps over a lazy dog. " * 40)
     out = tmp_path / "speed.json"
     settings = ("stock:q8_0", "semanticache:0.25:equal:stage=96:window=12")
-    command = ["bench", "speed", wide, "--text", str(text), "--depth", "300", "--depth", "50", "--n-decode", "5", "--rounds", "2", "--threads", "1"]
+    command = ["bench", "speed", wide, "--text", str(text), "--depth", "300", "--depth", "50", "--n-decode", "90", "--rounds", "2", "--threads", "1"]
     command += ["--json", str(out), *(word for s in settings for word in ("--setting", s))]
     assert os.environ.get(speed.STOCK_VARIABLE), f"expected {speed.STOCK_VARIABLE}, got nothing; run `make test`, which builds the unpatched library"
     done = CliRunner().invoke(main, command)
@@ -68,12 +68,13 @@ def test_speed_measures_every_setting_in_every_round(wide, tmp_path):
         assert min(record["resident_bytes"]) > record["kv_bytes"]
         assert len(record["prefill_s"]) == len(record["decode_s"]) == 2 and min(record["prefill_s"] + record["decode_s"]) > 0
     assert ours["pass_s"] and 0 < sum(ours["pass_s"]) < sum(ours["prefill_s"]) and not f16["pass_s"]
+    assert ours["decode_pass_s"] and 0 < sum(ours["decode_pass_s"]) < sum(ours["decode_s"]) and not f16["decode_pass_s"]
     assert f16["kv_bytes"] == 2 * 2 * 2 * 64 * 2 * 512  # layers, kv heads, K and V, head size, bytes, cells
     assert q8_0["kv_bytes"] == f16["kv_bytes"] * 34 // 64
     assert f"{ours['kv_bytes'] / 2**20:.1f}" in done.output and "semanticache" in done.output
     written = out.read_text()
     assert CliRunner().invoke(main, command).exit_code == 0 and out.read_text() == written  # nothing is measured twice
-    done = CliRunner().invoke(main, [*command, "--n-decode", "6"])
+    done = CliRunner().invoke(main, [*command, "--n-decode", "91"])
     assert done.exit_code == 1 and "another asked; name another file" in done.output
 
 
@@ -112,6 +113,27 @@ def test_speed_of_a_setting_that_cannot_be(setting, message, tiny, tmp_path):
 def test_a_process_that_ends_instead_of_answering():
     with Worker("x:1", [sys.executable, "-c", "raise SystemExit(3)"]) as worker, pytest.raises(SemanticCacheError, match=r"x:1: expected a measurement, got .*status 3"):
         worker.ask(load={})
+
+
+def test_a_process_that_ends_between_two_orders():
+    """The order stays in the pipe, which must not hide what is said."""
+    with pytest.raises(SemanticCacheError, match=r"x:1: expected a measurement, got .*status 0"), Worker("x:1", [sys.executable, "-c", ""]) as worker:
+        worker.process.wait()
+        worker.ask(load={})
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("semanticache:2:equal", "expected 0 < kv_ratio"), ("semanticache:0.25:sink=300", r"expected kv_stage > kv_window \+ 300 sinks"),
+    ("semanticache:0.05:sink=60", "expected at least 92 rows per kv head"), ("semanticache:0.25:chunk=256", "expected n_chunk of 1 to 255"),
+    ("semanticache:0.0625:chunk=64", "expected at least 68 rows per kv head"),
+])  # fmt: skip
+def test_a_setting_that_the_library_refuses_is_refused_before(setting, message, tiny):
+    """By the same rule: the library says so, too."""
+    with pytest.raises(ArgumentError, match=message):
+        check_settings(tiny("llama"), [setting], 1024)
+    with pytest.raises(ArgumentError):
+        Llama(tiny("llama"), **{**parse_setting(setting), "kv_profile": None}, n_ctx=1024, verbose=False)
+    check_settings(tiny("llama"), ["semanticache:0.25:sink=0:stage=515"], 1024)
 
 
 def test_a_setting_that_cannot_be_is_named_before_anything_is_measured(tiny, tmp_path):

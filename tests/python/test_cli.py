@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -346,6 +347,18 @@ def test_profile_writes_a_profile_that_run_takes(tiny, tmp_path):
     assert lines[:2] == ["semcache-profile 2", f"model_id {result['model_id']}"]
     done = program("run", tiny, "--prompt", "x", "--max-tokens", "4", *SETTINGS, "--kv-profile", str(out))
     assert done.returncode == 0, done.err
+
+
+def test_profile_that_is_there(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_SEMANTICACHE_CACHE", str(tmp_path))
+    text = tmp_path / "text.txt"
+    text.write_text("A dog and a fox met by the river. " * 200)
+    first, again, other = (program("profile", tiny, "--threads", "1", *more) for more in ((), (), ("--text", str(text))))
+    assert first.returncode == again.returncode == 0 and first.out == again.out, first.err + again.err
+    assert "--force" not in first.err and "measured before; --force" in again.err
+    assert other.returncode == 1 and "--force replaces it" in other.err
+    forced = program("profile", tiny, "--threads", "1", "--text", str(text), "--force")
+    assert forced.returncode == 0 and Path(first.out.strip()).read_text().splitlines()[2] == "n_text 1"
 
 
 def test_profile_of_other_texts(tiny, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import llama_cpp
@@ -21,6 +22,7 @@ from llama_semanticache import (
     ModelFileError,
     ProfileError,
     SemanticCacheError,
+    StateError,
     UnsupportedModelError,
 )
 
@@ -241,11 +243,13 @@ def test_the_stock_library(tiny):
         "except ImportError as error:\n"
         "    print(type(error).__name__, error)\n"
     )
-    for first, cause in (("import llama_cpp", "llama_cpp was imported first"), ("", "LLAMA_CPP_LIB_PATH points there")):
+    for first, cause, remedy in (
+        ("import llama_cpp", "llama_cpp was imported first", "import llama_semanticache before llama_cpp"), ("", "LLAMA_CPP_LIB_PATH points there", "leave it unset"),
+    ):  # fmt: skip
         done = run_python(code.format(first=first), LLAMA_CPP_LIB_PATH=stock)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("LibraryError expected the patched llama.cpp, got the stock library"), done.stdout
-        assert cause in done.stdout and "import llama_semanticache before llama_cpp" in done.stdout
+        assert cause in done.stdout and remedy in done.stdout
 
 
 def test_no_library(tmp_path):
@@ -305,6 +309,24 @@ def test_a_failed_pass_leaves_the_cache_as_it_was(tiny):
     done = run_python(FAILED_PASS, tiny("llama"), os.path.dirname(__file__))
     assert done.returncode == 0, done.stderr
     assert "OK pass: expected memory" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("options", [{"kv_ratio": 0.125}, {"kv_stage": "x", "kv_profile": None}])
+def test_arguments_without_kv_compress(options, tiny):
+    """Upstream would take them without a word, and allocate a cache that is many times what the user thinks it is."""
+    with pytest.warns(UserWarning, match=f"^{', '.join(sorted(options))}: no use without kv_compress"):
+        Llama(tiny("llama"), **options, n_ctx=512, verbose=False).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Llama(tiny("llama"), kv_compress=None, kv_ratio=0.25, n_ctx=512, verbose=False).close()
+
+
+def test_statistics_after_close(tiny):
+    for options in ({"n_ctx": 512}, SMALL):
+        llm = Llama(tiny("llama"), **options, verbose=False)
+        llm.close()
+        with pytest.raises(StateError, match="expected a model that is loaded, got one after close"):
+            llm.kv_stats()
 
 
 def test_a_model_without_a_vocabulary(tmp_path):

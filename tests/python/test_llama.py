@@ -6,13 +6,14 @@ import json
 import math
 import pickle
 import shutil
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
-from conftest import N_THREADS, SMALL, check_stats, count_evals, kl, last_logits, random_tokens, sentences
+from conftest import N_THREADS, SMALL, check_stats, count_evals, kl, last_logits, random_tokens, sentences, text_tokens
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from llama_semanticache import Llama, _native
@@ -120,6 +121,18 @@ def test_seed_determinism(llm):
     assert text_of(complete(llm, temperature=1)) == first
 
 
+def test_timings_of_llama_cpp(smollm2, load):
+    """A pass waits for the computation before it, which must not end the timing of the batch that it makes room for."""
+    llm = load(smollm2, n_ctx=1024, kv_compress="semanticache", kv_profile=None, kv_stage=192, kv_window=64)
+    start = time.perf_counter()
+    llm.eval(text_tokens(llm, 600))
+    llama_cpp.llama_synchronize(llm.ctx)
+    wall_ms = 1e3 * (time.perf_counter() - start)
+    perf = llama_cpp.llama_perf_context(llm.ctx)
+    assert llm.kv_stats().n_pass >= 3 and perf.n_p_eval == 600
+    assert 0.5 * wall_ms < perf.t_p_eval_ms <= wall_ms
+
+
 def test_prompt_lookup_in_batches_smaller_than_a_draft(tiny, load):
     """The window leaves room for batches of 4 tokens: longer drafts are cut, or upstream would ask for logits that are gone."""
     prompt, small = PROMPT[:150] * 2, {**SMALL, "kv_stage": 96, "kv_window": 88}
@@ -129,7 +142,9 @@ def test_prompt_lookup_in_batches_smaller_than_a_draft(tiny, load):
     counts = count_evals(drafted)
     assert text_of(complete(drafted, prompt)) == text_of(complete(plain, prompt))
     assert max(counts[-10:]) > 1  # drafts were evaluated
-    assert pickle.loads(pickle.dumps(drafted)).draft_model.draft_model.num_pred_tokens == 10 and drafted.__getstate__()["draft_model"] is draft
+    assert pickle.loads(pickle.dumps(drafted)).draft_model.num_pred_tokens == 10 and drafted.__getstate__()["draft_model"] is draft
+    drafted.draft_model.num_pred_tokens = 3  # as of the object that was passed in
+    assert draft.num_pred_tokens == 3 and pickle.loads(pickle.dumps(drafted.draft_model)).num_pred_tokens == 3
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1])

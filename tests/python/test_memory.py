@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import tiny_models
+from conftest import SMALL, last_logits, random_tokens
 
-from llama_semanticache import _native, memory
+from llama_semanticache import _native, memory, models, profile
 from llama_semanticache.errors import ArgumentError, ModelFileError
 from llama_semanticache.memory import LayerShape, ModelShape, estimate, largest_n_ctx, memory_report, read_shape
 
@@ -179,6 +181,54 @@ def test_refused_architectures(folder, arch):
     report = memory_report(shape.path, [2048])
     assert "semanticache" not in report.max_n_ctx
     assert any(word in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("arch", "metadata", "word"), [
+    ("gemma3n", {}, "share K and V"), ("gemma4", {}, "share K and V"), ("grok", {}, "of its own kind"), ("t5", {}, "encoder"), ("llada", {}, "non-causal"),
+    ("qwen3", {"attention.causal": False}, "non-causal"), ("qwen3", {"attention.indexer.top_k": 64}, "indexer"), ("qwen3", {}, None), ("qwen3", {"attention.causal": True}, None),
+])  # fmt: skip
+def test_what_the_library_refuses_by_its_metadata(arch, metadata, word, tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
+    writer.add_block_count(30)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    for key, value in metadata.items():
+        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"{arch}.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused = memory.read_shape(tmp_path / "m.gguf").refused
+    assert refused is None if word is None else word in refused
+
+
+def test_a_model_that_is_split_over_files(tmp_path, load):
+    """Counted and told from others as a whole, and loaded as llama.cpp does."""
+    whole = tiny_models.write_tiny(tmp_path / "m.gguf", "llama")
+    first = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_split_tensors=6)
+    assert first.name.startswith("m-00001-of-") and len(models.split_files(first)) >= 3 and models.split_files(whole) == [whole]
+    a, b = memory.read_shape(whole), memory.read_shape(first)
+    assert (b.weights_bytes, b.n_vocab) == (a.weights_bytes, a.n_vocab) and a.weights_bytes > 0
+    tokens = random_tokens(300)
+    logits = []
+    for path in (whole, first):
+        llm = load(path, **SMALL)
+        llm.eval(tokens)
+        logits.append(last_logits(llm))
+    assert np.array_equal(*logits)
+
+    last = models.split_files(first)[-1]
+    id = profile.model_id(first)
+    data = last.read_bytes()
+    last.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert profile.model_id(first) != id
+    with pytest.raises(ModelFileError, match="expected the first file .* got .*; name the first"):
+        memory.read_shape(last)
+    last.unlink()
+    with pytest.raises(ModelFileError, match=f"got no {last.name}; fetch"):
+        memory.read_shape(first)
 
 
 def test_weights_are_the_tensors(folder):

@@ -48,7 +48,7 @@ def test_floor_before_any_pass(tiny, load):
     assert [llm._floor(p) for p in (0, 1, 30, 60)] == [0, 1, 30, 60]
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
 def test_a_cut_elsewhere_fails_and_changes_nothing(arch, filled):
     llm, twin = filled(arch), filled(arch)
     begin = llm.kv_stats().n_tokens - llm.kv_stats().n_tokens_stage
@@ -63,7 +63,7 @@ def test_a_cut_elsewhere_fails_and_changes_nothing(arch, filled):
     np.testing.assert_array_equal(continue_with(llm, MORE), continue_with(twin, MORE))
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3", "lfm2"])
 def test_a_reused_prefix_gives_what_a_fresh_run_gives(arch, filled, tiny, load):
     """Below capacity, wherever the texts part; sliding-window layers have forgotten what lies far behind."""
     full = load(tiny(arch), n_ctx=1024, n_batch=80)
@@ -236,16 +236,28 @@ def test_positions_cannot_be_shifted(filled):
     np.testing.assert_array_equal(continue_with(llm, MORE[:5]), continue_with(twin, MORE[:5]))
 
 
-def test_positions_cannot_be_shifted_beside_sliding_windows(tiny, load):
+@pytest.mark.parametrize("arch", ["gemma3", "lfm2"])
+def test_positions_cannot_be_shifted_beside_other_layers(arch, tiny, load):
+    """With sliding windows, or with a recurrent state: they must not move alone."""
     import llama_cpp
 
-    llm, twin = (load(tiny("gemma3"), **SMALL) for _ in range(2))
+    llm, twin = (load(tiny(arch), **SMALL) for _ in range(2))
     for each in (llm, twin):
         each.eval(list(range(20, 220)))
     memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
     llama_cpp.llama_memory_seq_add(memory, 0, 190, -1, -10)
     llama_cpp.llama_memory_seq_div(memory, 0, 190, -1, 2)
+    assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == 199
     np.testing.assert_array_equal(continue_with(llm, MORE[:5]), continue_with(twin, MORE[:5]))
+
+
+def test_a_text_beside_sliding_windows_that_begins_anywhere(tiny, load):
+    """Nothing comes before its first token, so that every cut finds what the windows need."""
+    llm = load(tiny("gemma3"), **SMALL)
+    llm._batch.set_batch(batch=list(range(20, 60)), n_past=300, logits_all=False)
+    llm._ctx.decode(llm._batch)
+    assert llm._floor(320) == 320
+    assert llm._ctx.kv_cache_seq_rm(0, 320, -1) and llm.kv_stats().n_tokens == 320
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])

@@ -82,6 +82,7 @@ def test_auto_calibrates_once(tiny, cache, load, monkeypatch, capfd):
     assert one.kv_stats().rows_allocated == equal.kv_stats().rows_allocated
 
 
+@pytest.mark.filterwarnings("ignore:.*no use without kv_compress")
 def test_auto_needs_no_profile_where_none_is_used(tiny, cache, load, monkeypatch):
     monkeypatch.setattr(profile, "calibrate", None)  # calling it would fail
     for options in (dict(kv_ratio=1), dict(kv_compress="paper"), dict(kv_compress="streaming"), dict(kv_compress=None)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
 
-from llama_semanticache import Llama, StateError
+from llama_semanticache import Llama, StateError, _native
 
 TOKENS = random_tokens(500)
 MORE = random_tokens(130, seed=1)  # more than the stage: passes happen after the state was restored too
@@ -21,9 +22,40 @@ def numbers(llm):
     return s.n_tokens, s.n_tokens_stage, s.rows_merged, s.rows_dropped, llm.kv_rows()
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "lfm2"])
+def test_states_are_of_the_only_sequence(arch, tiny, load):
+    """Stock llama.cpp would say yes: to a state without the stage, and to cells that no batch can name."""
+    llm = load(tiny(arch), **SMALL)
+    llm.eval(TOKENS)
+    was = numbers(llm)
+    size = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
+    data = (ctypes.c_uint8 * size)()
+    assert llama_cpp.llama_state_seq_get_data(llm.ctx, data, size, 0) == size > 0
+    assert llama_cpp.llama_state_seq_get_size(llm.ctx, 1) == 0
+    for refused in (llama_cpp.llama_state_seq_get_data, llama_cpp.llama_state_seq_set_data):
+        assert refused(llm.ctx, data, size, 1) == 0
+        assert "expected sequence 0, the only one, got 1; pass 0" in str(_native.last_error())
+        assert numbers(llm) == was
+    assert llama_cpp.llama_state_seq_set_data(llm.ctx, data, size, 0) == size and numbers(llm) == was
+
+
+def test_a_state_of_another_vocabulary(tiny, load):
+    """Of the same architecture and shapes, as a fine-tune with more tokens would be: refused before anything is read."""
+    llm = load(tiny("llama"), **SMALL)
+    llm.eval(TOKENS)
+    state = llm.save_state()
+    state.scores = state.scores[:, :-1]
+    llm.reset()
+    llm.eval(TOKENS[::-1][:200])
+    was = numbers(llm)
+    with pytest.raises(StateError, match="expected one of a model of 300 tokens, got one of 299; .* the cache is as it was"):
+        llm.load_state(state)
+    assert numbers(llm) == was and llm.n_tokens == 200
+
+
 @pytest.mark.parametrize("method", ["semanticache", "paper", "streaming"])
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
 def test_round_trip(arch, flash_attn, method, tiny, load):
     options = {**SMALL, "kv_compress": method, "flash_attn": flash_attn}  # v is transposed without flash attention
     llm = load(tiny(arch), **options)
@@ -90,10 +122,12 @@ def test_a_state_from_before_the_first_pass_and_an_empty_one(tiny, load):
         dict(kv_compress="streaming"),
         dict(n_ctx=512),
         dict(kv_compress=None),
+        dict(kv_params={"calibrate": 1}),
     ],
     ids=lambda options: "-".join(map(str, next(iter(options.items())))),
 )
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "lfm2"])
+@pytest.mark.filterwarnings("ignore:.*no use without kv_compress")
 def test_a_state_of_other_settings_is_refused_and_changes_nothing(arch, other, tiny, load):
     saver = load(tiny(arch), **{**SMALL, **other})
     saver.eval(TOKENS[:450])

@@ -117,6 +117,21 @@ def test_tokens_between_others_can_go(tiny, load):
     assert np.isfinite(last_logits(llm)).all()
 
 
+def test_a_cut_behind_a_gap(tiny, load):
+    """The text then ends before what the last pass had asked: what comes there must find room, and a state must be whole."""
+    llm = load(tiny("llama"), **WIDE)
+    llm.eval(TOKENS[:385])  # 360 of them were asked
+    assert llm._ctx.kv_cache_seq_rm(0, 300, 370) and llm._ctx.kv_cache_seq_rm(0, 370, -1)
+    llm.n_tokens = 300
+    assert llm.kv_stats().n_tokens == 300
+    llm.load_state(llm.save_state())
+    llm._batch.set_batch(batch=MORE[:10], n_past=300, logits_all=False)
+    llm._ctx.decode(llm._batch)
+    llm.n_tokens = 310
+    assert continue_with(llm, MORE[10:]).shape[0] == len(MORE) - 10 and llm.kv_stats().n_pass > 6
+    check_stats(llm)
+
+
 @pytest.mark.parametrize("n_asked", [-1, 10**6])
 def test_a_damaged_count_of_those_who_voted_is_refused(n_asked, tiny, load):
     """Tokens that claim to have voted already would never make room in the ring."""

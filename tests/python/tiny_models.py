@@ -15,8 +15,8 @@ import numpy as np
 
 # Architectures whose cache can be compressed. "llama3" is llama with RoPE frequency factors, "mistral" is llama with a
 # head size that is not n_embd / n_head, "phi3-longrope" has long and short factors and rotates 3/4 of a head, every fourth layer
-# of "smollm3" is without RoPE.
-SUPPORTED = ("llama", "llama3", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3-longrope", "smollm3")
+# of "smollm3" is without RoPE, every second layer of "lfm2" is a short convolution, whose state cannot be cut.
+SUPPORTED = ("llama", "llama3", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3-longrope", "smollm3", "lfm2")
 
 # Architectures that must be refused with kv_compress, and why.
 REFUSED = {"mamba": "recurrent", "bloom": "ALiBi", "deepseek2": "MLA", "qwen2vl": "M-RoPE", "hunyuan-dense": "weighs them again"}
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 _GGUF_ARCH = {"llama3": "llama", "mistral": "llama", "phi3-longrope": "phi3"}
 _ATTN_GAIN = math.sqrt(2.0)  # of q and of k: attention logits then have a standard deviation of 2
-_N_LAYER = {"gemma3": 7, "smollm3": 4}  # of gemma3 five sliding-window layers, one full, one sliding-window
+_N_LAYER = {"gemma3": 7, "smollm3": 4, "lfm2": 4}  # of gemma3 five sliding-window layers, one full, one sliding-window
 _EPS = 1e-5
 
 
@@ -46,6 +46,7 @@ def write_tiny(
     dtype: str = "f32",
     seed: int = 0,
     has_vocabulary: bool = True,
+    n_split_tensors: int = 0,
     metadata: Mapping[str, str | int | float | bool] | None = None,
 ) -> Path:
     """Write a tiny random model.
@@ -57,7 +58,7 @@ def write_tiny(
     arch : str
         One of `SUPPORTED` or a key of `REFUSED`.
     n_layer : int, optional
-        Default 2; 7 for gemma3, whose every sixth layer has full attention; 4 for smollm3.
+        Default 2; 7 for gemma3, whose every sixth layer has full attention; 4 for smollm3 and lfm2.
     n_embd, n_head, n_head_kv : int
         Width, query heads, kv heads. bloom has as many kv heads as query heads, deepseek2 (MLA) one.
     n_embd_head : int, optional
@@ -73,17 +74,19 @@ def write_tiny(
         Of the weights.
     has_vocabulary : bool
         Without one a model only has token numbers.
+    n_split_tensors : int
+        If not 0: split over several files of this many tensors, the first of none.
     metadata : mapping, optional
         More metadata; "{arch}" in a key stands for the GGUF architecture, as in "{arch}.rope.scaling.type".
 
     Returns
     -------
     Path
-        `path`.
+        `path`, or the first file that begins with its stem.
     """
     if arch not in SUPPORTED and arch not in REFUSED:
         raise ValueError(f"expected an architecture of {', '.join((*SUPPORTED, *REFUSED))}, got {arch!r}")
-    builder = _Builder(Path(path), arch, dtype, seed)
+    builder = _Builder(Path(path), arch, dtype, seed, n_split_tensors)
     builder.vocabulary(has_vocabulary)
     builder.model(n_layer or _N_LAYER.get(arch, 2), n_embd, n_head, n_head_kv, n_embd_head, n_ctx_train, n_swa)
     for key, value in (metadata or {}).items():
@@ -110,13 +113,14 @@ def is_printable(token: int) -> bool:
 
 
 class _Builder:
-    def __init__(self, path: Path, arch: str, dtype: str, seed: int):
+    def __init__(self, path: Path, arch: str, dtype: str, seed: int, n_split_tensors: int):
         self.path = path
         self.arch = arch
+        self.n_split_tensors = n_split_tensors
         self.gguf_arch = _GGUF_ARCH.get(arch, arch)
         self.dtype = {"f32": np.float32, "f16": np.float16}[dtype]
         self.rng = np.random.default_rng(seed)
-        self.writer = gguf.GGUFWriter(path, self.gguf_arch)
+        self.writer = gguf.GGUFWriter(path, self.gguf_arch, split_max_tensors=n_split_tensors, small_first_shard=n_split_tensors > 0)
         self.writer.add_name("tiny")  # not the architecture: llama.cpp expects certain tokens of a model named phi3
         self.writer.add_file_type(gguf.LlamaFileType.ALL_F32 if dtype == "f32" else gguf.LlamaFileType.MOSTLY_F16)
 
@@ -125,7 +129,7 @@ class _Builder:
         self.writer.write_kv_data_to_file()
         self.writer.write_tensors_to_file()
         self.writer.close()
-        return self.path
+        return min(self.path.parent.glob(f"{self.path.stem}-00001-of-*")) if self.n_split_tensors else self.path
 
     def add_metadata(self, key: str, value: str | int | float | bool) -> None:
         add = {str: self.writer.add_string, bool: self.writer.add_bool, int: self.writer.add_uint32}
@@ -197,13 +201,13 @@ class _Builder:
             output = self.rng.normal(0.0, 2.0 / math.sqrt(n_embd), (self.n_vocab, n_embd))
             output[[not is_printable(i) for i in range(self.n_vocab)]] *= 0.05
             self.tensor("output.weight", output, self.dtype)
-        self.norm("output_norm.weight", n_embd)
+        self.norm("token_embd_norm.weight" if self.arch == "lfm2" else "output_norm.weight", n_embd)
 
         {"mamba": self.mamba, "bloom": self.bloom, "deepseek2": self.deepseek2}.get(self.arch, self.transformer)(
             n_layer
         )
 
-    def attention_metadata(self, n_head_kv: int) -> None:
+    def attention_metadata(self, n_head_kv: int | list[int]) -> None:
         w = self.writer
         w.add_feed_forward_length(self.n_ff)
         w.add_head_count(self.n_head)
@@ -212,8 +216,11 @@ class _Builder:
     def transformer(self, n_layer: int) -> None:
         w, arch, d = self.writer, self.arch, self.d
         gemma = arch.startswith("gemma")
-        self.attention_metadata(self.n_head_kv)
+        is_conv = [arch == "lfm2" and il % 2 == 0 for il in range(n_layer)]
+        self.attention_metadata([0 if conv else self.n_head_kv for conv in is_conv] if any(is_conv) else self.n_head_kv)
         w.add_layer_norm_rms_eps(_EPS)
+        if any(is_conv):
+            w.add_shortconv_l_cache(3)
         if d != self.n_embd // self.n_head:
             w.add_key_length(d)
             w.add_value_length(d)
@@ -244,14 +251,18 @@ class _Builder:
         for il in range(n_layer):
             blk = f"blk.{il}"
             self.norm(f"{blk}.attn_norm.weight", self.n_embd)
-            if arch.startswith("phi3"):
+            if is_conv[il]:
+                self.tensor(f"{blk}.shortconv.conv.weight", self.rng.normal(0.0, 1.0, (self.n_embd, 3)))
+                self.matrix(f"{blk}.shortconv.in_proj.weight", 3 * self.n_embd, self.n_embd)
+                self.matrix(f"{blk}.shortconv.out_proj.weight", self.n_embd, self.n_embd)
+            elif arch.startswith("phi3"):
                 q, k, v = (
                     self.rng.normal(0.0, gain / math.sqrt(self.n_embd), (n, self.n_embd))
                     for n, gain in ((n_q, _ATTN_GAIN), (n_kv, _ATTN_GAIN), (n_kv, 1.0))
                 )
                 self.tensor(f"{blk}.attn_qkv.weight", np.concatenate([q, k, v]), self.dtype)
             else:
-                qk_norm = arch in ("qwen3", "gemma3", "hunyuan-dense")
+                qk_norm = arch in ("qwen3", "gemma3", "hunyuan-dense", "lfm2")
                 self.matrix(f"{blk}.attn_q.weight", n_q, self.n_embd, gain=1.0 if qk_norm else _ATTN_GAIN)
                 self.matrix(f"{blk}.attn_k.weight", n_kv, self.n_embd, gain=1.0 if qk_norm else _ATTN_GAIN)
                 self.matrix(f"{blk}.attn_v.weight", n_kv, self.n_embd)
@@ -261,7 +272,8 @@ class _Builder:
                 if qk_norm:
                     self.norm(f"{blk}.attn_q_norm.weight", d, _ATTN_GAIN)
                     self.norm(f"{blk}.attn_k_norm.weight", d, _ATTN_GAIN)
-            self.matrix(f"{blk}.attn_output.weight", self.n_embd, n_q, gain=3.0)
+            if not is_conv[il]:
+                self.matrix(f"{blk}.attn_output.weight", self.n_embd, n_q, gain=3.0)
             if gemma:
                 self.norm(f"{blk}.post_attention_norm.weight", self.n_embd, 2.0)
                 self.norm(f"{blk}.post_ffw_norm.weight", self.n_embd, 2.0)

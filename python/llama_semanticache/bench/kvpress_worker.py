@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ PRESSES = {
     "adakv": lambda compression_ratio: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(compression_ratio=compression_ratio)),
     "kvzip": kvpress.KVzipPress,
 }
+VERSIONS = {name: version(name) for name in ("kvpress", "torch", "transformers")}
 MASKING = {"adakv", "kvzip"}
 """These mark rows instead of removing them."""
 
@@ -97,6 +99,7 @@ def measure(model: Model, order: dict[str, Any]) -> dict[str, Any]:
         "same_top": float((reference.argmax(-1) == logp.argmax(-1)).float().mean()),
         "log_ppl": float((reference[at] - logp[at]).mean()),
         "prefill_s": seconds, "pass_s": 0.0, "kv_bytes": n_bytes, "rows_used": sum(held), "texts": [],
+        "versions": VERSIONS,
     }  # fmt: skip
     for question in order["questions"]:
         cut(cache, held)

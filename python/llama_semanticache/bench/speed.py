@@ -17,7 +17,7 @@ from typing import Any, Sequence
 
 import click
 
-from .. import models
+from .. import _native, models
 from ..errors import ArgumentError
 from ..memory import read_shape
 from .options import json_option, setting_option, text_option, threads_option
@@ -51,7 +51,7 @@ class Workers:
 
     def ask(self, setting: str, **order: Any) -> dict[str, Any]:
         if setting not in self.workers:
-            env = {"LLAMA_CPP_LIB_PATH": str(self.stock_lib) if setting in STOCK else None}
+            env = {_native.LIB_VARIABLE: str(self.stock_lib if setting in STOCK else _native.library_folder())}
             command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
             worker = self.stack.enter_context(Worker(setting, command, env))
             worker.ask(load=self.options[setting])
@@ -60,7 +60,9 @@ class Workers:
 
 
 def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Sequence[int], n_decode: int, rounds: int, threads: int | None, stock_lib: Path) -> None:
-    """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s, rows_used."""
+    """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s and decode_pass_s (of prefill
+    and of decoding), rows_used.
+    """
     from tqdm import tqdm
 
     n_ctx = -(-(max(depths) + n_decode) // 256) * 256
@@ -87,13 +89,13 @@ def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Se
 
 
 def speed_records(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s, resident_bytes."""
+    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s, decode_pass_s, resident_bytes."""
     out: dict[tuple[str, int], dict[str, Any]] = {}
     for name, record in run["records"].items():
         part, setting, depth, _ = name.split("|")
         if part != "speed":
             continue
-        row = out.setdefault((setting, int(depth)), {"setting": setting, "depth": int(depth), "prefill_s": [], "decode_s": [], "pass_s": [], "resident_bytes": []})
+        row = out.setdefault((setting, int(depth)), {"setting": setting, "depth": int(depth), "prefill_s": [], "decode_s": [], "pass_s": [], "decode_pass_s": [], "resident_bytes": []})
         for key, value in record.items():
             if isinstance(row.get(key), list):
                 row[key].append(value)
@@ -112,9 +114,14 @@ def ratios(record: dict[str, Any], base: dict[str, Any], what: str) -> list[floa
     return [theirs / ours for theirs, ours in zip(base[what], record[what])]
 
 
+def share(part: Sequence[float], whole: Sequence[float]) -> str:
+    """Of all rounds together; empty if nothing of the kind was measured."""
+    return f"{sum(part) / sum(whole):.1%}" if part else ""
+
+
 def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and cells; factors are medians over the rounds."""
-    head = ["depth", "cache", "KV MiB", "resident MiB", "prefill t/s", "x f16", "decode t/s", "x f16 (least to most)", "passes"]
+    head = ["depth", "cache", "KV MiB", "resident MiB", "prefill t/s", "x f16", "decode t/s", "x f16 (least to most)", "passes of prefill", "of decode"]
     records = speed_records(run)
     base = {r["depth"]: r for r in records if r["setting"] == BASE}
     cells = []
@@ -123,7 +130,7 @@ def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells.append([
             str(r["depth"]), r["setting"], f"{r['kv_bytes'] / 2**20:.1f}", f"{median(r['resident_bytes']) / 2**20:.0f}",
             f"{rate(r, 'prefill_s', r['depth']):.0f}", f"{median(prefill):.2f}", f"{rate(r, 'decode_s', run['asked']['n_decode']):.1f}",
-            f"{median(decode):.2f} ({min(decode):.2f} to {max(decode):.2f})", f"{sum(r['pass_s']) / sum(r['prefill_s']):.1%}" if r["pass_s"] else "",
+            f"{median(decode):.2f} ({min(decode):.2f} to {max(decode):.2f})", share(r["pass_s"], r["prefill_s"]), share(r["decode_pass_s"], r["decode_s"]),
         ])  # fmt: skip
     return head, cells
 

@@ -33,22 +33,23 @@ def resident_bytes() -> int:
     return memory.rss - getattr(memory, "shared", 0)
 
 
-def kv_bytes(llm: Any) -> dict[str, float]:
-    if not hasattr(llm, "kv_stats"):
-        return {}
-    stats = llm.kv_stats()
-    return {"kv_bytes": stats.total_bytes, "pass_s": stats.pass_s, "rows_used": stats.rows_used}
+def is_ours(llm: Any) -> bool:
+    return hasattr(llm, "kv_stats")
 
 
-def evaluate(llm: Any, tokens: list[int], one_by_one: bool = False) -> float:
-    """Seconds for the tokens, behind those that are there."""
+def timed(llm: Any, tokens: list[int], name: str, pass_name: str, one_by_one: bool = False) -> dict[str, float]:
+    """Seconds for the tokens, behind those that are there; of ours also those of the passes among them."""
+    before = llm.kv_stats().pass_s if is_ours(llm) else 0.0
     start = time.perf_counter()
     if one_by_one:
         for token in tokens:
             llm.eval([token])
     else:
         llm.eval(tokens)
-    return time.perf_counter() - start
+    out = {name: time.perf_counter() - start}
+    if is_ours(llm):
+        out[pass_name] = llm.kv_stats().pass_s - before
+    return out
 
 
 def main() -> None:
@@ -61,17 +62,14 @@ def main() -> None:
         elif "tokenize" in order:
             answer = {"tokens": llm.tokenize(order["tokenize"].encode("utf-8"), special=False)}
         else:
-            before = kv_bytes(llm).get("pass_s", 0.0)
             llm.reset()
             llm.eval(order["warm_up"])
             llm.reset()
-            answer = {"prefill_s": evaluate(llm, order["prompt"])}
-            after = kv_bytes(llm)
-            if after:
-                answer["pass_s"] = after["pass_s"] - before
-            answer["decode_s"] = evaluate(llm, order["decode"], one_by_one=True)
+            answer = {**timed(llm, order["prompt"], "prefill_s", "pass_s"), **timed(llm, order["decode"], "decode_s", "decode_pass_s", one_by_one=True)}
             answer["resident_bytes"] = resident_bytes()
-            answer.update({key: value for key, value in kv_bytes(llm).items() if key != "pass_s"})
+            if is_ours(llm):
+                stats = llm.kv_stats()
+                answer.update(kv_bytes=stats.total_bytes, rows_used=stats.rows_used)
         print(json.dumps(answer), flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -14,12 +15,17 @@ COMMANDS = {name: f"llama_semanticache.bench.{name}" for name in ("chat", "memor
 """A module each, with a command of its name; imported when it is called, since some of them load llama_cpp."""
 
 
+@cache
+def _command(name: str) -> click.Command:
+    return traceback_option(getattr(import_module(COMMANDS[name]), name))
+
+
 class BenchGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return getattr(import_module(COMMANDS[name]), name) if name in COMMANDS else None
+        return _command(name) if name in COMMANDS else None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -31,6 +37,5 @@ class BenchGroup(click.Group):
 
 
 @click.group(cls=BenchGroup)
-@traceback_option
-def bench(verbose: bool) -> None:
+def bench() -> None:
     """Measure: does compression pay here?"""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SemanticCacheError
-from ..models import is_fetched, manifest, resolve
+from ..models import resolve
 
 if TYPE_CHECKING:
     from ..llama import KVStats, Llama
@@ -31,7 +31,7 @@ class ErrorGroup(click.Group):
         except (SemanticCacheError, OSError, RuntimeError, ValueError) as error:
             if ctx.meta.get(_VERBOSE):
                 raise
-            where = "" if isinstance(error, SemanticCacheError) else f" ({type(error).__name__}; run again with --verbose to see where, and llama.cpp's log)"
+            where = "" if isinstance(error, SemanticCacheError) else f" ({type(error).__name__}; run again with --verbose to see more)"
             raise click.ClickException(f"{error}{where}") from error
 
 
@@ -89,7 +89,7 @@ def _check_profile(_ctx: click.Context, _param: click.Parameter, value: str) -> 
 
 
 traceback_option = click.option(
-    "--verbose", is_flag=True, callback=_set_verbose, help="Show a traceback if something fails."
+    "--verbose", is_flag=True, expose_value=False, callback=_set_verbose, help="Show a traceback if something fails."
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -199,14 +199,6 @@ def note(text: str, style: str = "") -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
 
 
-def find_model(model: str, progress: bool = True) -> Path:
-    """Checked path of MODEL; says so before it downloads."""
-    entry = manifest().get(model)
-    if progress and entry and not Path(model).is_file() and not is_fetched(entry):
-        note(f"Fetching {entry.name} ({entry.size_bytes / 2**20:.0f} MiB, {entry.licence}) to {entry.path.parent}")
-    return resolve(model, progress)
-
-
 def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
     """Load MODEL with the options of the command line.
 
@@ -215,7 +207,7 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
     SemanticCacheError, ValueError, RuntimeError
         See `Llama`.
     """
-    path = find_model(model)
+    path = resolve(model)
     n_ctx = load.n_ctx
     if n_ctx is None:
         from ..memory import read_shape

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import find_model, json_option, traceback_option
+from ..models import resolve
+from .common import json_option, traceback_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,12 +47,11 @@ def memory(
     kv_type_v: str,
     swa_full: bool,
     as_json: bool,
-    verbose: bool,
 ) -> None:
     """Show the memory that MODEL needs, computed from its metadata; nothing is loaded."""
     from ..memory import memory_report, read_shape
 
-    path = find_model(model, progress=not as_json)
+    path = resolve(model, progress=not as_json)
     sizes = n_ctx or (read_shape(path).n_ctx_train or 8192,)
     options = {"kv_type_k": kv_type_k, "kv_type_v": kv_type_v, "swa_full": swa_full}
     report = memory_report(path, sizes, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, **options)

@@ -7,15 +7,15 @@ from dataclasses import asdict
 
 import click
 
-from ..models import default_name, find, is_fetched, manifest
-from .common import find_model, json_option, traceback_option
+from ..models import default_name, find, is_fetched, manifest, resolve
+from .common import json_option, traceback_option
 
 
 @click.group(invoke_without_command=True)
 @json_option
 @traceback_option
 @click.pass_context
-def models(ctx: click.Context, as_json: bool, verbose: bool) -> None:
+def models(ctx: click.Context, as_json: bool) -> None:
     """List the models that can be given by name."""
     if ctx.invoked_subcommand is not None:
         return
@@ -41,8 +41,8 @@ def models(ctx: click.Context, as_json: bool, verbose: bool) -> None:
 @click.argument("name")
 @json_option
 @traceback_option
-def fetch(name: str, as_json: bool, verbose: bool) -> None:
+def fetch(name: str, as_json: bool) -> None:
     """Download the model NAME, unless it is there, and print its path."""
-    entry = find(name)
-    path = find_model(entry.name, progress=not as_json)
+    find(name)  # a path is no name
+    path = resolve(name, progress=not as_json)
     click.echo(json.dumps({"name": name, "path": str(path)}, ensure_ascii=False) if as_json else path)

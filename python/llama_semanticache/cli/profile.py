@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from ..profile import N_TEXT_TOKENS, calibrate, model_id, read_texts
-from .common import find_model, json_option, traceback_option
+from ..models import resolve
+from ..profile import N_TEXT_TOKENS, calibrate, measured, model_id, read_texts
+from .common import json_option, note, traceback_option
 
 
 @click.command()
@@ -23,16 +24,21 @@ from .common import find_model, json_option, traceback_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama.cpp's choice]")
 @json_option
 @traceback_option
-def profile(model: str, out: str | None, force: bool, texts: tuple[str, ...], n_ctx: int, threads: int | None, as_json: bool, verbose: bool) -> None:
+def profile(model: str, out: str | None, force: bool, texts: tuple[str, ...], n_ctx: int, threads: int | None, as_json: bool) -> None:
     """Measure the budget of each head of MODEL and store it.
 
     chat and run do this by themselves on first use (--kv-profile auto).
     """
-    path = find_model(model, progress=not as_json)
+    path = resolve(model, progress=not as_json)
     if out and Path(out).exists() and not force:
         raise click.ClickException(f"expected the name of a new file, got {out}, which is there; --force replaces it")
+    there = None if out or force else measured(path)
+    if there and (texts or n_ctx != N_TEXT_TOKENS):
+        raise click.ClickException(f"expected a model that was not measured before, got one with {there}; --force replaces it, --out FILE writes another")
+    if there:
+        note("measured before; --force measures it again")
     begin = time.perf_counter()
-    file = calibrate(str(path), texts=read_texts(texts or None), n_ctx=n_ctx, out=out, force=force, progress=not as_json, n_threads=threads)
+    file = calibrate(str(path), texts=read_texts(texts) if texts else None, n_ctx=n_ctx, out=out, force=force, progress=not as_json, n_threads=threads)
     seconds = time.perf_counter() - begin
     if as_json:
         result = {"model": str(path), "model_id": model_id(str(path)), "profile": str(file), "seconds": seconds}

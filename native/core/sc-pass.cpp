@@ -37,10 +37,12 @@ struct counts {
     }
 };
 
-// Rows of logits in a block of them.
+// Rows of logits in a block of them, MAX_BLOCK_ROWS at the most.
+constexpr int32_t MAX_BLOCK_ROWS = 8*MR;
+
 int32_t block_rows(int32_t n_cols) {
     const int32_t fit = BLOCK/n_cols/MR*MR;
-    return std::clamp(fit, MR, 8*MR);
+    return std::clamp(fit, MR, MAX_BLOCK_ROWS);
 }
 
 template <typename F> void for_rows(int32_t n, F && f) {
@@ -172,7 +174,7 @@ template <int N> void add_queries(float * y, const counts & c, float * z, float 
             vstore(x + i, v);
             vmx = vmax(vmx, v);
         }
-        const float mx = vmax(vmx);
+        const float mx = vmax_lanes(vmx);
         for (int32_t i = 0; i < c.n_cols; i += VL) {
             const vf p = vexp(vload(x + i) - mx);
             vstore(x + i, p);
@@ -686,7 +688,7 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const query
     }
     const int32_t n_block = block_rows(c.n_cols), n_out = outputs ? n_fit_query(queries, shape) : 0;
     const int64_t ld = value_stride(shape);
-    float inv[8*MR];
+    float inv[MAX_BLOCK_ROWS];
     for (int32_t q0 = 0, n_q; q0 < c.n_query; q0 += n_q) {
         n_q = std::min(n_block, (q0 < n_out ? n_out : c.n_query) - q0);
         float * x = ws.x.data();

@@ -22,7 +22,7 @@ constexpr bool asks_queries(method m) { return m == method::semantic || m == met
 
 // What a pass remembers of a core besides its row.
 struct core_meta {
-    float    s_use;      // how much attention it got: see Scores of the reference; the greatest of all passes
+    float    s_use;      // how much attention it got: see Scores of the reference; the greatest of all passes, of those who evict the last one's
     uint32_t chunk : 24; // id of its chunk
     uint32_t n_tok : 8;  // tokens that it stands for; at most n_chunk <= 255, since clusters never cross a chunk
 };
@@ -101,7 +101,7 @@ struct pass_workspace {
 
     std::vector<float>   k, panels, q, x;          // keys, packed keys, turned queries, a block of logits
     std::vector<float>   bias, s_use, s_dev, w, z; // per row; z per query
-    std::vector<float>   m, mk;                    // mean of q q', and its product with keys
+    std::vector<float>   m, mk;                    // sum of q q', and its product with keys; mk is other things later
     std::vector<float>   k_new, v_new, bias_new;   // merged winners
     std::vector<float>   v, v_mean;                // values, and the candidates' mean
     std::vector<float>   out;                      // outputs of the queries that merged rows are fitted to
@@ -118,7 +118,7 @@ void load_value(const stage_rows & stage, const head_shape & shape, int32_t t, f
 
 // Scores of the candidates (cores, then new tokens): ws.s_use, ws.s_dev and ws.w [n_cand], as in the reference's score().
 // Adds to the votes of the stage. Leaves keys, turned queries, log-sum-exps and, if asked, the outputs of the queries that merged
-// rows are fitted to in the workspace. Returns the number of candidates.
+// rows are fitted to in the workspace. Returns the number of candidates, c + n.
 int32_t score_head(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
                    const rope & r, bool outputs, pass_workspace & ws);
 

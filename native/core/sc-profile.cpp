@@ -6,7 +6,6 @@
 #include <fstream>
 #include <iomanip>
 #include <locale>
-#include <numeric>
 #include <random>
 #include <sstream>
 

@@ -1,7 +1,7 @@
 // sc-vec.h - the few vector operations that the pass and the attention kernel need
 //
 // Written with the vector extension of GCC and Clang, so one source serves AVX-512, AVX2, SSE and NEON: the compiler lowers
-// a `vf` to what the target has. Only the conversion from and to f16 needs intrinsics to be fast. VL depends on compiler
+// a `vf` to what the target has. Intrinsics stand where that is slow: f16, sums over lanes, e^x, 8-bit rows (sc-quant.h). VL depends on compiler
 // flags, so interfaces do not include this header.
 
 #pragma once
@@ -48,7 +48,7 @@ static inline void vstore(float * p, vf x) { memcpy(p, &x, sizeof(x)); }
 static inline vf vset(float x) { return x - vf{}; }
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 
-// Sum and maximum over the lanes. A fixed tree, so that results do not depend on the compiler's taste.
+// Sum and maximum over the lanes: in the same order wherever a target compiles it, which may be another for another target.
 static inline float vsum(vf x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512) x);
@@ -84,7 +84,7 @@ static inline void vsum4(vf a, vf b, vf c, vf d, float * out) {
 #endif
 }
 
-static inline float vmax(vf x) {
+static inline float vmax_lanes(vf x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512) x);
 #else

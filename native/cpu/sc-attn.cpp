@@ -68,7 +68,6 @@ int64_t slots_size(const attn_args & a) { return attn_in_parts(a) ? slot(a, N_PA
 
 // Running softmax of some query rows over the rows seen so far, in the scratch of one thread.
 struct online {
-    int32_t n_row;
     int64_t ld_v, ld_x;
     float * q, * q_core; // [n_row, d_k] scaled, for the stage and for cores: rotated where their keys are
     float * k, * p;      // a tile's keys [N_TILE, d_k] and packed
@@ -80,7 +79,7 @@ struct online {
     // Lays the scratch out from `base` on (NULL: only counts) and returns its size in floats.
     int64_t layout(const attn_args & a, float * base) {
         const int64_t d_k = a.n_embd_head_k;
-        n_row = tokens_at_once(a)*(a.n_head/a.n_head_kv);
+        const int64_t n_row = tokens_at_once(a)*(a.n_head/a.n_head_kv);
         ld_v  = pad_to(a.n_embd_head_v, NR);
         ld_x  = a.n_tokens <= N_FEW ? N_STRIP : N_TILE;
         int64_t used = 0;
@@ -121,7 +120,7 @@ bool add_mask(const attn_args & a, int32_t token, int32_t cell, int32_t n, float
         top = vmax(top, b);
         vstore(x + i, b > MASKED_LO ? vload(x + i) + b : vset(MASKED));
     }
-    bool any = vmax(top) > MASKED_LO;
+    bool any = vmax_lanes(top) > MASKED_LO;
     for (; i < n; ++i) {
         const float b = mask_at(a, token, cell + i);
         any  = any || b > MASKED_LO;
@@ -163,7 +162,7 @@ void soft_max_step(const attn_args & a, int32_t h, bool core, int32_t row, int32
     for (int32_t i = 0; i < n_cols; i += VL) {
         vm = vmax(vm, vload(x + i));
     }
-    const float m = vmax(vm);
+    const float m = vmax_lanes(vm);
     vf vl = {};
     for (int32_t i = 0; i < n_cols; i += VL) {
         const vf p = vexp(vload(x + i) - m);
@@ -321,7 +320,7 @@ void few_values(const float * x, int64_t ld_x, const row_span & v, const row_spa
     }
 }
 
-// The same with the number of query rows and the type known when the code runs only.
+// The same for all elements.
 template <row_type T, int NQ>
 void few_values(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t d, float * o, int64_t ld_v) {
     int32_t e = 0;

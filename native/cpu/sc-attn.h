@@ -2,8 +2,8 @@
 //
 //     out = sum_i p_i v_i,  p = softmax_i( softcap(scale q.k_i) + bias_i ),  i over the head's cores and the stage's cells
 //
-// with the bias of a core as stored and that of a cell from the mask. Every K and V row is read and converted once for all
-// query heads of its group. The work is cut the same way whatever the number of threads, so the result does not depend on it.
+// with the bias of a core as stored and that of a cell from the mask. A K or V row is read and converted once for several
+// query heads of its group, not for each of them. The work is cut the same way whatever the number of threads, so the result does not depend on it.
 
 #pragma once
 

@@ -37,6 +37,13 @@ template <typename F> semcache_status guarded(F && f) {
     return state().status;
 }
 
+// The number that f returns, or minus its status.
+template <typename F> int64_t counted(F && f) {
+    int64_t res = 0;
+    const semcache_status status = guarded([&] { res = f(); });
+    return status == SEMCACHE_OK ? res : -status;
+}
+
 void expect(bool ok, const std::string & name, const std::string & range, const std::string & got) {
     if (!ok) {
         throw semcache_error(SEMCACHE_ERR_ARGUMENT, name + ": expected " + range + ", got " + got + "; pass a value in that range");
@@ -104,15 +111,14 @@ int32_t semcache_configure_next(const semcache_params * params) {
 
         auto c = std::make_unique<semcache_config>();
         c->params = p;
-        c->model_id = p.model_id ? p.model_id : "";
         if (p.profile_path) {
             c->profile_path = p.profile_path;
             std::string error;
             if (!c->profile.read(c->profile_path, error)) {
                 throw semcache_error(SEMCACHE_ERR_PROFILE, error);
             }
-            if (p.model_id && c->profile.model_id != c->model_id) {
-                throw semcache_error(SEMCACHE_ERR_PROFILE, "profile " + c->profile_path + ": expected model " + c->model_id + ", got " +
+            if (p.model_id && c->profile.model_id != p.model_id) {
+                throw semcache_error(SEMCACHE_ERR_PROFILE, "profile " + c->profile_path + ": expected model " + p.model_id + ", got " +
                         c->profile.model_id + "; calibrate this model or pass its own profile");
             }
         }
@@ -138,30 +144,24 @@ int64_t semcache_kv_bytes(const llama_context * ctx) {
         semcache_set_error(SEMCACHE_ERR_CONTEXT, "expected a context with a KV cache, got none; pass one of a generating model");
         return -SEMCACHE_ERR_CONTEXT;
     }
-    int64_t res = 0;
-    const semcache_status status = guarded([&] {
+    return counted([&] {
+        int64_t res = 0;
         for (const auto & [buft, size] : ctx->get_memory()->memory_breakdown()) {
             res += size;
         }
+        return res;
     });
-    return status == SEMCACHE_OK ? res : -status;
 }
 
 int32_t semcache_get_head_stats(const llama_context * ctx, semcache_head_stats * heads, int32_t n) {
-    int32_t res = 0;
-    const semcache_status status = guarded([&] {
+    return (int32_t) counted([&] {
         expect(heads || n <= 0, "heads", "a place to write to", "NULL");
-        res = store_of(ctx).head_stats(heads, n);
+        return store_of(ctx).head_stats(heads, n);
     });
-    return status == SEMCACHE_OK ? res : -status;
 }
 
 int32_t semcache_floor(const llama_context * ctx, int32_t pos) {
-    int32_t res = 0;
-    const semcache_status status = guarded([&] {
-        res = store_of(ctx).floor(*ctx->get_memory(), std::max(pos, 0));
-    });
-    return status == SEMCACHE_OK ? res : -status;
+    return (int32_t) counted([&] { return store_of(ctx).floor(*ctx->get_memory(), std::max(pos, 0)); });
 }
 
 int32_t semcache_calibrate_add(llama_context * ctx) {

@@ -47,7 +47,6 @@ struct semcache_config {
     semcache_params    params;
     semcache::profile  profile; // no heads: equal budgets
     std::string        profile_path;
-    std::string        model_id;
 };
 
 // While a llama_context is being built: the configuration that was set for it, if any. Opened on the stack of its
@@ -160,8 +159,12 @@ private:
     struct stage_tokens {
         std::vector<int32_t> cell, pos, tok;
     };
+    struct pass_plan;
     struct job;
     class host_layer;
+
+    // Fits core_meta::chunk; every delimiter takes a chunk id, which is free again when the text is cut before it.
+    static constexpr int32_t N_CHUNK_MAX = 1 << 24;
 
     // What a state and the context that reads it must have in common, with names for errors.
     std::vector<std::pair<const char *, uint32_t>> state_head() const;
@@ -171,9 +174,15 @@ private:
 
     stage_tokens collect() const;
     void allocate(const llama_semcache_scope & scope);
-    semcache::stage_rows stage_of(const layer & l, int32_t ih, const host_layer & host, const stage_tokens & st, int32_t n_sink,
-                                  int32_t n_window, const std::vector<int32_t> & chunk) const;
-    semcache::query_rows queries_of(const layer & l, int32_t ih, const host_layer & host, const std::vector<int32_t> & row) const;
+    job make_job(layer & l, int32_t ih, const host_layer & host, const stage_tokens & st, int32_t n_sink, int32_t n_window,
+                 const std::vector<int32_t> & chunk, const std::vector<int32_t> & ring) const;
+
+    // The parts of a pass. Until run_pass() writes its first row nothing is changed, and whatever can fail has not; commit() does not fail.
+    pass_plan plan_pass() const;
+    std::vector<semcache::pass_workspace> reserve_scratch(const pass_plan & plan, int32_t n_threads) const;
+    semcache::pass_result run_pass(const pass_plan & plan, int32_t n_threads);
+    void commit(pass_plan && plan, const semcache::pass_result & sum);
+
     std::vector<std::vector<uint32_t>> groups() const;
     size_t kv_heads() const;
     std::vector<bool> delimiters_of(const stage_tokens & st, int32_t begin, int32_t end) const;
@@ -193,7 +202,7 @@ private:
     std::vector<bool>           delimiter; // [n_vocab]
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
-    int32_t              n_past  = 0;  // tokens that went into the cores: the stage begins here
+    int32_t              n_past  = 0;  // the tokens before this position went into the cores: the stage begins here
     int32_t              n_asked = 0;  // the queries of the tokens before this position have voted
     std::vector<int32_t> n_voted;      // [n_stage] tokens whose queries voted on the token in each cell
     semcache::chunker    chunker;

@@ -120,7 +120,7 @@ struct semcache_head_stats {
     int32_t n_rot;              // values that RoPE turns in a query; 0 in a layer without
 };
 
-// Parameters with their defaults (see DESIGN of each in docs/decisions.md).
+// Parameters with their defaults; docs/decisions.md says how they were chosen.
 struct semcache_params semcache_default_params(void);
 
 // The next llama_init_from_model() on this thread builds a compressed cache. The parameters are copied. NULL takes a

@@ -117,6 +117,12 @@ def last_error() -> SemanticCacheError | None:
     return kinds[status](ffi.string(lib.semcache_last_error()).decode("utf-8", "replace"))
 
 
+def clear_error() -> None:
+    """Forget the last error of this thread: one that is found below is of what was called here."""
+    ffi, lib = load()
+    lib.semcache_configure_next(ffi.NULL)
+
+
 def check(status: int) -> None:
     """Raise what a call that returned `status` reports."""
     if status != 0:

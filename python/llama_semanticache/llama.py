@@ -50,18 +50,18 @@ class KVStats:
     n_ctx: int  # logical size
     n_tokens: int  # tokens that the cache represents
     n_tokens_stage: int  # of these, tokens held exactly in the stage
-    rows_allocated: int  # for cores, over all compressed layers and heads
-    rows_used: int
-    rows_merged: int  # merged into another row since the cache was last empty
-    rows_dropped: int  # dropped since then
-    n_pass: int  # passes since the model was loaded
-    pass_s: float  # seconds spent in them
-    core_bytes: int  # K, V and bias of the cores
-    stage_bytes: int  # K and V of the stage
-    query_bytes: int  # queries of the tokens since the last pass
-    meta_bytes: int  # scores and chunks of the cores, votes on the stage
-    other_bytes: int  # caches of layers that are not compressed
-    full_bytes: int  # an uncompressed f16 cache of all layers
+    rows_allocated: int = 0  # for cores, over all compressed layers and heads
+    rows_used: int = 0
+    rows_merged: int = 0  # merged into another row since the cache was last empty
+    rows_dropped: int = 0  # dropped since then
+    n_pass: int = 0  # passes since the model was loaded
+    pass_s: float = 0.0  # seconds spent in them
+    core_bytes: int = 0  # K, V and bias of the cores
+    stage_bytes: int = 0  # K and V of the stage
+    query_bytes: int = 0  # queries of the tokens since the last pass
+    meta_bytes: int = 0  # scores and chunks of the cores, votes on the stage
+    other_bytes: int = 0  # caches of layers that are not compressed
+    full_bytes: int = 0  # an uncompressed f16 cache of all layers
 
     @property
     def total_bytes(self) -> int:
@@ -224,7 +224,7 @@ class Llama(llama_cpp.Llama):
         """Contents and size of the KV cache now."""
         kv_bytes = _native.count(_lib.semcache_kv_bytes(_native.context(self)))
         if self.kv_compress is None:
-            return KVStats(None, self._n_ctx, self.n_tokens, self.n_tokens, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, kv_bytes, kv_bytes)
+            return KVStats(kv_compress=None, n_ctx=self._n_ctx, n_tokens=self.n_tokens, n_tokens_stage=self.n_tokens, other_bytes=kv_bytes, full_bytes=kv_bytes)
         s = self._native_stats()
         other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes
         return KVStats(
@@ -258,7 +258,7 @@ class Llama(llama_cpp.Llama):
                 f"expected at most {self._n_ctx} tokens (n_ctx), got {self.n_tokens} in the cache and {len(tokens)} more; "
                 "shorten the text, call reset() or raise n_ctx"
             )
-        _lib.semcache_configure_next(_ffi.NULL)  # an error found below is of this call
+        _native.clear_error()
         try:
             if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
                 missing = self.input_ids[self._cut(self.n_tokens) : self.n_tokens].tolist()
@@ -334,7 +334,7 @@ class Llama(llama_cpp.Llama):
         if not bytes(state.llama_state).startswith(struct.pack("<I", len(arch)) + arch):
             raise StateError(f"state: expected one of a {arch.decode()} model, got another; load it into the model it was saved from, the cache is as it was")
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-        _lib.semcache_configure_next(_ffi.NULL)
+        _native.clear_error()
         if llama_cpp.llama_state_set_data(self._ctx.ctx, data, state.llama_state_size) != state.llama_state_size:
             error = _native.last_error()
             if error is not None and _lib.semcache_last_status() == _lib.SEMCACHE_ERR_STATE:

@@ -215,7 +215,7 @@ void test_reductions() {
             sum += e;
         }
         CHECK_EQ(vsum(vload(x.data())), sum);
-        CHECK_EQ(vmax(vload(x.data())), *std::max_element(x.begin(), x.end()));
+        CHECK_EQ(vmax_lanes(vload(x.data())), *std::max_element(x.begin(), x.end()));
     }
     for (int n = 0; n <= 5*VL + 3; ++n) {
         const std::vector<float> a = integers(r, n + 1), b = integers(r, n + 1);

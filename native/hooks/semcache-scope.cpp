@@ -1,0 +1,161 @@
+// semcache-scope.cpp - which context gets a store: what is refused, and where upstream's constructors come by
+
+#include "semcache-store.h"
+
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-model.h"
+
+#include <algorithm>
+
+namespace {
+
+thread_local llama_semcache_scope * scope_active = nullptr;
+
+// Why a model or context cannot be compressed, or "".
+std::string obstacle(const llama_model & model, const llama_cparams & cparams, const llama_context_params & params) {
+    const auto & h = model.hparams;
+    if (llm_arch_is_recurrent(model.arch)) {
+        return "a model with a KV cache, got a recurrent one";
+    }
+    if (h.is_mla()) {
+        return "K and V per head, got multi-head latent attention (MLA)";
+    }
+    if (h.f_max_alibi_bias > 0.0f) {
+        return "RoPE or no positions, got ALiBi";
+    }
+    if (h.n_pos_per_embd() > 1) {
+        return "one position per token, got M-RoPE";
+    }
+    if (llama_model_has_encoder(&model) || !cparams.causal_attn) {
+        return "a causal decoder, got an encoder or non-causal attention";
+    }
+    if (cparams.embeddings) {
+        return "text generation, got embeddings mode";
+    }
+    if (cparams.n_seq_max > 1) {
+        return "one sequence (n_seq_max = 1), got " + std::to_string(cparams.n_seq_max);
+    }
+    if (params.type_k != GGML_TYPE_F16 || params.type_v != GGML_TYPE_F16) {
+        return std::string("type_k = type_v = f16, got ") + ggml_type_name(params.type_k) + " and " + ggml_type_name(params.type_v);
+    }
+    if (h.n_layer_kv_from_start >= 0) {
+        return "K and V of its own in every layer, got " + model.arch_name() + ", whose layers may share them";
+    }
+    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || cparams.ctx_other) {
+        return "a plain context, got one for drafting";
+    }
+    if (h.indexer_top_k > 0 || h.indexer_head_size > 0) {
+        return "dense attention, got sparse attention with an indexer";
+    }
+    switch (model.arch) {
+        case LLM_ARCH_GROK:       // caps its logits in a way of its own
+        case LLM_ARCH_MINIMAX_M3: // these bring caches of their own
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_EAGLE3:
+        case LLM_ARCH_MINICPM3:   // these rotate the tail of a head
+        case LLM_ARCH_PLM:
+        case LLM_ARCH_DEEPSEEK2:
+            return "an architecture with the ordinary KV cache and RoPE, got " + model.arch_name();
+        default:
+            return "";
+    }
+}
+
+} // namespace
+
+llama_semcache_scope::llama_semcache_scope(const llama_model & model, llama_cparams & cparams, const llama_context_params & params) :
+    model(model), cparams(cparams), config(semcache_take_pending()) {
+    if (!config) {
+        return;
+    }
+    const auto & p = config->params;
+    const std::string why = obstacle(model, cparams, params);
+    if (!why.empty()) {
+        throw semcache_error(SEMCACHE_ERR_MODEL, "compressing the KV cache: expected " + why + "; use this model or mode without compression");
+    }
+    const int64_t n_ctx = GGML_PAD((int64_t) cparams.n_ctx, 256);
+    if (p.n_stage > n_ctx) {
+        throw semcache_error(SEMCACHE_ERR_ARGUMENT, "n_stage: expected at most n_ctx = " + std::to_string(n_ctx) + ", got " +
+                std::to_string(p.n_stage) + "; raise n_ctx or lower n_stage");
+    }
+    // what does not fit the stage beside its window (and, before the first pass, the sinks) could never be decoded
+    const uint32_t n_room = p.n_stage - p.n_window - p.n_sink;
+    if (n_room < cparams.n_batch) {
+        LLAMA_LOG_INFO("%s: n_batch lowered from %u to %u, the room of the stage\n", __func__, cparams.n_batch, n_room);
+    }
+    cparams.n_batch       = std::min(cparams.n_batch,  n_room);
+    cparams.n_ubatch      = std::min(cparams.n_ubatch, n_room);
+    scope_active = this;
+}
+
+llama_semcache_scope::~llama_semcache_scope() {
+    if (scope_active == this) {
+        scope_active = nullptr;
+    }
+}
+
+void llama_semcache_scope::finish() const {
+    if (config && !attached) {
+        throw semcache_error(SEMCACHE_ERR_MODEL, "compressing the KV cache: expected a model with full-attention layers, got " +
+                model.arch_name() + " without; use it without compression");
+    }
+}
+
+static bool takes_store(llama_swa_type swa_type, const void * other) {
+    return scope_active && scope_active->config && !scope_active->attached && swa_type == LLAMA_SWA_TYPE_NONE && !other;
+}
+
+uint32_t semcache_n_cells(uint32_t kv_size, llama_swa_type swa_type, const void * other) {
+    return takes_store(swa_type, other) ? (uint32_t) scope_active->config->params.n_stage : kv_size;
+}
+
+std::shared_ptr<llama_semcache> semcache_attach(llama_kv_cache & kv, llama_swa_type swa_type, const void * other, bool v_trans) {
+    if (!takes_store(swa_type, other) || kv.get_layer_ids().empty()) {
+        return nullptr;
+    }
+    auto store = std::make_shared<llama_semcache>(kv, *scope_active, v_trans);
+    scope_active->attached = true;
+    return store;
+}
+
+//
+// finding the store
+//
+
+const llama_kv_cache_context * semcache_find(const llama_memory_context_i * mctx) {
+    const llama_kv_cache_context * res = nullptr;
+    if (const auto * c = dynamic_cast<const llama_kv_cache_context *>(mctx)) {
+        res = c;
+    } else if (const auto * c = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
+        res = c->get_base();
+    } else if (const auto * c = dynamic_cast<const llama_memory_hybrid_context *>(mctx)) {
+        res = c->get_attn();
+    } else if (const auto * c = dynamic_cast<const llama_memory_hybrid_iswa_context *>(mctx)) {
+        res = c->get_attn()->get_base();
+    }
+    return res && res->get_semcache() ? res : nullptr;
+}
+
+llama_semcache * semcache_find(llama_memory_i * memory) {
+    const llama_kv_cache * kv = nullptr;
+    if (auto * m = dynamic_cast<llama_kv_cache *>(memory)) {
+        kv = m;
+    } else if (auto * m = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        kv = m->get_base();
+    } else if (auto * m = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        kv = m->get_mem_attn();
+    } else if (auto * m = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        kv = m->get_mem_attn()->get_base();
+    }
+    return kv ? kv->semcache.get() : nullptr;
+}

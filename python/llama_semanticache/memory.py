@@ -26,6 +26,7 @@ _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cac
 _MAX_ROOM = 4096  # SEMCACHE_MAX_ROOM
 _BIAS_BYTES, _META_BYTES = 4, 8  # of a row, besides K and V
 _VOTES_BYTES = 8  # of a token in the stage, per kv head
+_ASK_QUERIES = ("semanticache", "snapkv", "tova", "h2o")  # the other methods keep no queries
 _DRIVER_BYTES = 300 << 20  # context of a GPU driver, estimated
 
 _RECURRENT = ("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7")
@@ -332,6 +333,7 @@ def estimate(
     n_ctx: int,
     cache: str,
     *,
+    kv_compress: str = "semanticache",
     kv_ratio: float = 0.25,
     kv_stage: int = 768,
     kv_window: int = 512,
@@ -351,7 +353,7 @@ def estimate(
         Context size, tokens.
     cache : str
         One of `CACHE_TYPES`. The first three are llama.cpp's own caches for all layers.
-    kv_ratio, kv_stage, kv_window, kv_sink, kv_type_k, kv_type_v : float, int, int, int, str, str
+    kv_compress, kv_ratio, kv_stage, kv_window, kv_sink, kv_type_k, kv_type_v : str, float, int, int, int, str, str
         As in `Llama`; used by "semanticache" only. Heads are taken to have equal budgets.
     n_chunk : int
         Longest chunk, tokens: a kv head never gets fewer rows than this and kv_sink.
@@ -383,7 +385,8 @@ def estimate(
         core = round(rows * (_plain_bytes(full, 1, kv_type_k, "k") + _plain_bytes(full, 1, kv_type_v, "v") + _BIAS_BYTES * n_head_kv))
         meta = round((rows * _META_BYTES + kv_stage * _VOTES_BYTES) * n_head_kv)
         stage = _plain_bytes(full, kv_stage, "f16")
-        query = sum(_query_rows(kv_stage - kv_window) * _query_row_bytes(layer.n_head * layer.n_embd_head_k) for layer in full)
+        n_ring = kv_stage - kv_window if kv_compress in _ASK_QUERIES else 0
+        query = sum(_query_rows(n_ring) * _query_row_bytes(layer.n_head * layer.n_embd_head_k) for layer in full)
         other = _plain_bytes(swa, cells_swa, "f16")
         kv_cells = kv_stage
     else:

@@ -76,16 +76,15 @@ def test_mla_caches_keys_only(folder, allocated):
     assert estimate(shape, 4096, "f16").kv_bytes / MIB == pytest.approx(allocated(path, 4096), abs=0.011)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_compressed_cache_is_what_is_allocated(folder, arch):
+@pytest.mark.parametrize(("arch", "method"), [("llama", "semanticache"), ("gemma3", "semanticache"), ("llama", "tova"), ("llama", "keydiff")])
+def test_compressed_cache_is_what_is_allocated(folder, arch, method):
     from llama_semanticache import Llama
 
     path = tiny_models.write_tiny(folder / "c.gguf", arch, n_embd=256, n_ctx_train=8192)
-    settings = {"kv_ratio": 0.25, "kv_stage": 512, "kv_window": 256}
+    settings = {"kv_compress": method, "kv_ratio": 0.25, "kv_stage": 512, "kv_window": 256}
     llm = Llama(
         str(path),
         n_ctx=8192,
-        kv_compress="semanticache",
         kv_profile=None,
         swa_full=False,
         n_threads=1,
@@ -96,7 +95,7 @@ def test_compressed_cache_is_what_is_allocated(folder, arch):
     llm.close()
     ours = estimate(read_shape(path), 8192, "semanticache", **settings)
     for name in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes", "other_bytes"):
-        assert getattr(ours, name) == pytest.approx(getattr(stats, name), rel=0.01), name
+        assert getattr(ours, name) == pytest.approx(getattr(stats, name), rel=0.01, abs=64), name  # tensors are padded to 32 bytes
     assert ours.kv_bytes == pytest.approx(stats.total_bytes, rel=0.01)
 
 

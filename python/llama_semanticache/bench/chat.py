@@ -146,13 +146,13 @@ def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, sett
 
     path = models.resolve(model)
     settings = with_base(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"))
+    options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
+    check_settings(path, [s for s in settings if not s.startswith("shift:")], n_ctx)
     profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "chat", {
         "model": path.name, "text": text_path.name, "n_turns": n_turns, "n_facts": n_facts, "n_answer": n_answer, "n_chats": n_chats, "first_chat": first_chat,
         "settings": settings, "n_ctx": n_ctx, "threads": threads,
     }, [path, text_path, *profiles])  # fmt: skip
-    options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
-    check_settings(path, [s for s in settings if not s.startswith("shift:")], n_ctx)
     text = models.read_text(text_path)
     numbers = range(first_chat, first_chat + n_chats)
     with tqdm(total=len(settings) * n_chats, unit="chat") as bar:

@@ -138,9 +138,9 @@ def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_p
     shape = read_shape(path)
     settings = with_base(settings or DEFAULT_SETTINGS)
     options = {setting: llama_options(setting) for setting in settings}
-    profiles = profiles_of(path, settings, threads)
     sizes = sorted(sizes)
     check_settings(path, settings, sizes[0])
+    profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "memory", {
         "model": path.name, "sizes": sizes, "settings": settings, "fraction": fraction, "gibs": list(gibs), "n_gpu_layers": n_gpu_layers, "threads": threads,
     }, [path, *profiles])  # fmt: skip

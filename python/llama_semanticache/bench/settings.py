@@ -18,7 +18,7 @@ STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
 DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.3", "streaming:0.3")
 """The peers hold no queries, so that 0.3 of theirs are about the bytes of our 0.25."""
 
-ESTIMATED = ("kv_ratio", "kv_stage", "kv_window", "kv_sink", "kv_type_k", "kv_type_v", "n_chunk")
+ESTIMATED = ("kv_compress", "kv_ratio", "kv_stage", "kv_window", "kv_sink", "kv_type_k", "kv_type_v", "n_chunk")
 """Arguments of `Llama`, or of its `kv_params`, that `memory.estimate` takes, too."""
 
 OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "profile", "horizon", "chunk", "merge", "seed")

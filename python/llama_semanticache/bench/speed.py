@@ -59,14 +59,12 @@ class Workers:
         return self.workers[setting].ask(**order)
 
 
-def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Sequence[int], n_decode: int, rounds: int, threads: int | None, stock_lib: Path) -> None:
+def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Sequence[int], n_ctx: int, n_decode: int, rounds: int, threads: int | None, stock_lib: Path) -> None:
     """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s and decode_pass_s (of prefill
     and of decoding), rows_used.
     """
     from tqdm import tqdm
 
-    n_ctx = -(-(max(depths) + n_decode) // 256) * 256
-    check_settings(path, settings, n_ctx)
     shape = read_shape(path)
     stock_bytes = {s: estimated(shape, n_ctx, s).kv_bytes for s in settings if s in STOCK}
     names = [(d, i, s, f"speed|{s}|{d}|{i}") for d in depths for i in range(rounds) for s in settings]
@@ -151,10 +149,12 @@ def speed(model, text_path, depths, settings, n_decode, rounds, threads, stock_l
         raise ArgumentError(f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}")
     path = models.resolve(model)
     settings = with_base(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))
-    profiles = profiles_of(path, settings, threads)
     depths = sorted(depths)
+    n_ctx = -(-(depths[-1] + n_decode) // 256) * 256
+    check_settings(path, settings, n_ctx)
+    profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "speed", {
         "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "threads": threads,
     }, [path, text_path, *profiles, *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink())])  # fmt: skip
-    measure(run, path, models.read_text(text_path), settings, depths, n_decode, rounds, threads, Path(stock_lib).resolve())
+    measure(run, path, models.read_text(text_path), settings, depths, n_ctx, n_decode, rounds, threads, Path(stock_lib).resolve())
     print_table(f"{path.name}, {text_path.name}, {rounds} rounds, threads: {threads or 'as llama-cpp-python chooses'}", *speed_table(run.data))

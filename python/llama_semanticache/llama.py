@@ -15,8 +15,9 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from . import _native, models, profile
+from . import _native, profile
 from .errors import ArgumentError, ContextOverflowError, ProfileError, StateError, UnsupportedModelError
+from .gguf_file import read_gguf
 
 _ffi, _lib = _native.load()
 
@@ -165,7 +166,7 @@ class Llama(llama_cpp.Llama):
             return
 
         _check_arguments(self._kv_options, kwargs)
-        models.read_gguf(model_path)
+        read_gguf(model_path)
         params = _ffi.new("struct semcache_params *", _lib.semcache_default_params())
         params.method = METHODS[kv_compress]
         params.ratio = float(kv_ratio)

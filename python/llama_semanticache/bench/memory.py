@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import click
 
 from .. import models
-from ..memory import ModelShape, largest_n_ctx, read_shape
+from ..memory import largest_n_ctx
+from ..shape import ModelShape, read_shape
 from .options import json_option, setting_option, threads_option
 from .process import Worker
 from .runs import Run

@@ -8,7 +8,8 @@ from typing import Any, Iterable
 from .. import profile
 from ..errors import ArgumentError
 from ..llama import METHODS
-from ..memory import CacheEstimate, ModelShape, estimate, read_shape
+from ..memory import CacheEstimate, estimate
+from ..shape import ModelShape, read_shape
 
 BASE = "stock:f16"
 STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}

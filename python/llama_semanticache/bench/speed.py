@@ -8,7 +8,6 @@ that what disturbs the machine disturbs them alike. A speed is compared with sto
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,7 @@ import click
 
 from .. import _native, models
 from ..errors import ArgumentError
-from ..memory import read_shape
+from ..shape import read_shape
 from .options import json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run

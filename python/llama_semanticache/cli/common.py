@@ -210,7 +210,7 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
     path = resolve(model)
     n_ctx = load.n_ctx
     if n_ctx is None:
-        from ..memory import read_shape
+        from ..shape import read_shape
 
         n_ctx = min(DEFAULT_N_CTX, read_shape(path).n_ctx_train or DEFAULT_N_CTX)
 

@@ -49,7 +49,8 @@ def memory(
     as_json: bool,
 ) -> None:
     """Show the memory that MODEL needs, computed from its metadata; nothing is loaded."""
-    from ..memory import memory_report, read_shape
+    from ..memory import memory_report
+    from ..shape import read_shape
 
     path = resolve(model, progress=not as_json)
     sizes = n_ctx or (read_shape(path).n_ctx_train or 8192,)

@@ -201,9 +201,6 @@ template <int N> void add_queries(float * y, const counts & c, float * z, float 
 
 // The stage's tokens take this pass's votes, and those of the candidates are from now on all that they have had.
 void add_votes(const stage_rows & stage, const counts & c, int32_t n_sink_before, pass_workspace & ws) {
-    if (!stage.votes) {
-        return;
-    }
     auto add = [&](int32_t t, int32_t i) { // token and row, in the order of load_keys
         token_votes & v = stage.votes[stage.cell[t]];
         if (stage.n_voted[t] > 0) {
@@ -231,8 +228,8 @@ void choose_winners(const counts & c, int32_t budget, pass_workspace & ws) {
 }
 
 // Scores of an eviction policy, at ws.mk [n_rows]. The stage's tokens keep theirs as votes.
-void evict_scores(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape, const counts & c,
-                  enum method how, pass_workspace & ws) {
+void score_by_policy(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape, const counts & c,
+                     method how, pass_workspace & ws) {
     float * s_old = ws.s_use.data(), * score = ws.mk.data();
     int32_t row = 0;
     auto past = [&](float s) { s_old[row] = s; ws.order[row++] = -1; };
@@ -249,16 +246,19 @@ void evict_scores(const head_rows & rows, const stage_rows & stage, const query_
     tokens(0, stage.n_sink);
     tokens(n_past, n_past + stage.n_window);
 
-    const evict_input x = { c.n_cand, c.n_rows, shape.n_embd_head_k, ws.k.data(), s_old, ws.order.data(), queries.n, shape.n_gqa, shape.softcap,
-                            ws.q.data(), queries.token };
-    switch (how) {
-        case method::keydiff: evict_keydiff(x, ws.x.data(), score); break;
-        case method::knorm:   evict_knorm  (x, ws.x.data(), score); break;
-        case method::snapkv:  evict_snapkv (x, ws.x.data(), score); break;
-        case method::tova:    evict_tova   (x, ws.x.data(), score); break;
-        case method::h2o:     evict_h2o    (x, ws.x.data(), score); break;
-        default: break;
-    }
+    evict_input x = {};
+    x.n_cand        = c.n_cand;
+    x.n_row         = c.n_rows;
+    x.n_embd_head_k = shape.n_embd_head_k;
+    x.k             = ws.k.data();
+    x.s_old         = s_old;
+    x.row_token     = ws.order.data();
+    x.n_voter       = queries.n;
+    x.n_gqa         = shape.n_gqa;
+    x.softcap       = shape.softcap;
+    x.q             = ws.q.data();
+    x.voter_token   = queries.token;
+    evict_scores(how, x, ws.x.data(), score);
     for_rows(c.n_rows, [&](int32_t i) {
         if (ws.order[i] >= 0) {
             stage.votes[stage.cell[ws.order[i]]].p = score[i];
@@ -709,7 +709,7 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const query
     add_votes(stage, c, rows.n_sink, ws);
     for_rows(c.n_cand, [&](int32_t i) {
         const bool    is_core  = i < c.n_core;
-        const int32_t n_before = is_core || !stage.votes ? 0 : stage.n_voted[stage.n_sink + i - c.n_core];
+        const int32_t n_before = is_core ? 0 : stage.n_voted[stage.n_sink + i - c.n_core];
         const int32_t n_asked  = std::max(c.n_query + n_before*shape.n_gqa, 1);
         // the fewer ask, the greater is the power mean if one of them looked, and a core's best score stays
         const int32_t n_mean   = is_core ? std::max(n_asked, queries.n_full*shape.n_gqa) : n_asked;
@@ -720,19 +720,16 @@ int32_t score_head(const head_rows & rows, const stage_rows & stage, const query
     return c.n_cand;
 }
 
-pass_result compress_head(head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
-                          const rope & r, const pass_params & params, pass_workspace & ws) {
-    const counts c(rows, stage, queries, shape);
-    const int32_t budget = rows.n_alloc - rows.n_sink - stage.n_sink;
-    const bool    evicts = params.how >= method::keydiff;
-    if (params.how == method::semantic) {
-        score_head(rows, stage, queries, shape, r, params.merge && c.n_cand > budget, ws);
+static void score_candidates(const head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
+                             const rope & r, const counts & c, method how, bool outputs, pass_workspace & ws) {
+    if (how == method::semantic) {
+        score_head(rows, stage, queries, shape, r, outputs, ws);
     } else {
         load_keys(rows, stage, shape, c, ws);
         load_values(rows, stage, shape, c, ws);
-        if (evicts) {
+        if (evicts(how)) {
             load_queries(queries, shape, r, 1, ws);
-            evict_scores(rows, stage, queries, shape, c, params.how, ws);
+            score_by_policy(rows, stage, queries, shape, c, how, ws);
         } else {
             std::fill(ws.s_use.begin(), ws.s_use.begin() + c.n_cand, 0.0f);
         }
@@ -741,18 +738,16 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
         if (i < c.n_core) {
             const core_meta & old = rows.meta[rows.n_sink + i];
             ws.meta[i] = old;
-            ws.meta[i].s_use = evicts ? ws.s_use[i] : std::max(old.s_use, ws.s_use[i]);
+            ws.meta[i].s_use = evicts(how) ? ws.s_use[i] : std::max(old.s_use, ws.s_use[i]);
         } else {
             ws.meta[i] = { ws.s_use[i], (uint32_t) stage.chunk[i - c.n_core], 1 };
         }
     });
+}
 
-    if (c.n_cand <= budget) {
-        std::iota(ws.winner.begin(), ws.winner.begin() + c.n_cand, 0);
-        std::fill(ws.count.begin(), ws.count.begin() + c.n_cand, 1);
-        return compact(rows, stage, shape, c, ws);
-    }
-
+// Who of more than `budget` candidates stays, who joins whom and who goes (ws.winner), and what each weighs in a merge (ws.w).
+static void choose(const stage_rows & stage, const query_rows & queries, const head_shape & shape, const counts & c, const pass_params & params,
+                   int32_t budget, pass_workspace & ws) {
     switch (params.how) {
         case method::semantic: {
             for_rows(c.n_cand, [&](int32_t i) { ws.mk[i] = ws.meta[i].s_use*ws.s_dev[i]; });
@@ -768,15 +763,25 @@ pass_result compress_head(head_rows & rows, const stage_rows & stage, const quer
             for_rows(c.n_cand, [&](int32_t i) { ws.winner[i] = i >= c.n_cand - budget ? i : DROPPED; });
         } break;
         default: {
-            if (params.how == method::h2o) {
-                const int32_t n_new = h2o_newest(budget, stage.n_window);
-                std::fill_n(ws.mk.begin() + c.n_cand - n_new, n_new, INFINITY);
-            }
+            const int32_t n_new = newest_kept(params.how, budget, stage.n_window);
+            std::fill_n(ws.mk.begin() + c.n_cand - n_new, n_new, INFINITY);
             choose_winners(c, budget, ws);
             for_rows(c.n_cand, [&](int32_t i) { ws.winner[i] = ws.rank[i] ? i : DROPPED; });
         } break;
     }
+}
 
+pass_result compress_head(head_rows & rows, const stage_rows & stage, const query_rows & queries, const head_shape & shape,
+                          const rope & r, const pass_params & params, pass_workspace & ws) {
+    const counts c(rows, stage, queries, shape);
+    const int32_t budget = rows.n_alloc - rows.n_sink - stage.n_sink;
+    score_candidates(rows, stage, queries, shape, r, c, params.how, params.merge && c.n_cand > budget, ws);
+    if (c.n_cand <= budget) {
+        std::iota(ws.winner.begin(), ws.winner.begin() + c.n_cand, 0);
+        std::fill(ws.count.begin(), ws.count.begin() + c.n_cand, 1);
+        return compact(rows, stage, shape, c, ws);
+    }
+    choose(stage, queries, shape, c, params, budget, ws);
     const int32_t n_merged = merge_clusters(shape, c, ws.w.data(), ws);
     if (n_merged > 0 && params.how == method::semantic && c.n_query > 0) {
         const int32_t n_gone = gather_gone(shape, c, n_merged, ws), n_query = n_fit_query(queries, shape);

@@ -16,7 +16,9 @@ namespace semcache {
 constexpr int32_t VOTE_EVERY = 2; // of the tokens since the last pass, beginning with the first, every so many'th has queries that vote
 constexpr int32_t N_FIT = 96; // rows are merged by the queries of about so many tokens: distances, biases and values
 
-enum class method { semantic = 0, paper = 1, streaming = 2, keydiff = 3, knorm = 4, snapkv = 5, tova = 6, h2o = 7 }; // from keydiff on: see evict/
+enum class method { semantic = 0, paper = 1, streaming = 2, keydiff = 3, knorm = 4, snapkv = 5, tova = 6, h2o = 7 };
+
+constexpr bool evicts(method m) { return m >= method::keydiff; } // by a policy of evict/
 
 constexpr bool asks_queries(method m) { return m == method::semantic || m == method::snapkv || m == method::tova || m == method::h2o; }
 
@@ -57,7 +59,7 @@ struct stage_rows {
     int32_t n_new;
     int32_t n_window;
 
-    // Votes of earlier passes, to which this pass adds its own. NULL: there were none and nobody wants to know.
+    // Votes of earlier passes, to which this pass adds its own.
     token_votes   * votes;   // [n_cell]
     const int32_t * n_voted; // [n_sink + n_new + n_window] tokens whose queries voted; of 0 the votes are not read
 };

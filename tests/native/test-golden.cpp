@@ -130,7 +130,7 @@ head_store head_of(const golden & g, const head_shape & shape, bool first) {
     return h;
 }
 
-bool evicts(const golden & g) { return (method) g.how >= method::keydiff; }
+bool evicts(const golden & g) { return semcache::evicts((method) g.how); }
 
 tokens stage_of(const golden & g, const rope & r, bool first) {
     tokens t;

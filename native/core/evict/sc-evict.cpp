@@ -26,4 +26,15 @@ void evict_input::add_shares(int32_t query, float * p, float * score) const {
     }
 }
 
+void evict_scores(method how, const evict_input & x, float * p, float * score) {
+    switch (how) {
+        case method::keydiff: return evict_keydiff(x, p, score);
+        case method::knorm:   return evict_knorm  (x, p, score);
+        case method::snapkv:  return evict_snapkv (x, p, score);
+        case method::tova:    return evict_tova   (x, p, score);
+        case method::h2o:     return evict_h2o    (x, p, score);
+        default:              return; // evicts() says no
+    }
+}
+
 } // namespace semcache

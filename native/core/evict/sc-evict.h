@@ -28,10 +28,12 @@ struct evict_input {
     void add_shares(int32_t query, float * p, float * score) const;
 };
 
-// H2O keeps as many of the newest as of the heaviest rows. The window, which no pass touches, belongs to the newest.
-inline int32_t h2o_newest(int32_t budget, int32_t n_window) { return budget > n_window ? (budget - n_window)/2 : 0; }
+// The newest candidates that a policy keeps whatever their scores, of `budget` that stay. H2O keeps as many of the newest as of the
+// heaviest rows; the window, which no pass touches, belongs to the newest.
+inline int32_t newest_kept(method how, int32_t budget, int32_t n_window) { return how == method::h2o && budget > n_window ? (budget - n_window)/2 : 0; }
 
 // Writes score [n_row]; p is scratch for max(n_row, n_embd_head_k) values. Nothing is allocated, see sc-pass.h.
+void evict_scores (method how, const evict_input & x, float * p, float * score); // by the policy of that method
 void evict_keydiff(const evict_input & x, float * p, float * score);
 void evict_knorm  (const evict_input & x, float * p, float * score);
 void evict_snapkv (const evict_input & x, float * p, float * score);

@@ -12,6 +12,8 @@ namespace {
 constexpr int32_t N_SINK = 4;
 
 // A text that goes through one head: passes, and what the next stage is drawn from.
+constexpr method ALL_METHODS[] = { method::semantic, method::paper, method::streaming, method::keydiff, method::knorm, method::snapkv, method::tova, method::h2o };
+
 struct spec {
     method  how     = method::semantic;
     bool    merge   = true;
@@ -86,6 +88,7 @@ struct text_source {
             t.votes.push_back({ (float) (t.n_voted.back()*s.n_gqa*1e-6*r.uniform()), (float) (t.n_voted.back()*s.n_gqa*0.03*r.uniform()) });
         }
         for (int32_t i = 0; i < t.n_q; ++i) {
+            t.token.push_back(t.n() - t.n_q + i);
             const int32_t pos = now - t.n_q + i;
             delta.push_back((int64_t) now + look_ahead(0, pos, 512) - pos);
         }
@@ -531,7 +534,7 @@ void test_streaming() {
 
 // With room for all, nothing changes to the last bit; only the scores are new.
 void test_below_budget() {
-    for (method how : { method::semantic, method::paper, method::streaming }) {
+    for (method how : ALL_METHODS) {
         CASE("below budget, method " + std::to_string((int) how));
         spec s;
         s.how = how;
@@ -561,7 +564,7 @@ void test_below_budget() {
 
 // Same input, same bits: with a workspace of just the size, a larger one, one that another head has used, and rubbish in it.
 void test_workspaces() {
-    for (method how : { method::semantic, method::paper, method::streaming }) {
+    for (method how : ALL_METHODS) {
         CASE("workspaces, method " + std::to_string((int) how));
         spec s, big;
         s.how = big.how = how;
@@ -675,7 +678,7 @@ void test_equal_tokens() {
 // Broken numbers may give a useless head, but the memory around it, its sinks and its order hold.
 void test_not_finite() {
     const float bad[] = { NAN, INFINITY, -INFINITY, 65504.0f };
-    for (method how : { method::semantic, method::paper, method::streaming }) {
+    for (method how : ALL_METHODS) {
         for (float x : bad) {
             for (int where = 0; where < 8; ++where) {
                 CASE("method " + std::to_string((int) how) + ", " + text(x) + " in place " + std::to_string(where));
@@ -767,7 +770,7 @@ void test_zero_keys() {
 
 // The ends of what may be asked for.
 void test_extremes() {
-    for (method how : { method::semantic, method::paper, method::streaming }) {
+    for (method how : ALL_METHODS) {
         for (int32_t budget : { 0, 1, 2 }) {
             for (int32_t n_new : { 0, 1, 2, 3 }) {
                 CASE("method " + std::to_string((int) how) + ", " + std::to_string(n_new) + " tokens for " + std::to_string(budget) + " rows");

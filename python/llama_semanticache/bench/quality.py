@@ -71,59 +71,84 @@ def ask(llm: Llama, case: Case, questions: Sequence[tuple[list[int], int]], snap
     return answers_of(case, texts)
 
 
-def measure_texts(run: Run, load: Loader, text: str, settings: Sequence[str], lengths: Sequence[int], first: int, n_cases: int, suite: str, n_following: int, kvpress_python: Path | None) -> None:
-    """Records "text|SETTING|LENGTH|CASE"."""
-    from tqdm import tqdm
+class Presses:
+    """kvpress in a process of its own, which gets the model when it is first asked."""
 
-    names = {(s, n, i): f"text|{s}|{n}|{i}" for s in settings for n in lengths for i in range(first, first + n_cases)}
-    missing = [key for key, name in names.items() if name not in run.records]
-    if not missing:
-        return
-    llm = load(BASE)
-    tokens = llm.tokenize(text.encode(), add_bos=False, special=False)
-    wanted = {(n, i) for _, n, i in missing}
-    cases = {(n, i): make_case(llm, tokens, i, n, n_following, suite) for n, i in sorted(wanted)}
-    references: dict[tuple[int, int], np.ndarray] = {}
-    questions = {key: [question_of(llm, fact) for fact in case.facts] for key, case in cases.items()}
+    def __init__(self, python: Path | None, model: Path):
+        self.python, self.model = python, model
+        self.stack = ExitStack()
+        self.worker: Worker | None = None
 
-    def press(setting: str, n: int, i: int) -> dict[str, Any]:
-        case, (name, keep) = cases[n, i], parse_press(setting)
-        if not presses:
-            load.close()
-            presses.append(stack.enter_context(Worker("kvpress", [str(kvpress_python), str(Path(__file__).with_name("kvpress_worker.py"))])))
-            presses[0].ask(load=str(load.path.resolve()))
-        record = presses[0].ask(
-            case=f"{n}|{i}", tokens=case.tokens, following=case.following, press=name, keep=keep,
-            questions=[{"tokens": tokens, "n": n_answer} for tokens, n_answer in questions[n, i]],
+    def __enter__(self) -> Presses:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def measure(self, setting: str, name: str, case: Case, questions: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
+        """The record of "kvpress:NAME:KEEP" for a case of that name."""
+        if self.worker is None:
+            self.worker = self.stack.enter_context(Worker("kvpress", [str(self.python), str(Path(__file__).with_name("kvpress_worker.py"))]))
+            self.worker.ask(load=str(self.model.resolve()))
+        press, keep = parse_press(setting)
+        record = self.worker.ask(
+            case=name, tokens=case.tokens, following=case.following, press=press, keep=keep,
+            questions=[{"tokens": tokens, "n": n_answer} for tokens, n_answer in questions],
         )  # fmt: skip
         return {**record, "answers": answers_of(case, record.pop("texts"))}
 
-    def measure(setting: str, n: int, i: int) -> dict[str, Any]:
-        case, llm = cases[n, i], load(setting)
+
+def is_press(setting: str) -> bool:
+    return setting.startswith("kvpress:")
+
+
+def measure_texts(
+    run: Run, load: Loader, text: str, settings: Sequence[str], lengths: Sequence[int], numbers: Sequence[int], suite: str, n_following: int, presses: Presses
+) -> None:
+    """Records "text|SETTING|LENGTH|CASE" for the cases of these numbers, all cases of a setting one after the other."""
+    from tqdm import tqdm
+
+    def name_of(setting: str, key: tuple[int, int]) -> str:
+        return f"text|{setting}|{key[0]}|{key[1]}"
+
+    keys = [(n, i) for n in lengths for i in numbers]
+    missing = {(s, key) for s in settings for key in keys if name_of(s, key) not in run.records}
+    keys = [key for key in keys if any((s, key) in missing for s in settings)]
+    if not keys:
+        return
+    llm = load(BASE)
+    tokens = llm.tokenize(text.encode(), add_bos=False, special=False)
+    cases = {(n, i): make_case(llm, tokens, i, n, n_following, suite) for n, i in keys}
+    questions = {key: [question_of(llm, fact) for fact in case.facts] for key, case in cases.items()}
+    references: dict[tuple[int, int], np.ndarray] = {}
+
+    def measure(setting: str, key: tuple[int, int]) -> dict[str, Any]:
+        case, llm = cases[key], load(setting)
         record = read_in(llm, case.tokens)
         snapshot = Snapshot(llm)
         logp = follow(llm, case)
         if setting == BASE:
-            references[n, i] = logp
+            references[key] = logp
         else:
-            record.update(divergence(references[n, i], logp, case.following))
-        record["answers"] = ask(llm, case, questions[n, i], snapshot)
+            record.update(divergence(references[key], logp, case.following))
+        record["answers"] = ask(llm, case, questions[key], snapshot)
         record["heads"] = [head[:3] for head in llm.kv_rows()]
         return record
 
-    presses: list[Worker] = []
-    with ExitStack() as stack, tqdm(total=len(names), initial=len(names) - len(missing), unit="case") as bar:
+    with tqdm(total=len(missing), unit="case") as bar:
         for setting in settings:
-            for n, i in sorted(wanted):
-                bar.set_postfix_str(f"{setting}, {n} tokens")
-                if setting == BASE and names[setting, n, i] in run.records:
-                    if any(s for s, *key in missing if key == [n, i] and not s.startswith("kvpress:")):
-                        read_in(llm, cases[n, i].tokens)
-                        references[n, i] = follow(llm, cases[n, i])
-                    continue
-                if (setting, n, i) in missing:
-                    run.record(names[setting, n, i], lambda: (press if setting.startswith("kvpress:") else measure)(setting, n, i))
+            for key in keys:
+                bar.set_postfix_str(f"{setting}, {key[0]} tokens")
+                if (setting, key) in missing:
+                    if is_press(setting):
+                        load.close()  # its memory is wanted
+                        run.record(name_of(setting, key), lambda: presses.measure(setting, f"{key[0]}|{key[1]}", cases[key], questions[key]))
+                    else:
+                        run.record(name_of(setting, key), lambda: measure(setting, key))
                     bar.update()
+                elif setting == BASE and any((s, key) in missing for s in settings if not is_press(s)):
+                    read_in(load(BASE), cases[key].tokens)
+                    references[key] = follow(load(BASE), cases[key])
 
 
 def text_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -195,11 +220,10 @@ def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, 
     n_ctx = n_ctx or -(-(lengths[-1] + max(512, n_following)) // 256) * 256
     if n_ctx < lengths[-1] + max(ROOM, n_following):
         raise ArgumentError(f"--n-ctx: expected at least {lengths[-1] + max(ROOM, n_following)} for a case of {lengths[-1]} tokens and what is asked of it, got {n_ctx}; raise it or leave it out")
-    presses = [s for s in settings if s.startswith("kvpress:")]
-    for press in presses:
-        parse_press(press)
-    check_settings(path, [s for s in settings if s not in presses], n_ctx)
-    if kvpress_python is None and presses:
+    for setting in filter(is_press, settings):
+        parse_press(setting)
+    check_settings(path, [s for s in settings if not is_press(s)], n_ctx)
+    if kvpress_python is None and any(map(is_press, settings)):
         raise ArgumentError(f"--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set {KVPRESS_VARIABLE}")
     profiles = profiles_of(path, settings, threads)
     asked = {
@@ -207,6 +231,6 @@ def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, 
         "n_following": n_following, "settings": settings, "n_ctx": n_ctx, "threads": threads,
     }  # fmt: skip
     run = Run(json_path, "quality", asked, [path, text_path, *profiles])
-    with closing(Loader(path, context_options(n_ctx, threads))) as load:
-        measure_texts(run, load, models.read_text(text_path), settings, lengths, first_case, n_cases, suite, n_following, kvpress_python)
+    with closing(Loader(path, context_options(n_ctx, threads))) as load, Presses(kvpress_python, path) as presses:
+        measure_texts(run, load, models.read_text(text_path), settings, lengths, range(first_case, first_case + n_cases), suite, n_following, presses)
     print_table(f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data))

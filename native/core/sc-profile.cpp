@@ -41,8 +41,8 @@ bool profile::read(const std::string & path, std::string & error) {
     };
     auto next = [&]() { ++n; return (bool) std::getline(in, line); };
 
-    if (!next() || line != "semcache-profile 2") {
-        return fail("\"semcache-profile 2\"");
+    if (!next() || line != "semcache-profile 3") {
+        return fail("\"semcache-profile 3\"");
     }
     if (!next() || line.compare(0, 9, "model_id ") != 0 || line.size() == 9) {
         return fail("\"model_id ID\"");
@@ -97,7 +97,7 @@ bool profile::write(const std::string & path, std::string & error) const {
     const std::string part = path + "." + std::to_string(std::random_device()()) + ".partial"; // of this writer alone
     std::ofstream out(part, std::ios::binary);
     out.imbue(std::locale::classic());
-    out << "semcache-profile 2\nmodel_id " << model_id << "\nn_text " << n_text << "\nparts";
+    out << "semcache-profile 3\nmodel_id " << model_id << "\nn_text " << n_text << "\nparts";
     for (double x : parts) {
         out << ' ' << x;
     }

@@ -16,7 +16,7 @@ N_LEAST = 1024
 """Tokens that a model must have been trained on: what a head is measured on comes behind the window."""
 
 N_TEXT_TOKENS = 2048
-HEADER = b"semcache-profile 2\n"
+HEADER = b"semcache-profile 3\n"
 TEXTS = Path(__file__).parent / "texts"  # one file per text, public domain, see its README.md
 SHIPPED = Path(__file__).parent / "profiles"
 

@@ -477,7 +477,7 @@ void test_profile() {
 
     // one line of the golden file replaced, or the file cut off before it
     struct { int line; const char * text; } const bad[] = {
-        { 1, "" }, { 1, "semcache-profile 1" }, { 1, "semcache-profile 2\r" }, { 1, nullptr },
+        { 1, "" }, { 1, "semcache-profile 1" }, { 1, "semcache-profile 3\r" }, { 1, nullptr },
         { 2, "model_id" }, { 2, "model_id " }, { 2, "name x" }, { 2, nullptr },
         { 3, "n_text 0" }, { 3, "n_text -1" }, { 3, "n_text" }, { 3, "n_text four" }, { 3, "n_text 4 texts" }, { 3, nullptr },
         { 4, "parts" }, { 4, "parts 0.1 0.1 0.2 0.3 0.4 0.5 0.6" }, { 4, "parts 0.2 0.1 0.3 0.4 0.5 0.6 0.7" },

@@ -344,7 +344,7 @@ def test_profile_writes_a_profile_that_run_takes(tiny, tmp_path):
     result = json.loads(done.out)
     assert result["profile"] == str(out) and result["model"] == tiny and result["seconds"] > 0
     lines = out.read_text().splitlines()
-    assert lines[:2] == ["semcache-profile 2", f"model_id {result['model_id']}"]
+    assert lines[:2] == ["semcache-profile 3", f"model_id {result['model_id']}"]
     done = program("run", tiny, "--prompt", "x", "--max-tokens", "4", *SETTINGS, "--kv-profile", str(out))
     assert done.returncode == 0, done.err
 

@@ -132,7 +132,7 @@ def test_damaged_model(how, tiny, tmp_path, refused):
     assert "bad.gguf" in refused(ModelFileError, path, **SMALL)
 
 
-PROFILE = "semcache-profile 2\nmodel_id {id}\nn_text 1\nparts 0.0078125 0.015625 0.03125 0.0625 0.125 0.25 0.5\n{heads}"
+PROFILE = "semcache-profile 3\nmodel_id {id}\nn_text 1\nparts 0.0078125 0.015625 0.03125 0.0625 0.125 0.25 0.5\n{heads}"
 HEAD = "head {il} {head} 0.6 0.5 0.4 0.3 0.2 0.1 0.05\n"
 
 
@@ -152,7 +152,7 @@ def test_profile_that_does_not_fit(how, tiny, tmp_path, refused):
         "empty": "",
         "text": "hello\n",
         "cut": good[:-30],
-        "version": good.replace("profile 2", "profile 1"),
+        "version": good.replace("profile 3", "profile 1"),
         "not a number": good.replace("0.4", "zero", 1),
         "folder": None,
     }[how]

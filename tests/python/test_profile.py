@@ -218,6 +218,22 @@ def test_errors_are_those_of_the_reference(tmp_path, load, cache):
     np.testing.assert_allclose(got.errors, expected, rtol=0.1)
 
 
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+def test_a_norm_behind_the_attention(arch, tmp_path, cache):
+    """It undoes the size of the heads' outputs: values and errors eight times as large are the same model."""
+    from gguf import GGUFReader
+
+    errors = []
+    for factor in (1, 8):
+        path = tiny_models.write_tiny(tmp_path / f"{factor}.gguf", arch)
+        for tensor in GGUFReader(path, "r+").tensors:
+            if tensor.name.endswith("attn_v.weight"):
+                tensor.data[...] *= factor
+        errors.append(ref.read_profile(profile.calibrate(path, texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1)).errors)
+    assert errors[0].min() > 0
+    np.testing.assert_allclose(errors[1], errors[0], rtol=0.02)
+
+
 @pytest.mark.parametrize("method", ["keydiff", "streaming"])
 def test_a_profile_that_is_named_holds_for_every_method(method, tiny, cache, load):
     path = str(profile.calibrate(tiny("llama"), texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1))

@@ -672,13 +672,13 @@ def test_profile_file_round_trip(tmp_path):
 
 def test_profile_file_text(tmp_path):
     ref.write_profile(tmp_path / "p.txt", ref.Profile("m", 2, (0.03125, 0.5), ((0, 0), (3, 1)), [[0.5, 0.25], [1, 0]]))
-    assert (tmp_path / "p.txt").read_bytes() == (b"semcache-profile 2\nmodel_id m\nn_text 2\nparts 0.03125 0.5\n"
+    assert (tmp_path / "p.txt").read_bytes() == (b"semcache-profile 3\nmodel_id m\nn_text 2\nparts 0.03125 0.5\n"
                                                  b"head 0 0 5.0000e-01 2.5000e-01\nhead 3 1 1.0000e+00 0.0000e+00\n")
 
 
 @pytest.mark.parametrize("old, new, message", [
-    ("semcache-profile 2", "semcache-profile 1", "line 1: expected 'semcache-profile 2'"),
-    ("semcache-profile 2\n", "", "line 1: expected"),
+    ("semcache-profile 3", "semcache-profile 1", "line 1: expected 'semcache-profile 3'"),
+    ("semcache-profile 3\n", "", "line 1: expected"),
     ("model_id a", "model a", "line 2: expected 'model_id"),
     ("n_text 4", "n_text four", "line 3: expected 'n_text"),
     ("n_text 4", "n_text 0", "expected n_text >= 1"),
@@ -708,7 +708,7 @@ def test_errors_out_of_range_are_refused(error):
 
 
 def test_a_profile_without_heads_is_refused(tmp_path):
-    (tmp_path / "p.txt").write_text("semcache-profile 2\nmodel_id m\nn_text 1\nparts 0.5\n")
+    (tmp_path / "p.txt").write_text("semcache-profile 3\nmodel_id m\nn_text 1\nparts 0.5\n")
     with pytest.raises(ValueError, match="expected at least one head"):
         ref.read_profile(tmp_path / "p.txt")
 

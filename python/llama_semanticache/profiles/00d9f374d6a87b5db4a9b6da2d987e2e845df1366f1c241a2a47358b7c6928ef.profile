@@ -1,4 +1,4 @@
-semcache-profile 2
+semcache-profile 3
 model_id 00d9f374d6a87b5db4a9b6da2d987e2e845df1366f1c241a2a47358b7c6928ef
 n_text 4
 parts 0.0078125 0.015625 0.03125 0.0625 0.125 0.25 0.5

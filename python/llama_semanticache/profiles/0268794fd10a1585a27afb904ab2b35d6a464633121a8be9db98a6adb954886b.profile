@@ -1,4 +1,4 @@
-semcache-profile 2
+semcache-profile 3
 model_id 0268794fd10a1585a27afb904ab2b35d6a464633121a8be9db98a6adb954886b
 n_text 4
 parts 0.0078125 0.015625 0.03125 0.0625 0.125 0.25 0.5

@@ -1,13 +1,14 @@
 """Profile: how far each kv head is off with how many rows, a property of the model that is measured once.
 
 Errors are measured at a few parts of the rows (the knots) by `calibrate.output_errors`, divided by the size of the layer's
-residual stream (the median over the tokens of the norm of the layer's output), and meaned over texts. Squared and divided by
-the plain, not the squared size, they follow what the compression of the single head does to the model's distribution; see
+residual stream (the median over the tokens of the norm of the layer's output), and meaned over texts. Where a norm follows the
+attention's projection (Gemma 2 and 3, OLMo 2, ...), an error counts in proportion to the outputs themselves: times the square of the
+median norm of what that norm returns, over that of the heads' outputs. Squared and divided by the plain, not the squared size, they follow what the compression of the single head does to the model's distribution; see
 docs/decisions.md, 21.
 
 File format, text with LF line ends::
 
-    semcache-profile 2
+    semcache-profile 3
     model_id <id>
     n_text <number of texts>
     parts 0.0078125 0.015625 0.03125 0.0625 0.125 0.25 0.5
@@ -73,7 +74,7 @@ class Profile:
 
 def write_profile(path, profile: Profile) -> None:
     """Write the file; errors are rounded to 5 digits."""
-    lines = ["semcache-profile 2", f"model_id {profile.model_id}", f"n_text {profile.n_text}",
+    lines = ["semcache-profile 3", f"model_id {profile.model_id}", f"n_text {profile.n_text}",
              "parts " + " ".join(f"{x:g}" for x in profile.parts)]
     for (il, head), errors in zip(profile.heads, profile.errors):
         lines.append(f"head {il} {head} " + " ".join(f"{x:.4e}" for x in errors))
@@ -86,7 +87,7 @@ def read_profile(path) -> Profile:
     Raises
     ------
     ValueError
-        The file is not a profile of version 2, or a line of it is malformed; the message names the line.
+        The file is not a profile of version 3, or a line of it is malformed; the message names the line.
     """
     lines = Path(path).read_bytes().decode(errors="replace").removesuffix("\n").split("\n")
 
@@ -100,8 +101,8 @@ def read_profile(path) -> Profile:
             pass
         raise ValueError(f"{path}, line {number + 1}: expected '{key} {form}', got {line!r}; calibrate again")
 
-    def version_2(value: str):
-        if value != "2":
+    def version(value: str):
+        if value != "3":
             raise ValueError
 
     def head_line(value: str):
@@ -110,7 +111,7 @@ def read_profile(path) -> Profile:
             raise ValueError
         return (int(il), int(head)), [float(s) for s in values]
 
-    field(0, "semcache-profile", "2", version_2)
+    field(0, "semcache-profile", "3", version)
     model_id = field(1, "model_id", "<id>", str)
     n_text = field(2, "n_text", "<number of texts>", int)
     parts = field(3, "parts", "<numbers>", lambda value: tuple(float(x) for x in value.split()))

@@ -37,6 +37,9 @@ METHODS = {
 
 ROW_TYPES = {"auto": _lib.SEMCACHE_TYPE_AUTO, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 
+N_HEAD_KV_FEW = 8
+"""Fewer compressed KV heads than these draw a warning: with 3 facts are lost, with 48 they are kept (docs/results.md); between is not measured."""
+
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
@@ -194,6 +197,11 @@ class Llama(llama_cpp.Llama):
         finally:
             _lib.semcache_configure_next(_ffi.NULL)
         stats = self._native_stats()
+        if kv_compress == "semanticache" and kv_ratio < 1 and stats.n_head_kv < N_HEAD_KV_FEW:
+            warnings.warn(
+                f"only {stats.n_head_kv} KV heads of this model attend to the whole text, too few to take rows from one another: expect facts to be lost (README, Limits); "
+                "ask what you need to remember, or leave kv_compress out", stacklevel=2
+            )  # fmt: skip
         self.n_batch = min(self.n_batch, stats.n_batch)
         if self.draft_model is not None:
             self.draft_model = _ShortDrafts(self.draft_model, self.n_batch - 1)

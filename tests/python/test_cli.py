@@ -35,7 +35,7 @@ def ctrl_c_is_heard():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return str(tiny_models.write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf", "llama"))
+    return str(tiny_models.write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf", "llama", n_layer=4))  # enough heads for no warning
 
 
 @pytest.fixture
@@ -156,8 +156,8 @@ def test_memory_as_json(invoke, tiny):
     result = invoke("memory", tiny, "--n-ctx", "2048", "--json")
     report = json.loads(result.stdout)
     f16, compressed = report["estimates"]
-    assert f16["kv_bytes"] == 2 * 2 * 2048 * 2 * 16 * 2  # layers, K and V, cells, kv heads, values, bytes
-    assert compressed["core_bytes"] == 2 * 512 * 2 * (2 * 16 * 2 + 4)
+    assert f16["kv_bytes"] == 4 * 2 * 2048 * 2 * 16 * 2  # layers, K and V, cells, kv heads, values, bytes
+    assert compressed["core_bytes"] == 4 * 512 * 2 * (2 * 16 * 2 + 4)
     assert f16["fits_gb"] == [6, 8, 12, 16, 24]
     assert report["max_n_ctx"]["f16"]["6"] == 4096
 
@@ -557,6 +557,12 @@ def live():
 
 
 @posix
+def test_warnings_are_told_without_a_place_in_the_code(tmp_path):
+    path = str(tiny_models.write_tiny(tmp_path / "few.gguf", "llama", n_layer=1))
+    done = program("run", path, "--prompt", "x", "--max-tokens", "4", *SETTINGS)
+    assert done.returncode == 0 and done.err.startswith("Warning: only 2 KV heads of this model") and ".py" not in done.err, done.err
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(live, tiny, tmp_path):
     file = tmp_path / "talk.zip"
     process = live("chat", tiny, *SETTINGS, "--max-tokens", "900")

@@ -321,6 +321,17 @@ def test_arguments_without_kv_compress(options, tiny):
         Llama(tiny("llama"), kv_compress=None, kv_ratio=0.25, n_ctx=512, verbose=False).close()
 
 
+@pytest.mark.filterwarnings("default:only")
+def test_a_model_of_few_heads(tiny, tmp_path):
+    """One that keeps facts in three heads has been measured, and loses them."""
+    with pytest.warns(UserWarning, match="^only 2 KV heads of this model attend to the whole text.*; ask what"):
+        Llama(tiny("gemma3"), **SMALL, verbose=False).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Llama(tiny("gemma3"), **SMALL, kv_ratio=1, verbose=False).close()
+        Llama(str(tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4)), **SMALL, verbose=False).close()
+
+
 def test_statistics_after_close(tiny):
     for options in ({"n_ctx": 512}, SMALL):
         llm = Llama(tiny("llama"), **options, verbose=False)

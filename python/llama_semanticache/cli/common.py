@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +221,12 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
         # Llama does this too, but silently unless llama.cpp's log is wanted
         profile.ensure(path, verbose=True, n_threads=load.threads)
     options = {"n_ctx": n_ctx, "n_threads": load.threads, "n_threads_batch": load.threads, "verbose": load.verbose}
-    return Llama(str(path), **options, **load.kv_settings()), path
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        llm = Llama(str(path), **options, **load.kv_settings())
+    for warning in found:
+        note(f"Warning: {warning.message}", "yellow")
+    return llm, path
 
 
 def kv_line(stats: KVStats, tokens_per_s: float | None) -> str:

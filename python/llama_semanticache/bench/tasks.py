@@ -246,7 +246,8 @@ def of_base(items: Sequence[dict[str, dict[str, Any]]], setting: str) -> str:
     scores = np.array([[records[s]["score"] for s in (setting, BASE)] for records in items])
     again = np.random.default_rng(0).integers(len(items), size=(10000, len(items)))
     ours, base = scores[again].mean(axis=1).T
-    least, most = np.quantile((ours / base)[base > 0], (0.025, 0.975)) if (base > 0).any() else (np.nan, np.nan)
+    scored = base > 0
+    least, most = np.quantile(ours[scored] / base[scored], (0.025, 0.975)) if scored.any() else (np.nan, np.nan)
     return f"{least:.0%} to {most:.0%}"
 
 

@@ -57,7 +57,7 @@ def scatter(title: str, x_label: str, y_label: str, points: Iterable[tuple[str, 
         names.append(axes.text(x, y, short(name), fontsize=7, **look))
         if name in earlier:
             axes.set_xlabel(f"{x_label} (pale: an earlier build)")
-    adjust_text(names, ax=axes, arrowprops={"arrowstyle": "-", "color": "gray", "lw": 0.5})
+    adjust_text(names, ax=axes, iter_lim=300, arrowprops={"arrowstyle": "-", "color": "gray", "lw": 0.5})
     return figure
 
 

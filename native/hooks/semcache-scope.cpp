@@ -159,3 +159,13 @@ llama_semcache * semcache_find(llama_memory_i * memory) {
     }
     return kv ? kv->semcache.get() : nullptr;
 }
+
+bool semcache_refuses(llama_memory_i * memory, const char * what) {
+    if (!semcache_find(memory)) {
+        return false;
+    }
+    const std::string message = std::string(what) + ": expected an uncompressed KV cache, got a compressed one, whose only sequence stays where it is; clear it instead";
+    semcache_set_error(SEMCACHE_ERR_STATE, message);
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, message.c_str());
+    return true;
+}

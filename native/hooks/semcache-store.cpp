@@ -318,13 +318,6 @@ llama_pos llama_semcache::floor(const llama_kv_cache_iswa & kv, llama_pos pos) {
     return res > swa.seq_pos_max(0) || window_is_held(kv, res) ? res : 0;
 }
 
-bool llama_semcache::refuse(const char * what) const {
-    const std::string message = std::string(what) + ": expected an uncompressed KV cache, got a compressed one, whose only sequence stays where it is; clear it instead";
-    semcache_set_error(SEMCACHE_ERR_STATE, message);
-    LLAMA_LOG_ERROR("%s: %s\n", __func__, message.c_str());
-    return true;
-}
-
 //
 // numbers
 //

@@ -6,8 +6,8 @@
 //
 // Call sites (patches/*.patch): the constructor of llama_context opens the scope; that of llama_kv_cache asks for its
 // number of cells and attaches the store; init_update(optimize) hands out a pass; clear, seq_rm, seq_keep, seq_pos_*,
-// memory_breakdown, state_write and state_read pass through; seq_cp, seq_add and seq_div are refused; build_attn_mha asks
-// semcache_build_attn first.
+// memory_breakdown, state_write and state_read pass through; llama_memory_seq_cp, _add and _div ask semcache_refuses, and
+// build_attn_mha asks semcache_build_attn first.
 
 #pragma once
 
@@ -138,9 +138,6 @@ public:
     // The same for any memory that holds this store.
     llama_pos floor(const llama_memory_i & memory, llama_pos pos) const;
 
-    // Positions and the sequence of a compressed cache are fixed: says so as the last error and returns true.
-    bool refuse(const char * what) const;
-
     void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
 
     void state_write_head(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const;
@@ -222,6 +219,10 @@ std::shared_ptr<llama_semcache> semcache_attach(llama_kv_cache & kv, llama_swa_t
 // The cache of a memory context or memory that carries a store; NULL if there is none.
 const class llama_kv_cache_context * semcache_find(const llama_memory_context_i * mctx);
 llama_semcache * semcache_find(llama_memory_i * memory);
+
+// Positions and the sequence of a compressed cache are fixed, and so is what lies beside it (sliding windows, recurrent states): if
+// the memory has a store, says so as the last error and returns true.
+bool semcache_refuses(llama_memory_i * memory, const char * what);
 
 // Attention over cores and stage for one layer: what build_attn_mha would return, or NULL if the layer is not compressed or has no
 // cores yet, for upstream to go on as always.

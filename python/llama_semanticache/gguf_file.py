@@ -47,8 +47,9 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFReader:
         ) from error
 
 
-def split_files(path: str | os.PathLike[str]) -> list[Path]:
-    """All files of a model, as llama.cpp finds them: the file itself, or the first and its siblings if it is split over several.
+def split_files(path: str | os.PathLike[str], reader: GGUFReader | None = None) -> list[Path]:
+    """All files of a model, as llama.cpp finds them: the file itself, or the first and its siblings if it is split over several. What
+    `read_gguf` said of it may be given, to spare another reading.
 
     Raises
     ------
@@ -56,7 +57,7 @@ def split_files(path: str | os.PathLike[str]) -> list[Path]:
         As `read_gguf`; the file is another than the first, has another name than llama-gguf-split gives, or one is missing.
     """
     path = Path(path)
-    reader = read_gguf(path)
+    reader = reader or read_gguf(path)
     number, count = (0 if field is None else int(field.contents()) for field in map(reader.get_field, ("split.no", "split.count")))
     if count < 2:
         return [path]

@@ -45,13 +45,14 @@ def profile_path(id: str) -> Path:
 
 def find(model_path: str | os.PathLike[str]) -> Path | None:
     """The profile of a model that was calibrated here or came with the package, or None."""
-    shipped = SHIPPED / f"{model_id(model_path)}.profile"
-    return measured(model_path) or (shipped if _is_current(shipped) else None)
+    id = model_id(model_path)
+    shipped = SHIPPED / f"{id}.profile"
+    return measured(id) or (shipped if _is_current(shipped) else None)
 
 
-def measured(model_path: str | os.PathLike[str]) -> Path | None:
+def measured(id: str) -> Path | None:
     """The profile of a model that was calibrated here, or None."""
-    path = profile_path(model_id(model_path))
+    path = profile_path(id)
     return path if _is_current(path) else None
 
 

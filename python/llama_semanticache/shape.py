@@ -102,8 +102,9 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     ModelFileError
         Not a readable, complete GGUF file, or one without the metadata of a language model.
     """
-    readers = [read_gguf(file) for file in split_files(path)]
-    meta = _Metadata(readers[0], path)
+    reader = read_gguf(path)
+    readers = [reader, *(read_gguf(file) for file in split_files(path, reader)[1:])]
+    meta = _Metadata(reader, path)
     arch = meta.arch
     n_block = meta.need("block_count")
     n_layer = n_block - meta.get("nextn_predict_layers", 0)

@@ -71,24 +71,18 @@ def ask(llm: Llama, case: Case, questions: Sequence[tuple[list[int], int]], snap
     return answers_of(case, texts)
 
 
-class Presses:
+class Presses(ExitStack):
     """kvpress in a process of its own, which gets the model when it is first asked."""
 
     def __init__(self, python: Path | None, model: Path):
+        super().__init__()
         self.python, self.model = python, model
-        self.stack = ExitStack()
         self.worker: Worker | None = None
-
-    def __enter__(self) -> Presses:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
 
     def measure(self, setting: str, name: str, case: Case, questions: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
         """The record of "kvpress:NAME:KEEP" for a case of that name."""
         if self.worker is None:
-            self.worker = self.stack.enter_context(Worker("kvpress", [str(self.python), str(Path(__file__).with_name("kvpress_worker.py"))]))
+            self.worker = self.enter_context(Worker("kvpress", [str(self.python), str(Path(__file__).with_name("kvpress_worker.py"))]))
             self.worker.ask(load=str(self.model.resolve()))
         press, keep = parse_press(setting)
         record = self.worker.ask(

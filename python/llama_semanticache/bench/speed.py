@@ -34,25 +34,19 @@ def load_options(setting: str, path: Path, n_ctx: int, threads: int | None) -> d
     return {**common, "cache": STOCK[setting]} if setting in STOCK else {**common, "kv": parse_setting(setting)}
 
 
-class Workers:
+class Workers(ExitStack):
     """A process per setting, started and given its model when it is first asked."""
 
     def __init__(self, options: dict[str, dict[str, Any]], stock_lib: Path):
+        super().__init__()
         self.options, self.stock_lib = options, stock_lib
-        self.stack = ExitStack()
         self.workers: dict[str, Worker] = {}
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
 
     def ask(self, setting: str, **order: Any) -> dict[str, Any]:
         if setting not in self.workers:
             env = {_native.LIB_VARIABLE: str(self.stock_lib if setting in STOCK else _native.library_folder())}
             command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
-            worker = self.stack.enter_context(Worker(setting, command, env))
+            worker = self.enter_context(Worker(setting, command, env))
             worker.ask(load=self.options[setting])
             self.workers[setting] = worker
         return self.workers[setting].ask(**order)

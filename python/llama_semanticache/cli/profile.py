@@ -32,7 +32,7 @@ def profile(model: str, out: str | None, force: bool, texts: tuple[str, ...], n_
     path = resolve(model, progress=not as_json)
     if out and Path(out).exists() and not force:
         raise click.ClickException(f"expected the name of a new file, got {out}, which is there; --force replaces it")
-    there = None if out or force else measured(path)
+    there = None if out or force else measured(model_id(str(path)))
     if there and (texts or n_ctx != N_TEXT_TOKENS):
         raise click.ClickException(f"expected a model that was not measured before, got one with {there}; --force replaces it, --out FILE writes another")
     if there:

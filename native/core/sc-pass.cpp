@@ -1,5 +1,6 @@
 #include "sc-pass.h"
 
+#include "sc-distinct.h"
 #include "sc-evict.h"
 #include "sc-quant.h"
 
@@ -215,16 +216,24 @@ void add_votes(const stage_rows & stage, const counts & c, int32_t n_sink_before
     for_rows(stage.n_window, [&](int32_t i) { add(stage.n_sink + c.n_new + i, sinks + stage.n_sink + i); });
 }
 
-// Marks the `budget` best candidates by their scores at ws.mk [n_cand]: rank[i] = 1.
-void choose_winners(const counts & c, int32_t budget, pass_workspace & ws) {
+// Marks the `budget` best candidates by their scores s [n_cand]: rank[i] = 1.
+void choose_winners(const counts & c, int32_t budget, float * s, pass_workspace & ws) {
     std::iota(ws.order.begin(), ws.order.begin() + c.n_cand, 0);
-    float * s = ws.mk.data();
     for_rows(c.n_cand, [&](int32_t i) { s[i] = std::isnan(s[i]) ? -INFINITY : s[i]; }); // NaN has no order to sort by
     std::nth_element(ws.order.begin(), ws.order.begin() + budget, ws.order.begin() + c.n_cand, [s](int32_t a, int32_t b) {
         return s[a] > s[b] || (s[a] == s[b] && a < b);
     });
     std::fill(ws.rank.begin(), ws.rank.begin() + c.n_cand, 0);
     for_rows(budget, [&](int32_t i) { ws.rank[ws.order[i]] = 1; });
+}
+
+// Scores of the semantic method, at ws.mk [n_cand]: infinite for the n_distinct keys least like the others, which nobody need have
+// asked for yet.
+void score_winners(const head_shape & shape, const counts & c, int32_t n_distinct, pass_workspace & ws) {
+    float * unlike = ws.bias_gone.data();
+    key_differences(ws.k.data(), c.n_cand, c.n_cand, shape.n_embd_head_k, ws.x.data(), unlike);
+    choose_winners(c, n_distinct, unlike, ws);
+    for_rows(c.n_cand, [&](int32_t i) { ws.mk[i] = ws.rank[i] ? INFINITY : ws.meta[i].s_use*ws.s_dev[i]; });
 }
 
 // Scores of an eviction policy, at ws.mk [n_rows]. The stage's tokens keep theirs as votes.
@@ -750,8 +759,8 @@ static void choose(const stage_rows & stage, const query_rows & queries, const h
                    int32_t budget, pass_workspace & ws) {
     switch (params.how) {
         case method::semantic: {
-            for_rows(c.n_cand, [&](int32_t i) { ws.mk[i] = ws.meta[i].s_use*ws.s_dev[i]; });
-            choose_winners(c, budget, ws);
+            score_winners(shape, c, (int32_t) ((int64_t) budget*params.distinct/100), ws);
+            choose_winners(c, budget, ws.mk.data(), ws);
             assign_losers(shape, c, params.merge, n_fit_query(queries, shape), ws);
             for_rows(c.n_cand, [&](int32_t i) { ws.w[i] += EPS_WEIGHT; });
         } break;
@@ -765,7 +774,7 @@ static void choose(const stage_rows & stage, const query_rows & queries, const h
         default: {
             const int32_t n_new = newest_kept(params.how, budget, stage.n_window);
             std::fill_n(ws.mk.begin() + c.n_cand - n_new, n_new, INFINITY);
-            choose_winners(c, budget, ws);
+            choose_winners(c, budget, ws.mk.data(), ws);
             for_rows(c.n_cand, [&](int32_t i) { ws.winner[i] = ws.rank[i] ? i : DROPPED; });
         } break;
     }

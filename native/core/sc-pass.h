@@ -14,6 +14,7 @@
 namespace semcache {
 
 constexpr int32_t VOTE_EVERY = 2; // of the tokens since the last pass, beginning with the first, every so many'th has queries that vote
+constexpr int32_t DISTINCT = 50; // percent of a head's rows that go to the keys least like the others, whatever their score
 constexpr int32_t N_FIT = 96; // rows are merged by the queries of about so many tokens: distances, biases and values
 
 enum class method { semantic = 0, paper = 1, streaming = 2, keydiff = 3, knorm = 4, snapkv = 5, tova = 6, h2o = 7 };
@@ -88,6 +89,7 @@ struct head_shape {
 struct pass_params {
     enum method how = method::semantic;
     bool    merge = true;   // false: losers are dropped
+    int32_t distinct = DISTINCT;
 };
 
 struct pass_result {

@@ -82,6 +82,7 @@ semcache_params semcache_default_params(void) {
     p.type_k      = SEMCACHE_TYPE_AUTO;
     p.type_v      = SEMCACHE_TYPE_AUTO;
     p.merge       = 1;
+    p.distinct    = semcache::DISTINCT;
     return p;
 }
 
@@ -102,6 +103,7 @@ int32_t semcache_configure_next(const semcache_params * params) {
         expect(p.n_stage > (int64_t) p.n_window + p.n_sink, "n_stage", "more than n_window + n_sink = " + num((int64_t) p.n_window + p.n_sink), num(p.n_stage));
         expect(p.calibrate || p.n_stage - p.n_window <= SEMCACHE_MAX_ROOM, "n_stage", "at most n_window + " + num(SEMCACHE_MAX_ROOM), num(p.n_stage));
         expect(p.n_horizon >= 1, "n_horizon", "at least 1", num(p.n_horizon));
+        expect(p.distinct >= 0 && p.distinct <= 100, "distinct", "0 to 100", num(p.distinct));
         expect(p.n_chunk >= 1 && p.n_chunk <= 255, "n_chunk", "1 to 255", num(p.n_chunk));
 
         for (const auto & [name, type] : { std::pair("type_k", p.type_k), std::pair("type_v", p.type_v) }) {

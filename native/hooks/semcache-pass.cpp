@@ -304,8 +304,9 @@ std::vector<semcache::pass_workspace> llama_semcache::reserve_scratch(const pass
 
 semcache::pass_result llama_semcache::run_pass(const pass_plan & plan, int32_t n_threads) {
     semcache::pass_params pp;
-    pp.how   = (semcache::method) params.method;
-    pp.merge = params.merge != 0;
+    pp.how      = (semcache::method) params.method;
+    pp.merge    = params.merge != 0;
+    pp.distinct = params.distinct;
 
     // everything that can fail comes before the first row is written
     auto ws = reserve_scratch(plan, n_threads);
@@ -442,10 +443,11 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
     cut.run(delimiters_of(st, params.n_sink, n_stop), chunk);
 
     semcache::calibrate_params cp;
-    cp.pass.merge = params.merge != 0;
-    cp.n_window   = params.n_window;
-    cp.n_horizon  = params.n_horizon;
-    cp.seed       = params.seed;
+    cp.pass.merge    = params.merge != 0;
+    cp.pass.distinct = 0; // budgets are better by what is asked for alone: docs/decisions.md, 43
+    cp.n_window      = params.n_window;
+    cp.n_horizon     = params.n_horizon;
+    cp.seed          = params.seed;
 
     const int32_t n_threads = std::max(1, lctx->get_cparams().n_threads_batch);
     std::vector<semcache::pass_workspace> ws(n_threads);

@@ -129,7 +129,7 @@ class Llama(llama_cpp.Llama):
         Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of others;
         None: all heads the same, which loses far more.
     kv_params : mapping, optional
-        Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, seed; calibrate
+        Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, distinct, seed; calibrate
         is for `profile.calibrate`.
 
     Raises
@@ -387,9 +387,9 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
             f"kv_stage: expected more than kv_window + kv_sink = {options['kv_window'] + options['kv_sink']}, got {options['kv_stage']}; "
             "raise kv_stage or lower kv_window"
         )
-    unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "seed", "calibrate"}
+    unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "distinct", "seed", "calibrate"}
     if unknown:
-        raise ArgumentError(f"kv_params: expected n_horizon, n_chunk, merge or seed, got {', '.join(sorted(unknown))}; see semcache.h")
+        raise ArgumentError(f"kv_params: expected n_horizon, n_chunk, merge, distinct or seed, got {', '.join(sorted(unknown))}; see semcache.h")
     n_ctx = kwargs.get("n_ctx", 512)
     if not isinstance(n_ctx, numbers.Integral):
         raise ArgumentError(f"n_ctx: expected an integer, got {n_ctx!r}; 0 takes the model's own")

@@ -16,7 +16,7 @@ Layout of a case
 Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C order (last axis fastest). First 32 int32:
 
      0 magic 0x43474353 (bytes "SCGC")    12 n_past
-     1 version, 4                         13 n_horizon
+     1 version, 5                         13 n_horizon
      2 method, enum semcache_method       14 seed, low 32 bits
      3 d_k                                15 seed, high 32 bits
      4 d_v                                16 budget
@@ -27,7 +27,8 @@ Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C o
      9 n_core                             21 attempt that had margins
     10 n_new                              22 n_q
     11 n_win                              23 n_ahead
-    24 n_full                             25 .. 31 zero
+    24 n_full                             25 distinct
+                                          26 .. 31 zero
 
 With n_cand = n_core + n_new, T = n_sink + n_cand + n_win and n_stage = n_new + n_win, then the inputs
 
@@ -113,6 +114,7 @@ class Case:
     n_ahead: int = 0
     n_full: int = 0
     voted: bool = False        # the stage has votes of earlier passes
+    distinct: int = reference.DISTINCT
     lost: bool = False         # a new row that no output needs takes nearly all attention of some queries, and goes
     heavy_cores: bool = False  # two cores of one chunk with biases near the upper bound, so that their merged bias is clamped
 
@@ -125,7 +127,7 @@ CASES = (
     Case("partial-rope-d80", d_k=80, d_v=80, gqa=1, n_rot=32, rope_neox=True, n_core=15, n_new=37, n_win=9, n_past=3001, n_horizon=4096, budget=19),
     Case("partial-rope-norm-dv48", d_k=32, d_v=48, gqa=3, n_rot=20, n_sink=0, n_core=9, n_new=33, n_win=5, n_past=261, budget=13),
     Case("softcap-outliers", d_k=80, d_v=80, gqa=3, n_rot=80, rope_neox=True, n_core=12, n_new=28, n_past=700, softcap=20.0, outliers=True),
-    Case("no-merge", d_k=32, d_v=32, n_rot=32, rope_neox=True, n_core=20, n_past=640, budget=20, merge=False),
+    Case("no-merge", d_k=32, d_v=32, n_rot=32, rope_neox=True, n_core=20, n_past=640, budget=20, merge=False, distinct=0),
     Case("below-budget", d_k=32, d_v=32, n_rot=32, n_core=12, n_new=20, n_past=320, budget=32),
     Case("votes", n_core=20, n_new=34, n_win=40, n_past=1200, n_q=24, n_ahead=40, budget=24, voted=True),
     Case("few-votes-on-cores", d_k=8, d_v=8, n_rot=8, n_core=24, n_new=30, n_win=20, n_past=800, n_q=6, n_full=60, budget=26, voted=True),
@@ -203,7 +205,7 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
     inp = reference.PassInput(exact(k, np.float16), exact(v, np.float16), exact(bias), case.n_sink, case.n_win, chunk, exact(s_use),
                               n_tok, exact(q, np.float16), np.arange(n_past - n_q, n_past), votes)
     params = reference.PassParams(float(exact(case.d_k ** -0.5)), case.softcap, inv_freq, case.rope_neox, n_past, case.n_horizon,
-                                  case.seed, case.budget, case.merge, case.n_ahead, case.n_full)
+                                  case.seed, case.budget, case.merge, case.n_ahead, case.n_full, case.distinct)
     return inp, params
 
 
@@ -225,13 +227,14 @@ def has_margins(case: Case, inp: reference.PassInput, params: reference.PassPara
     if case.method == STREAMING or inp.n_cand <= params.budget:
         return True
     if case.method in EVICTING:
-        value = np.sort(reference.POLICIES[EVICTING[case.method]](inp, params)[inp.cand])[::-1]
-        return value[params.budget - 1] - value[params.budget] > MARGIN * abs(value[params.budget])
+        return _first_stand_out(reference.POLICIES[EVICTING[case.method]](inp, params)[inp.cand], params.budget)
     q = reference.look_ahead(inp, params)
     scores = reference.score(inp, params, q)
     rows = reference.update_scores(inp.candidates(), scores, inp.n_core)
-    value = np.sort(rows.s_use * scores.s_dev)[::-1]
-    if not _apart(value[params.budget], value[params.budget - 1]):
+    n_distinct = params.budget * params.distinct // 100
+    if n_distinct and not _first_stand_out(reference.key_differences(rows.k, rows.k), n_distinct):
+        return False
+    if not _first_stand_out(reference.values(rows, scores, params), params.budget):
         return False
     if not params.merge:
         return True
@@ -252,6 +255,12 @@ def has_margins(case: Case, inp: reference.PassInput, params: reference.PassPara
             return False
     clamped = (merged <= reference.BIAS_MIN) | (merged >= reference.BIAS_MAX)
     return len(merged) > 0 and np.all(clamped == case.heavy_cores)
+
+
+def _first_stand_out(value: np.ndarray, n: int) -> bool:
+    """Whether the n greatest are more than the margin above the rest."""
+    last, rest = np.sort(value)[::-1][n - 1 : n + 1]
+    return last - rest > MARGIN * abs(rest)
 
 
 def _apart(small: float, large: float) -> bool:
@@ -292,9 +301,9 @@ def case_bytes(case: Case) -> bytes:
         scores, taken = reference.score(inp, params, q), reference.take_votes(inp, params, q)
 
     header = np.zeros(32, dtype="<u4")
-    header[:25] = (MAGIC, 4, case.method, case.d_k, case.d_v, case.gqa, case.n_rot, case.rope_neox, case.n_sink, case.n_core, case.n_new,
+    header[:26] = (MAGIC, 5, case.method, case.d_k, case.d_v, case.gqa, case.n_rot, case.rope_neox, case.n_sink, case.n_core, case.n_new,
                    case.n_win, params.n_past, case.n_horizon, case.seed & 0xFFFFFFFF, case.seed >> 32, case.budget, case.merge,
-                   len(result.rows), result.n_merged, result.n_dropped, attempt, len(inp.q), params.n_ahead, params.n_full)
+                   len(result.rows), result.n_merged, result.n_dropped, attempt, len(inp.q), params.n_ahead, params.n_full, params.distinct)
     i32, f32 = "<i4", "<f4"
     out = result.rows
     arrays = [([params.scale, params.softcap], f32), (params.inv_freq, f32), (inp.pos_q, i32), (inp.chunk, i32), (inp.n_tok, i32),

@@ -36,7 +36,7 @@ std::string read_file(const std::string & path) {
 }
 
 struct golden {
-    int32_t how, d_k, d_v, gqa, n_rot, neox, n_sink, n_core, n_new, n_win, n_past, n_horizon, budget, merge, n_out, n_merged, n_dropped, n_q, n_ahead, n_full;
+    int32_t how, d_k, d_v, gqa, n_rot, neox, n_sink, n_core, n_new, n_win, n_past, n_horizon, budget, merge, n_out, n_merged, n_dropped, n_q, n_ahead, n_full, distinct;
     uint64_t seed;
     float scale, softcap;
     std::vector<int32_t> pos_q, chunk, n_tok, votes_n, u, winner, member_of, out_chunk, out_n_tok;
@@ -59,8 +59,8 @@ struct golden {
         std::vector<uint32_t> h;
         words(h, 32);
         CHECK_EQ(h[0], 0x43474353u);
-        CHECK_EQ(h[1], 4u);
-        if (h[0] != 0x43474353u || h[1] != 4) {
+        CHECK_EQ(h[1], 5u);
+        if (h[0] != 0x43474353u || h[1] != 5) {
             return false;
         }
         int32_t * const fields[] = { &how, &d_k, &d_v, &gqa, &n_rot, &neox, &n_sink, &n_core, &n_new, &n_win, &n_past, &n_horizon };
@@ -76,6 +76,7 @@ struct golden {
         n_q       = (int32_t) h[22];
         n_ahead   = (int32_t) h[23];
         n_full    = (int32_t) h[24];
+        distinct  = (int32_t) h[25];
 
         std::vector<float> two;
         const size_t n_rows = n_sink + n_cand() + n_win;
@@ -163,7 +164,7 @@ void check_case(const golden & g, const std::string & name, bool first, const la
     CASE(name + (first ? ", first" : "") + (l.v_trans ? ", transposed" : "") + (l.shuffle ? ", shuffled" : ""));
     const head_shape  shape  = { g.d_k, g.d_v, g.gqa, g.scale, g.softcap };
     const rope        r      = { g.inv_freq, g.neox != 0 };
-    const pass_params params = { (method) g.how, g.merge != 0 };
+    const pass_params params = { (method) g.how, g.merge != 0, g.distinct };
     head_store h = head_of(g, shape, first);
     const tokens t = stage_of(g, r, first);
     pass_workspace ws;

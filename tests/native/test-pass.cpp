@@ -17,6 +17,7 @@ constexpr method ALL_METHODS[] = { method::semantic, method::paper, method::stre
 struct spec {
     method  how     = method::semantic;
     bool    merge   = true;
+    int32_t distinct = DISTINCT;
     int32_t d_k     = 64, d_v = 48, n_gqa = 3, n_rot = 64;
     bool    neox    = true;
     float   softcap = 0.0f;
@@ -104,7 +105,7 @@ struct text_source {
         }
     }
 
-    pass_params params() const { return { s.how, s.merge }; }
+    pass_params params() const { return { s.how, s.merge, s.distinct }; }
 };
 
 // ---- the slow pass
@@ -221,9 +222,36 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
     if (n <= budget) {
         std::iota(goes.begin(), goes.end(), 0);
     } else {
-        std::vector<double> sorted = score;
+        std::vector<double> unlike(n), sorted;
+        std::vector<double> all(d_k); // sum of the unit keys
+        auto unit = [&](const row & c) {
+            std::vector<double> x(c.k.begin(), c.k.end());
+            const double norm = std::sqrt(dot64(x, x));
+            for (double & e : x) {
+                e /= norm;
+            }
+            return x;
+        };
+        for (const row & c : cand) {
+            const auto x = unit(c);
+            for (int32_t e = 0; e < d_k; ++e) {
+                all[e] += x[e];
+            }
+        }
+        for (size_t j = 0; j < n; ++j) {
+            unlike[j] = -dot64(unit(cand[j]), all)/std::sqrt(dot64(all, all));
+        }
+        if (const size_t n_distinct = budget*params.distinct/100; n_distinct > 0) {
+            sorted = unlike;
+            std::sort(sorted.rbegin(), sorted.rend());
+            res.margin = sorted[n_distinct - 1] - sorted[n_distinct];
+            for (size_t j = 0; j < n; ++j) {
+                score[j] = unlike[j] >= sorted[n_distinct - 1] ? INFINITY : score[j];
+            }
+        }
+        sorted = score;
         std::sort(sorted.rbegin(), sorted.rend());
-        res.margin = 1.0 - sorted[budget]/sorted[budget - 1];
+        res.margin = std::min(res.margin, 1.0 - sorted[budget]/sorted[budget - 1]);
         for (size_t j = 0; j < n; ++j) {
             goes[j] = score[j] >= sorted[budget - 1] ? (int64_t) j : -1;
         }

@@ -65,6 +65,16 @@ def test_same_result_in_every_run_and_for_every_number_of_threads(arch, tiny, lo
         assert rest == list(results[0][1:])
 
 
+def test_the_share_of_keys_unlike_the_others_reaches_the_passes(tiny, load):
+    logits = []
+    for params in ({}, {"distinct": 50}, {"distinct": 0}):
+        llm = load(tiny("llama"), **SMALL, kv_params=params)
+        llm.eval(TOKENS)
+        logits.append(last_logits(llm))
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert np.abs(logits[0] - logits[2]).max() > 0
+
+
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
 @pytest.mark.parametrize("arch", tiny_models.SUPPORTED)
 def test_nothing_is_lost_below_capacity(arch, flash_attn, tiny, load):

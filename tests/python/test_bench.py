@@ -33,10 +33,10 @@ def wide(tmp_path_factory):
 
 def test_settings():
     assert parse_setting("semanticache:0.25") == {"kv_compress": "semanticache", "kv_ratio": 0.25}
-    text = "semanticache:0.5:equal:stage=96:type_k=q8_0:merge=0:horizon=7:profile=a.profile"
+    text = "semanticache:0.5:equal:stage=96:type_k=q8_0:merge=0:distinct=20:horizon=7:profile=a.profile"
     assert parse_setting(text) == {
         "kv_compress": "semanticache", "kv_ratio": 0.5, "kv_stage": 96, "kv_type_k": "q8_0", "kv_profile": "a.profile",
-        "kv_params": {"merge": 0, "n_horizon": 7},
+        "kv_params": {"merge": 0, "distinct": 20, "n_horizon": 7},
     }  # fmt: skip
     for bad in ("semanticache", "semanticache:x", "semanticache:0.5:stage", "semanticache:0.5:merge=yes"):
         with pytest.raises(ArgumentError, match="or METHOD:RATIO"):
@@ -342,6 +342,9 @@ def test_tasks(tiny, tmp_path):
     assert [name.split("|")[3] for name in json.loads(out.read_text())["records"]] == ["0", "0"]
     run_command(*command[:-1], tmp_path / "long.json", "--min-tokens", 900)
     assert [name.split("|")[3] for name in json.loads((tmp_path / "long.json").read_text())["records"]] == ["1", "1"]
+    shown = run_command(*command[:-1], tmp_path / "alone.json", "--without-base", "--min-tokens", 900)
+    assert "all items" in shown and "of uncompressed" not in shown and "stock:f16" not in shown
+    assert [name.split("|")[1] for name in json.loads((tmp_path / "alone.json").read_text())["records"]] == ["h2o:0.5:stage=192:window=32"]
     done = CliRunner().invoke(main, ["bench", *map(str, command[:-2]), "--min-tokens", "5000"])
     assert done.exit_code == 1 and "have at least 5000 tokens, got none of 2" in done.output
 
@@ -364,6 +367,11 @@ def test_runs_of_tasks_together():
     assert "| all items" in together["markdown"] and [cell.strip() for cell in together["markdown"].split("| all items")[1].split("|")[1:4]] == ["2", "75.0", "37.5"]
     assert [run["where"] for run in each] == ["m; d; llama.cpp 000000000"] * 2 and together["where"] == "2 runs together"
     assert len(report.show([part(0, 1.0)])) == 1
+    base, ours = part(0, 1.0), part(0, 1.0)
+    base["asked"]["settings"], ours["asked"]["settings"] = ["stock:f16"], ["x:1"]
+    for run in (base, ours):
+        run["records"] = {name: record for name, record in run["records"].items() if run["asked"]["settings"][0] in name}
+    assert "50.0%" in report.show([base, ours])[0]["markdown"]  # one run has the uncompressed cache, the other the rest
 
 
 def test_a_task_stands_in_the_chat_template(smollm2):

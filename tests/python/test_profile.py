@@ -206,7 +206,7 @@ def test_errors_are_those_of_the_reference(tmp_path, load, cache):
     ends = ref.delimiter_table([llm.detokenize([t]) for t in tokens], np.zeros(n, bool))
     n_past = n - n_window - n_probe
     chunk = ref.chunk_ids(ends[n_sink:n_past], 32, 0)
-    params = ref.PassParams(scale=d**-0.5, softcap=0.0, inv_freq=inv_freq, rope_neox=False, n_past=0, n_horizon=512, seed=0, budget=0)
+    params = ref.PassParams(scale=d**-0.5, softcap=0.0, inv_freq=inv_freq, rope_neox=False, n_past=0, n_horizon=512, seed=0, budget=0, distinct=0)
     expected = [
         ref.output_errors(
             ref.TextInput(k[:, h], v[:, h], q[:, h * gqa : (h + 1) * gqa], np.arange(n), chunk, n_sink, n_window + n_probe, n_probe),

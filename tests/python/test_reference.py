@@ -45,12 +45,12 @@ def random_input(seed, n_sink=4, n_core=10, n_new=40, n_win=8, d_k=16, d_v=12, g
         pos_q=np.arange(n_past - n_q, n_past))
 
 
-def params_for(inp, budget, n_past=400, softcap=0.0, merge=True, neox=True, n_rot=None, seed=1, n_horizon=512):
+def params_for(inp, budget, n_past=400, softcap=0.0, merge=True, neox=True, n_rot=None, seed=1, n_horizon=512, **more):
     d_k = inp.k.shape[1]
     n_rot = d_k if n_rot is None else n_rot
     inv_freq = 10000.0 ** (-2 * np.arange(n_rot // 2) / max(1, n_rot))
     return ref.PassParams(scale=d_k ** -0.5, softcap=softcap, inv_freq=inv_freq, rope_neox=neox, n_past=n_past, n_horizon=n_horizon,
-                          seed=seed, budget=budget, merge=merge)
+                          seed=seed, budget=budget, merge=merge, **more)
 
 
 def assert_same_rows(a, b):
@@ -365,7 +365,7 @@ def test_fitted_bias_is_clamped(core_bias, bound):
     chunk = np.array([0, 0, 1, 1, 1, 1])
     s_use = np.array([1e6, 1e5])  # both cores outrank the new rows
     inp = replace(base, k=k, bias=bias, chunk=chunk, s_use=s_use)
-    result = ref.compress_head(inp, params_for(inp, 1))
+    result = ref.compress_head(inp, params_for(inp, 1, distinct=0))
     assert result.member_of.tolist() == [0, 0, -1, -1, -1, -1]
     assert result.rows.bias.tolist() == [bound]
 
@@ -373,7 +373,7 @@ def test_fitted_bias_is_clamped(core_bias, bound):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_winners_are_the_best_scores(seed):
     inp = random_input(seed)
-    params = params_for(inp, 17)
+    params = params_for(inp, 17, distinct=0)
     result = ref.compress_head(inp, params)
     all_rows = ref.compress_head(inp, replace(params, budget=inp.n_cand)).rows
     value = all_rows.s_use * ref.score(inp, params, ref.look_ahead(inp, params)).s_dev
@@ -381,6 +381,21 @@ def test_winners_are_the_best_scores(seed):
     assert value[result.winner].min() > value[losers].max()
     np.testing.assert_array_equal(result.rows.s_use, all_rows.s_use[result.winner])
     assert np.all(np.diff(result.winner) > 0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_half_of_the_winners_are_the_keys_least_like_the_others(seed):
+    inp = random_input(seed)
+    params = params_for(inp, 17)
+    result = ref.compress_head(inp, params)
+    rows = ref.compress_head(inp, replace(params, budget=inp.n_cand)).rows
+    unit = rows.k / np.linalg.norm(rows.k, axis=1, keepdims=True)
+    distinct = np.argsort(unit @ unit.sum(axis=0))[:8]
+    value = rows.s_use * ref.score(inp, params, ref.look_ahead(inp, params)).s_dev
+    others = np.setdiff1d(np.arange(inp.n_cand), distinct)
+    best = others[np.argsort(-value[others])[:9]]
+    assert result.winner.tolist() == sorted([*distinct, *best])
+    assert set(result.winner) != set(ref.compress_head(inp, replace(params, distinct=0)).winner)
 
 
 def test_equal_scores_favour_the_lower_index():
@@ -861,9 +876,9 @@ def read_case(path):
     data = path.read_bytes()
     h = struct.unpack_from("<32i", data)
     keys = ("magic version method d_k d_v gqa n_rot rope_neox n_sink n_core n_new n_win n_past n_horizon seed_low seed_high budget merge "
-            "n_out n_merged n_dropped attempt n_q n_ahead n_full").split()
+            "n_out n_merged n_dropped attempt n_q n_ahead n_full distinct").split()
     c = dict(zip(keys, h))
-    assert (c["magic"], c["version"]) == (0x43474353, 4) and not any(h[25:])
+    assert (c["magic"], c["version"]) == (0x43474353, 5) and not any(h[26:])
     n_cand, n_stage, n_q = c["n_core"] + c["n_new"], c["n_new"] + c["n_win"], c["n_q"]
     n_rows, n_out = c["n_sink"] + n_cand + c["n_win"], c["n_out"]
     at = 128
@@ -892,7 +907,7 @@ def test_golden_case_reads_as_documented(name):
     for x in (c["k"], c["v"], c["q"]):
         np.testing.assert_array_equal(x.astype(np.float16), x)
     params = ref.PassParams(*c["scale_softcap"], c["inv_freq"], bool(c["rope_neox"]), c["n_past"], c["n_horizon"], seed, c["budget"],
-                            bool(c["merge"]), c["n_ahead"], c["n_full"])
+                            bool(c["merge"]), c["n_ahead"], c["n_full"], c["distinct"])
     if c["method"] == 0:
         result = ref.compress_head(inp, params)
         scores = ref.score(inp, params, ref.look_ahead(inp, params))

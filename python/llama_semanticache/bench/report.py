@@ -222,7 +222,8 @@ def show(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     together = []
     if runs[0]["kind"] == "tasks" and len(runs) > 1:
         run = merged(runs)
-        run["asked"]["settings"] = [s for s in run["asked"]["settings"] if all(s in r["asked"]["settings"] for r in runs)]
+        answered = {s: {tuple(name.split("|")[2:]) for name in run["records"] if name.startswith(f"task|{s}|")} for s in run["asked"]["settings"]}
+        run["asked"]["settings"] = [s for s, items in answered.items() if items == set().union(*answered.values())]
         together = [{"where": f"{len(runs)} runs together", "command": "", **show_table(run)}]
     return together + [
         {"where": f"{run['machine']}; {run['date']}; llama.cpp {run['upstream_commit'][:9]}", "command": run["command"], **show_table(run)} for run in runs

@@ -22,7 +22,7 @@ DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.3", "str
 ESTIMATED = ("kv_compress", "kv_ratio", "kv_stage", "kv_window", "kv_sink", "kv_type_k", "kv_type_v", "n_chunk")
 """Arguments of `Llama`, or of its `kv_params`, that `memory.estimate` takes, too."""
 
-OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "profile", "horizon", "chunk", "merge", "seed")
+OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "profile", "horizon", "chunk", "merge", "distinct", "seed")
 
 PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "kvzip")
 """Presses of kvpress that `kvpress_worker` knows."""
@@ -41,7 +41,7 @@ def parse_press(text: str) -> tuple[str, float]:
 
 def parse_setting(text: str) -> dict[str, Any]:
     """Arguments of `Llama` for one of our settings: 'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal', '...:stage=1024',
-    '...:type_k=q8_0', '...:merge=0', '...:horizon=2048', '...:profile=FILE'.
+    '...:type_k=q8_0', '...:merge=0', '...:distinct=0', '...:horizon=2048', '...:profile=FILE'.
     """
     try:
         return _parse(text)
@@ -63,8 +63,8 @@ def _parse(text: str) -> dict[str, Any]:
         name, value = option.split("=")
         if name not in OPTIONS:
             raise ValueError(f"no option of the name {name}, but {', '.join(OPTIONS)}")
-        if name in ("horizon", "chunk", "merge", "seed"):
-            name = name if name in ("merge", "seed") else f"n_{name}"
+        if name in ("horizon", "chunk", "merge", "distinct", "seed"):
+            name = name if name in ("merge", "distinct", "seed") else f"n_{name}"
             kwargs.setdefault("kv_params", {})[name] = int(value)
         else:
             kwargs[f"kv_{name}"] = int(value) if name in ("stage", "window", "sink") else value

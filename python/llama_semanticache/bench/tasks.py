@@ -228,15 +228,16 @@ def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     groups: dict[str, list[dict[str, dict[str, Any]]]] = {}
     for (task, _), records in sorted(answered.items()):
         groups.setdefault(task, []).append(records)
-    for records in sorted(answered.values(), key=lambda records: records[BASE]["tokens"]):
-        bits = (records[BASE]["tokens"] - 1).bit_length()
+    for n_tokens, records in sorted(((records[settings[0]]["tokens"], records) for records in answered.values()), key=lambda item: item[0]):
+        bits = (n_tokens - 1).bit_length()
         groups.setdefault(f"{2 ** (bits - 1) + 1 if bits else 1} to {2**bits} tokens", []).append(records)
     everything = list(answered.values())
-    base = np.mean([records[BASE]["score"] for records in everything])
     cells = [means(name, some) for name, some in groups.items()]
     cells.append(means("all items", everything))
-    cells.append(["of uncompressed", "", *(f"{np.mean([records[s]['score'] for records in everything]) / base:.1%}" if base else "" for s in settings)])
-    cells.append(["95% interval", "", *(of_base(everything, s) for s in settings)])
+    if BASE in settings:
+        base = np.mean([records[BASE]["score"] for records in everything])
+        cells.append(["of uncompressed", "", *(f"{np.mean([records[s]['score'] for records in everything]) / base:.1%}" if base else "" for s in settings)])
+        cells.append(["95% interval", "", *(of_base(everything, s) for s in settings)])
     cells.append(["KV MiB", "", *(f"{everything[-1][s]['kv_bytes'] / 2**20:.1f}" for s in settings)])
     return ["task", "items", *settings], cells
 
@@ -257,13 +258,16 @@ def of_base(items: Sequence[dict[str, dict[str, Any]]], setting: str) -> str:
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=16384, show_default=True)
 @click.option("--whole", is_flag=True, help="Leave out items that do not fit instead of cutting their middle out.")
 @click.option("--min-tokens", type=click.IntRange(min=0), default=0, help="Leave out items with a shorter prompt.")
+@click.option("--without-base", is_flag=True, help=f"Leave {BASE} out: another run of these items has it, and `bench report` joins them.")
 @setting_option
 @threads_option
 @json_option
-def tasks(model, tasks_path, n_ctx, whole, min_tokens, settings, threads, json_path) -> None:
+def tasks(model, tasks_path, n_ctx, whole, min_tokens, without_base, settings, threads, json_path) -> None:
     """LongBench-style tasks from a file, with the tasks' own metrics."""
     path = models.resolve(model)
     settings = with_base(settings or DEFAULT_SETTINGS)
+    if without_base:
+        settings.remove(BASE)
     check_settings(path, settings, n_ctx)
     items = read_items(tasks_path)
     profiles = profiles_of(path, settings, threads)

@@ -21,6 +21,7 @@ from .chunks import DELIMITERS, chunk_ids, delimiter_table
 from .compress import (
     BIAS_MAX,
     BIAS_MIN,
+    DISTINCT,
     LEAST_KEPT,
     N_FIT,
     VOTE_EVERY,
@@ -36,6 +37,7 @@ from .compress import (
     fit_bias,
     fit_values,
     fitted_queries,
+    key_differences,
     look_ahead,
     merge_rows,
     query_metric,
@@ -44,6 +46,7 @@ from .compress import (
     take_votes,
     update_scores,
     value_deviations,
+    values,
 )
 from .evict import POLICIES, compress_head_evict
 from .lookahead import horizon_positions, rotate, splitmix64
@@ -54,6 +57,7 @@ __all__ = [
     "BIAS_MAX",
     "BIAS_MIN",
     "DELIMITERS",
+    "DISTINCT",
     "LEAST_KEPT",
     "N_FIT",
     "PARTS",
@@ -86,6 +90,7 @@ __all__ = [
     "fitted_queries",
     "greedy_clusters",
     "horizon_positions",
+    "key_differences",
     "logits",
     "logsumexp",
     "look_ahead",
@@ -103,5 +108,6 @@ __all__ = [
     "threshold_clusters",
     "update_scores",
     "value_deviations",
+    "values",
     "write_profile",
 ]

@@ -35,6 +35,9 @@ LEAST_KEPT = 1e-3
 VOTE_EVERY = 2
 """Of the tokens since the last pass, beginning with the first, every so many'th has queries that vote."""
 
+DISTINCT = 50
+"""Percent of a head's rows that go to the keys least like the others, whatever their score."""
+
 N_FIT = 96
 """Rows are merged by the queries of about this many tokens."""
 
@@ -211,6 +214,8 @@ class PassParams:
         Positions that every query looks ahead at least: the window's, since a row is asked once it has left the window.
     n_full : int
         Tokens that vote in a pass that is as far from the last as it can be: a core's score is a mean over no fewer.
+    distinct : int
+        Percent of the budget for the keys least like the others, see `values`.
     """
 
     scale: float
@@ -224,6 +229,7 @@ class PassParams:
     merge: bool = True
     n_ahead: int = 0
     n_full: int = 0
+    distinct: int = DISTINCT
 
     def __post_init__(self):
         check_budget(self.budget)
@@ -293,7 +299,7 @@ def compress_head(inp: PassInput, params: PassParams) -> PassResult:
     if len(rows) <= params.budget:
         return unchanged(rows)
 
-    winner = choose_winners(rows.s_use * scores.s_dev, params.budget)
+    winner = choose_winners(values(rows, scores, params), params.budget)
     member_of = np.full(len(rows), -1, dtype=np.int64)
     member_of[winner] = np.arange(len(winner))
     if not params.merge:
@@ -358,6 +364,26 @@ def update_scores(rows: HeadRows, scores: Scores, n_core: int) -> HeadRows:
     s_use = scores.s_use.copy()
     s_use[:n_core] = np.maximum(s_use[:n_core], rows.s_use[:n_core])
     return replace(rows, s_use=s_use)
+
+
+def key_differences(k, others) -> np.ndarray:
+    """Minus the cosine between each key and the mean of the others', taken as unit vectors (KeyDiff, Park et al. 2025, arXiv 2504.15364);
+    shapes [n, d_k], [m, d_k] -> [n]. A key of zero gives 0."""
+
+    def unit(x):
+        return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    return -unit(k) @ unit(unit(others).sum(axis=0))
+
+
+def values(rows: HeadRows, scores: Scores, params: PassParams) -> np.ndarray:
+    """Step 5. What the candidates win by: s_use * s_dev, and infinity for `distinct` percent of the budget, the keys least like the mean key.
+
+    What nobody has asked for yet has no s_use. A key unlike the others is what a question can tell apart, and it cannot be merged for nothing.
+    """
+    value = rows.s_use * scores.s_dev
+    value[choose_winners(key_differences(rows.k, rows.k), params.budget * params.distinct // 100)] = np.inf
+    return value
 
 
 def unchanged(rows: HeadRows) -> PassResult:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from .attention import logits
-from .compress import PassInput, PassParams, PassResult, check_budget, choose_winners, unchanged
+from .compress import PassInput, PassParams, PassResult, check_budget, choose_winners, key_differences, unchanged
 
 N_OBSERVE, N_POOL = 64, 5
 """SnapKV: tokens whose queries count, and rows of the moving average."""
@@ -33,9 +33,7 @@ def shares(inp: PassInput, params: PassParams, query) -> np.ndarray:
 
 
 def keydiff(inp: PassInput, params: PassParams) -> np.ndarray:
-    unit = inp.k / np.maximum(np.linalg.norm(inp.k, axis=1), 1e-12)[:, None]
-    anchor = unit[inp.cand].sum(axis=0)
-    return -(unit @ anchor) / max(np.linalg.norm(anchor), 1e-12)
+    return key_differences(inp.k, inp.k[inp.cand])
 
 
 def knorm(inp: PassInput, params: PassParams) -> np.ndarray:

@@ -230,9 +230,8 @@ void choose_winners(const counts & c, int32_t budget, float * s, pass_workspace 
 // Scores of the semantic method, at ws.mk [n_cand]: infinite for the n_distinct keys least like the others, which nobody need have
 // asked for yet.
 void score_winners(const head_shape & shape, const counts & c, int32_t n_distinct, pass_workspace & ws) {
-    float * unlike = ws.bias_gone.data();
-    key_differences(ws.k.data(), c.n_cand, c.n_cand, shape.n_embd_head_k, ws.x.data(), unlike);
-    choose_winners(c, n_distinct, unlike, ws);
+    key_differences(ws.k.data(), c.n_cand, c.n_cand, shape.n_embd_head_k, ws.k_mean.data(), ws.s_key.data());
+    choose_winners(c, n_distinct, ws.s_key.data(), ws);
     for_rows(c.n_cand, [&](int32_t i) { ws.mk[i] = ws.rank[i] ? INFINITY : ws.meta[i].s_use*ws.s_dev[i]; });
 }
 
@@ -675,9 +674,10 @@ void pass_workspace::reserve(const head_shape & shape, int32_t n_rows, int32_t n
     grow(v_gone,    n*ld);
     grow(s_gone,    n_fit);
     grow(m,         dk*ldm);
+    grow(k_mean,    dk);
     grow(v_mean,    ld);
     grow(z,         (int64_t) n_query*shape.n_gqa);
-    for (auto * v : { &bias, &s_use, &s_dev, &w, &bias_new, &bias_gone }) {
+    for (auto * v : { &bias, &s_use, &s_dev, &s_key, &w, &bias_new, &bias_gone }) {
         grow(*v, n);
     }
     for (auto * v : { &order, &rank, &winner, &merged, &count }) {

@@ -104,10 +104,10 @@ struct pass_workspace {
     void reserve(const head_shape & shape, int32_t n_rows, int32_t n_loser, int32_t n_query);
 
     std::vector<float>   k, panels, q, x;          // keys, packed keys, turned queries, a block of logits
-    std::vector<float>   bias, s_use, s_dev, w, z; // per row; z per query
+    std::vector<float>   bias, s_use, s_dev, s_key, w, z; // per row; z per query
     std::vector<float>   m, mk;                    // sum of q q', and its product with keys; mk is other things later
     std::vector<float>   k_new, v_new, bias_new;   // merged winners
-    std::vector<float>   v, v_mean;                // values, and the candidates' mean
+    std::vector<float>   v, v_mean, k_mean;        // values, the candidates' mean, and that of their unit keys
     std::vector<float>   out;                      // outputs of the queries that merged rows are fitted to
     std::vector<float>   v_gone, bias_gone, s_gone, shares, r, normal, move; // see gather_gone, fit_bias and fit_values
     std::vector<int32_t> order, rank, winner, merged, count;

@@ -476,7 +476,7 @@ int64_t tokens_in(const head_store & h) {
 
 // A long text: ten passes in place, each against the slow one, which starts from the same rows.
 void test_long_text() {
-    std::vector<spec> specs(10);
+    std::vector<spec> specs(12);
     specs[1].merge = false;
     specs[2].how = method::paper;
     specs[3].how = method::streaming;
@@ -486,6 +486,8 @@ void test_long_text() {
     specs[7].n_sink = 0; specs[7].n_alloc = 5; specs[7].n_window = 1; specs[7].n_chunk = 40;
     specs[8].how = method::paper; specs[8].n_alloc = 9; // fewer rows than chunks
     specs[9].voted = true;
+    specs[10].distinct = 0;
+    specs[11].distinct = 100;
     for (size_t c = 0; c < specs.size(); ++c) {
         const spec & s = specs[c];
         text_source text(s, 40 + c);

@@ -420,6 +420,9 @@ def test_chat(smollm2, tmp_path):
         assert record["tokens"] > 300 and [(a["turn"], a["want"]) for a in record["answers"]] == wanted
     assert all(chat.has_words(a["got"], a["want"]) for a in records["chat|stock:f16|1"]["answers"])
     assert "turn 2" in output and "2/2" in output
+    alone = run_command("chat", smollm2, "--text", text, "--turns", 6, "--facts", 2, "--n-answer", 40, "--chats", 1, "--first-chat", 1, "--n-ctx", 1024,
+                        "--without-base", "--setting", settings[0])  # fmt: skip
+    assert settings[0] in alone and "stock:f16" not in alone
     assert chat.chat_options("shift:0.25", Path(smollm2), 8960)[1] in range(2048, 8960 // 2, 256)
 
 

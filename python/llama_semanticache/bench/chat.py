@@ -21,7 +21,7 @@ from ..errors import ArgumentError
 from ..llama import Llama
 from .cases import chat_facts
 from .harness import Snapshot, continue_greedily, render
-from .options import json_option, text_option, threads_option
+from .options import json_option, text_option, threads_option, without_base_option
 from .runs import Run
 from .settings import BASE, check_settings, context_options, llama_options, profiles_of, with_base
 from .tables import print_table
@@ -138,15 +138,16 @@ def chat_options(setting: str, path: Path, n_ctx: int) -> tuple[dict[str, Any], 
 @click.option("--chats", "n_chats", type=click.IntRange(min=1), default=3, show_default=True, help="Conversations.")
 @click.option("--first-chat", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first conversation; they are reproducible by number.")
 @click.option("--setting", "settings", multiple=True, help="As in bench quality, or shift:RATIO; repeatable. stock:f16 is always there.")
+@without_base_option
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=8960, show_default=True, help="Must hold the whole conversation.")
 @threads_option
 @json_option
-def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, settings, n_ctx, threads, json_path) -> None:
+def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, settings, without_base, n_ctx, threads, json_path) -> None:
     """Facts of a conversation's first turns, asked for in its last, also against llama.cpp's context shift."""
     from tqdm import tqdm
 
     path = models.resolve(model)
-    settings = with_base(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"))
+    settings = with_base(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"), without_base)
     options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
     check_settings(path, [s for s in settings if not s.startswith("shift:")], n_ctx)
     profiles = profiles_of(path, settings, threads)

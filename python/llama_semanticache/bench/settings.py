@@ -116,9 +116,9 @@ def check_settings(path: Path, settings: Iterable[str], n_ctx: int) -> None:
             raise ArgumentError(f"{setting}: {error}") from error
 
 
-def with_base(settings: Iterable[str]) -> list[str]:
-    """llama.cpp's f16 cache, which all are compared with, and then the others, each once."""
-    return list(dict.fromkeys([BASE, *settings]))
+def with_base(settings: Iterable[str], left_out: bool = False) -> list[str]:
+    """llama.cpp's f16 cache, which all are compared with, unless another run has it, and then the others, each once."""
+    return list(dict.fromkeys([*([] if left_out else [BASE]), *settings]))
 
 
 def context_options(n_ctx: int, threads: int | None) -> dict[str, Any]:

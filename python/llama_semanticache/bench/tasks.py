@@ -24,7 +24,7 @@ import numpy as np
 from .. import models
 from ..errors import ArgumentError
 from .harness import Loader, continue_greedily, read_in, render
-from .options import json_option, setting_option, threads_option
+from .options import json_option, setting_option, threads_option, without_base_option
 from .runs import Run
 from .settings import BASE, DEFAULT_SETTINGS, check_settings, context_options, profiles_of, with_base
 from .tables import print_table
@@ -258,16 +258,14 @@ def of_base(items: Sequence[dict[str, dict[str, Any]]], setting: str) -> str:
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=16384, show_default=True)
 @click.option("--whole", is_flag=True, help="Leave out items that do not fit instead of cutting their middle out.")
 @click.option("--min-tokens", type=click.IntRange(min=0), default=0, help="Leave out items with a shorter prompt.")
-@click.option("--without-base", is_flag=True, help=f"Leave {BASE} out: another run of these items has it, and `bench report` joins them.")
 @setting_option
+@without_base_option
 @threads_option
 @json_option
-def tasks(model, tasks_path, n_ctx, whole, min_tokens, without_base, settings, threads, json_path) -> None:
+def tasks(model, tasks_path, n_ctx, whole, min_tokens, settings, without_base, threads, json_path) -> None:
     """LongBench-style tasks from a file, with the tasks' own metrics."""
     path = models.resolve(model)
-    settings = with_base(settings or DEFAULT_SETTINGS)
-    if without_base:
-        settings.remove(BASE)
+    settings = with_base(settings or DEFAULT_SETTINGS, without_base)
     check_settings(path, settings, n_ctx)
     items = read_items(tasks_path)
     profiles = profiles_of(path, settings, threads)

@@ -82,7 +82,7 @@ struct semcache_params {
     int32_t      type_k;        // ggml_type of the cores' K: F16, Q8_0, Q4_0 or SEMCACHE_TYPE_AUTO; the stage is F16
     int32_t      type_v;        // ggml_type of the cores' V, likewise
     int32_t      merge;         // 1: losers are merged into winners of their chunk; 0: they are dropped
-    int32_t      distinct;      // percent of a head's rows that go to the keys least like the others, whatever their score; 0 to 100
+    int32_t      distinct;      // percent of a head's rows that go to the keys least like the others, whatever their score; 0 to 100; a calibration has none
     int32_t      calibrate;     // 1: the context is for semcache_calibrate_add() and also watches the residual stream
     uint64_t     seed;          // of the look-ahead positions
     const char * profile_path;  // budgets per (layer, kv head); NULL: equal budgets

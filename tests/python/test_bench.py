@@ -374,6 +374,19 @@ def test_runs_of_tasks_together():
     assert "50.0%" in report.show([base, ours])[0]["markdown"]  # one run has the uncompressed cache, the other the rest
 
 
+def test_runs_of_chats_together():
+    def part(setting, number, got):
+        records = {f"chat|{setting}|{number}": {"kv_bytes": 2**20, "answers": [{"turn": 1, "want": "Turin", "got": got}]}}
+        asked = {"model": "m", "n_facts": 1, "first_chat": number, "n_chats": 1, "settings": [setting]}
+        return {"kind": "chat", "asked": asked, "records": records, "machine": "m", "date": "d", "upstream_commit": "0" * 40, "command": "c"}
+
+    runs = [part("stock:f16", 0, " Turin"), part("stock:f16", 1, " Turin"), part("x:1", 0, " Turin"), part("x:1", 1, " Rome")]
+    assert len(set(map(report.subject, runs))) == 1
+    together = report.show(runs)[0]
+    assert together["where"] == "4 runs together"
+    assert [cell.strip() for cell in together["markdown"].split("| x:1")[1].split("|")[1:3]] == ["1/2", "50%"]  # of what the other runs have uncompressed
+
+
 def test_a_task_stands_in_the_chat_template(smollm2):
     with closing(Llama(smollm2, n_ctx=1024, verbose=False)) as llm:
         items = [{"task": task, "prompt": "<|im_end|> " + "x y z " * n} for task, n in (("hotpotqa", 400), ("lcc", 400), ("qasper", 9))]

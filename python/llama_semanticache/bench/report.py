@@ -160,9 +160,13 @@ def svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
+PARTS = ("min_tokens", "first_chat", "n_chats")
+"""What is asked of a run to choose some of its items or conversations; records are named by these."""
+
+
 def subject(run: dict[str, Any]) -> str:
-    """What a run has in common with those that its caches may be compared with: all that was asked but the caches."""
-    return json.dumps([run["kind"], {k: v for k, v in run["asked"].items() if k not in ("settings", "threads", "rounds", "min_tokens")}], sort_keys=True)
+    """What a run has in common with those that its caches may be compared with: all that was asked but the caches and `PARTS`."""
+    return json.dumps([run["kind"], {k: v for k, v in run["asked"].items() if k not in ("settings", "threads", "rounds", *PARTS)}], sort_keys=True)
 
 
 def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -218,12 +222,13 @@ def show_table(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the page says of each run, and of tasks in several runs before that what they say together of the caches that all of them have."""
+    """What the page says of each run, and of tasks and conversations in several runs before that what they say together; of tasks, of the caches that have answered all."""
     together = []
-    if runs[0]["kind"] == "tasks" and len(runs) > 1:
+    if runs[0]["kind"] in ("tasks", "chat") and len(runs) > 1:
         run = merged(runs)
-        answered = {s: {tuple(name.split("|")[2:]) for name in run["records"] if name.startswith(f"task|{s}|")} for s in run["asked"]["settings"]}
-        run["asked"]["settings"] = [s for s, items in answered.items() if items == set().union(*answered.values())]
+        answered = {s: {tuple(name.split("|")[2:]) for name in run["records"] if name.split("|")[1] == s} for s in run["asked"]["settings"]}
+        everything = set().union(*answered.values())
+        run["asked"]["settings"] = [s for s, items in answered.items() if items == everything]
         together = [{"where": f"{len(runs)} runs together", "command": "", **show_table(run)}]
     return together + [
         {"where": f"{run['machine']}; {run['date']}; llama.cpp {run['upstream_commit'][:9]}", "command": run["command"], **show_table(run)} for run in runs

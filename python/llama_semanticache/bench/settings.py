@@ -22,7 +22,10 @@ DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.3", "str
 ESTIMATED = ("kv_compress", "kv_ratio", "kv_stage", "kv_window", "kv_sink", "kv_type_k", "kv_type_v", "n_chunk")
 """Arguments of `Llama`, or of its `kv_params`, that `memory.estimate` takes, too."""
 
-OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "profile", "horizon", "chunk", "merge", "distinct", "seed")
+PARAMS = {"horizon": "n_horizon", "chunk": "n_chunk", "merge": "merge", "distinct": "distinct", "seed": "seed"}
+"""Options that are `kv_params` of `Llama`, and their names there."""
+
+OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "profile", *PARAMS)
 
 PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "kvzip")
 """Presses of kvpress that `kvpress_worker` knows."""
@@ -63,9 +66,8 @@ def _parse(text: str) -> dict[str, Any]:
         name, value = option.split("=")
         if name not in OPTIONS:
             raise ValueError(f"no option of the name {name}, but {', '.join(OPTIONS)}")
-        if name in ("horizon", "chunk", "merge", "distinct", "seed"):
-            name = name if name in ("merge", "distinct", "seed") else f"n_{name}"
-            kwargs.setdefault("kv_params", {})[name] = int(value)
+        if name in PARAMS:
+            kwargs.setdefault("kv_params", {})[PARAMS[name]] = int(value)
         else:
             kwargs[f"kv_{name}"] = int(value) if name in ("stage", "window", "sink") else value
     return kwargs

@@ -228,8 +228,8 @@ def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     groups: dict[str, list[dict[str, dict[str, Any]]]] = {}
     for (task, _), records in sorted(answered.items()):
         groups.setdefault(task, []).append(records)
-    for n_tokens, records in sorted(((records[settings[0]]["tokens"], records) for records in answered.values()), key=lambda item: item[0]):
-        bits = (n_tokens - 1).bit_length()
+    for records in sorted(answered.values(), key=lambda records: records[settings[0]]["tokens"]):
+        bits = (records[settings[0]]["tokens"] - 1).bit_length()
         groups.setdefault(f"{2 ** (bits - 1) + 1 if bits else 1} to {2**bits} tokens", []).append(records)
     everything = list(answered.values())
     cells = [means(name, some) for name, some in groups.items()]

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import types
 from contextlib import closing
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from click.testing import CliRunner
 from conftest import last_logits
 
 from llama_semanticache import Llama, profile
-from llama_semanticache.bench import cases, chat, memory, quality, report, speed, tasks
+from llama_semanticache.bench import cards, cases, chat, memory, quality, report, speed, tasks
 from llama_semanticache.bench.process import Worker
-from llama_semanticache.bench.runs import Run
+from llama_semanticache.bench.runs import Run, machine
 from llama_semanticache.bench.settings import check_settings, parse_setting
 from llama_semanticache.cli import main
 from llama_semanticache.errors import ArgumentError, SemanticCacheError
@@ -342,6 +343,8 @@ def test_tasks(tiny, tmp_path):
     assert [name.split("|")[3] for name in json.loads(out.read_text())["records"]] == ["0", "0"]
     run_command(*command[:-1], tmp_path / "long.json", "--min-tokens", 900)
     assert [name.split("|")[3] for name in json.loads((tmp_path / "long.json").read_text())["records"]] == ["1", "1"]
+    run_command(*command[:-1], tmp_path / "short.json", "--max-tokens", 900)
+    assert [name.split("|")[3] for name in json.loads((tmp_path / "short.json").read_text())["records"]] == ["0", "0"]
     shown = run_command(*command[:-1], tmp_path / "alone.json", "--without-base", "--min-tokens", 900)
     assert "all items" in shown and "of uncompressed" not in shown and "stock:f16" not in shown
     assert [name.split("|")[1] for name in json.loads((tmp_path / "alone.json").read_text())["records"]] == ["h2o:0.5:stage=192:window=32"]
@@ -372,6 +375,34 @@ def test_runs_of_tasks_together():
     for run in (base, ours):
         run["records"] = {name: record for name, record in run["records"].items() if run["asked"]["settings"][0] in name}
     assert "50.0%" in report.show([base, ours])[0]["markdown"]  # one run has the uncompressed cache, the other the rest
+
+
+def test_a_run_on_a_card_is_another_subject():
+    asked = {"model": "m", "settings": ["stock:f16"], "threads": 2}
+    on_cpu, on_card, before = ({"kind": "tasks", "asked": {**asked, **more}} for more in ({"n_gpu_layers": 0}, {"n_gpu_layers": -1}, {}))
+    assert report.subject(on_cpu) == report.subject(before) != report.subject(on_card)
+
+
+def test_cards(monkeypatch):
+    class NVMLError(Exception):
+        pass
+
+    class Memory:
+        used = 3 << 20
+
+    nvml = types.ModuleType("pynvml")
+    nvml.NVMLError, nvml.nvmlInit, nvml.nvmlDeviceGetCount = NVMLError, lambda: None, lambda: 2
+    nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetName, nvml.nvmlDeviceGetMemoryInfo = lambda i: i, lambda card: f"card {card}", lambda card: Memory
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert cards.card_bytes() == 6 << 20 and "CPUs, card 0, card 1, " in machine()
+
+    def fail() -> None:
+        raise NVMLError("no driver")
+
+    nvml.nvmlInit = fail
+    assert cards.card_bytes() is None and "card" not in machine()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert cards.card_bytes() is None
 
 
 def test_runs_of_chats_together():

@@ -21,7 +21,7 @@ from ..errors import ArgumentError
 from ..llama import Llama
 from .cases import chat_facts
 from .harness import Snapshot, continue_greedily, render
-from .options import json_option, text_option, threads_option, without_base_option
+from .options import gpu_layers_option, json_option, text_option, threads_option, without_base_option
 from .runs import Run
 from .settings import BASE, check_settings, context_options, llama_options, profiles_of, with_base
 from .tables import print_table
@@ -140,9 +140,10 @@ def chat_options(setting: str, path: Path, n_ctx: int) -> tuple[dict[str, Any], 
 @click.option("--setting", "settings", multiple=True, help="As in bench quality, or shift:RATIO; repeatable. stock:f16 is always there.")
 @without_base_option
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=8960, show_default=True, help="Must hold the whole conversation.")
+@gpu_layers_option
 @threads_option
 @json_option
-def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, settings, without_base, n_ctx, threads, json_path) -> None:
+def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, settings, without_base, n_ctx, n_gpu_layers, threads, json_path) -> None:
     """Facts of a conversation's first turns, asked for in its last, also against llama.cpp's context shift."""
     from tqdm import tqdm
 
@@ -153,7 +154,7 @@ def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, sett
     profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "chat", {
         "model": path.name, "text": text_path.name, "n_turns": n_turns, "n_facts": n_facts, "n_answer": n_answer, "n_chats": n_chats, "first_chat": first_chat,
-        "settings": settings, "n_ctx": n_ctx, "threads": threads,
+        "settings": settings, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "threads": threads,
     }, [path, text_path, *profiles])  # fmt: skip
     text = models.read_text(text_path)
     numbers = range(first_chat, first_chat + n_chats)
@@ -164,7 +165,7 @@ def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, sett
                 bar.update(n_chats)
                 continue
             arguments, n = options[setting]
-            with closing(Llama(str(path), **context_options(n, threads), **arguments)) as llm:
+            with closing(Llama(str(path), **context_options(n, threads, n_gpu_layers), **arguments)) as llm:
                 chats = [conversation(llm, text, i, n_turns, n_facts, n_answer) for i in numbers]
                 for name, (messages, facts) in zip(names, chats):
                     bar.set_postfix_str(setting)

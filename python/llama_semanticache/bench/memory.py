@@ -18,7 +18,8 @@ import click
 from .. import models
 from ..memory import largest_n_ctx
 from ..shape import ModelShape, read_shape
-from .options import json_option, setting_option, threads_option
+from .cards import card_bytes
+from .options import gpu_layers_option, json_option, setting_option, threads_option
 from .process import Worker
 from .runs import Run
 from .settings import BASE, STOCK, check_settings, context_options, estimated_options, llama_options, profiles_of, with_base
@@ -26,20 +27,6 @@ from .tables import print_table
 from .worker import resident_bytes
 
 DEFAULT_SETTINGS = (*STOCK, "semanticache:0.25", "semanticache:0.125", "semanticache:0.25:type_k=f16:type_v=f16")
-
-
-def card_bytes() -> int | None:
-    """Bytes in use on all cards that NVML sees; None without it or without a card."""
-    try:
-        import pynvml
-    except ImportError:  # it comes with the extra "bench"
-        return None
-    try:
-        pynvml.nvmlInit()
-        cards = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return sum(pynvml.nvmlDeviceGetMemoryInfo(card).used for card in cards) if cards else None
-    except pynvml.NVMLError:
-        return None
 
 
 class PeakResident:
@@ -127,7 +114,7 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @setting_option
 @click.option("--fill", "fraction", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Share of the context that is read.")
 @click.option("--gib", "gibs", type=click.FloatRange(min=0, min_open=True), multiple=True, default=(4, 8), show_default=True, help="Memory to find the largest context for; repeatable.")
-@click.option("--n-gpu-layers", type=int, default=0, show_default=True, help="Layers whose weights and cache lie on a card, -1: all.")
+@gpu_layers_option
 @threads_option
 @json_option
 def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_path) -> None:
@@ -147,6 +134,6 @@ def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_p
     for n_ctx, setting in tqdm([(n, s) for n in sizes for s in settings], unit="run"):
         run.record(
             f"memory|{setting}|{n_ctx}",
-            lambda: {**measure({"model_path": str(path), **context_options(n_ctx, threads), "n_gpu_layers": n_gpu_layers, **options[setting]}, fraction, setting), "largest": [largest_tokens(shape, setting, g) for g in gibs]},
+            lambda: {**measure({"model_path": str(path), **context_options(n_ctx, threads, n_gpu_layers), **options[setting]}, fraction, setting), "largest": [largest_tokens(shape, setting, g) for g in gibs]},
         )
     print_table(f"{path.name}, {fraction:.0%} of the context read", *memory_table(run.data))

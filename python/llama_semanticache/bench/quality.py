@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 from ..llama import Llama
 from .cases import SUITES, Case, Fact, make_case, recalled
 from .harness import Loader, Snapshot, continue_greedily, log_softmax, next_logits, read_in
-from .options import json_option, setting_option, text_option, threads_option
+from .options import gpu_layers_option, json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
 from .settings import BASE, DEFAULT_SETTINGS, check_settings, context_options, parse_press, profiles_of, with_base
@@ -202,11 +202,12 @@ ROOM = 192
 @click.option("--n-following", type=click.IntRange(min=2), default=256, show_default=True, help="Following tokens for the KL divergence.")
 @setting_option
 @click.option("--n-ctx", type=click.IntRange(min=1), help="Context size.  [default: the longest case and 512 or what follows, rounded up to 256]")
+@gpu_layers_option
 @threads_option
 @click.option("--kvpress-python", type=click.Path(exists=True, dir_okay=False, path_type=Path), envvar=KVPRESS_VARIABLE,
               help=f"A Python with kvpress, torch and gguf, for settings kvpress:NAME:KEEP.  [env: {KVPRESS_VARIABLE}]")  # fmt: skip
 @json_option
-def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, settings, n_ctx, threads, kvpress_python, json_path) -> None:
+def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, settings, n_ctx, n_gpu_layers, threads, kvpress_python, json_path) -> None:
     """Facts asked for after compression, and KL divergence on the text that follows, against the uncompressed cache."""
     path = models.resolve(model)
     settings = with_base(settings or DEFAULT_SETTINGS)
@@ -222,9 +223,9 @@ def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, 
     profiles = profiles_of(path, settings, threads)
     asked = {
         "model": path.name, "text": text_path.name, "lengths": lengths, "suite": suite, "n_cases": n_cases, "first_case": first_case,
-        "n_following": n_following, "settings": settings, "n_ctx": n_ctx, "threads": threads,
+        "n_following": n_following, "settings": settings, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "threads": threads,
     }  # fmt: skip
     run = Run(json_path, "quality", asked, [path, text_path, *profiles])
-    with closing(Loader(path, context_options(n_ctx, threads))) as load, Presses(kvpress_python, path) as presses:
+    with closing(Loader(path, context_options(n_ctx, threads, n_gpu_layers))) as load, Presses(kvpress_python, path) as presses:
         measure_texts(run, load, models.read_text(text_path), settings, lengths, range(first_case, first_case + n_cases), suite, n_following, presses)
     print_table(f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data))

@@ -17,10 +17,11 @@ from .. import __version__, _native, upstream_commit
 from ..errors import ArgumentError
 from ..models import sha256
 from ..profile import model_id
+from .cards import cards
 
 
 def machine() -> str:
-    """The processor, how many of it and the system, in words. Family and model tell generations apart that share a name."""
+    """The processor, how many of it, the cards and the system, in words. Family and model tell generations apart that share a name."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -28,7 +29,7 @@ def machine() -> str:
         name = words.get("model name", name)
         if {"cpu family", "model"} <= words.keys():
             name += f" (family {words['cpu family']}, model {words['model']})"
-    return f"{name}, {os.cpu_count()} CPUs, {platform.system()}"
+    return ", ".join([name, f"{os.cpu_count()} CPUs", *(card.name for card in cards()), platform.system()])
 
 
 def command_line() -> str:

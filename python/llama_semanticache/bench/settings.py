@@ -123,9 +123,9 @@ def with_base(settings: Iterable[str], left_out: bool = False) -> list[str]:
     return list(dict.fromkeys([*([] if left_out else [BASE]), *settings]))
 
 
-def context_options(n_ctx: int, threads: int | None) -> dict[str, Any]:
+def context_options(n_ctx: int, threads: int | None, n_gpu_layers: int) -> dict[str, Any]:
     """Arguments of `Llama` that are the same for every setting."""
-    return dict(n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, flash_attn=True, swa_full=False, verbose=False)
+    return dict(n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, n_gpu_layers=n_gpu_layers, flash_attn=True, swa_full=False, verbose=False)
 
 
 def profiles_of(path: Path, settings: Iterable[str], threads: int | None) -> list[Path]:

@@ -19,7 +19,7 @@ import click
 from .. import _native, models
 from ..errors import ArgumentError
 from ..shape import read_shape
-from .options import json_option, setting_option, text_option, threads_option
+from .options import gpu_layers_option, json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
 from .settings import BASE, STOCK, check_settings, context_options, estimated, parse_setting, profiles_of, with_base
@@ -28,10 +28,10 @@ from .tables import print_table
 STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
 
 
-def load_options(setting: str, path: Path, n_ctx: int, threads: int | None) -> dict[str, Any]:
+def load_options(setting: str, path: Path, common: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `worker.make` for a setting, see `settings`."""
-    common = dict(model_path=str(path), **context_options(n_ctx, threads))
-    return {**common, "cache": STOCK[setting]} if setting in STOCK else {**common, "kv": parse_setting(setting)}
+    cache = {"cache": STOCK[setting]} if setting in STOCK else {"kv": parse_setting(setting)}
+    return {"model_path": str(path), **common, **cache}
 
 
 class Workers(ExitStack):
@@ -52,19 +52,19 @@ class Workers(ExitStack):
         return self.workers[setting].ask(**order)
 
 
-def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Sequence[int], n_ctx: int, n_decode: int, rounds: int, threads: int | None, stock_lib: Path) -> None:
+def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Sequence[int], n_decode: int, rounds: int, common: dict[str, Any], stock_lib: Path) -> None:
     """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s and decode_pass_s (of prefill
     and of decoding), rows_used.
     """
     from tqdm import tqdm
 
     shape = read_shape(path)
-    stock_bytes = {s: estimated(shape, n_ctx, s).kv_bytes for s in settings if s in STOCK}
+    stock_bytes = {s: estimated(shape, common["n_ctx"], s).kv_bytes for s in settings if s in STOCK}
     names = [(d, i, s, f"speed|{s}|{d}|{i}") for d in depths for i in range(rounds) for s in settings]
     missing = [name for *_, name in names if name not in run.records]
     if not missing:
         return
-    with Workers({s: load_options(s, path, n_ctx, threads) for s in settings}, stock_lib) as workers, tqdm(
+    with Workers({s: load_options(s, path, common) for s in settings}, stock_lib) as workers, tqdm(
         total=len(names), initial=len(names) - len(missing), unit="run"
     ) as bar:
         tokens = workers.ask(BASE, tokenize=text)["tokens"]
@@ -133,10 +133,11 @@ def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @setting_option
 @click.option("--n-decode", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens decoded one by one; with 256 or more a pass is among them.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@gpu_layers_option
 @threads_option
 @click.option("--stock-lib", envvar=STOCK_VARIABLE, type=click.Path(exists=True, file_okay=False), help=f"Folder of stock llama.cpp's libraries (make stock).  [env: {STOCK_VARIABLE}]")
 @json_option
-def speed(model, text_path, depths, settings, n_decode, rounds, threads, stock_lib, json_path) -> None:
+def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, threads, stock_lib, json_path) -> None:
     """Prefill and decode speed of MODEL, against stock llama.cpp of the same commit."""
     if stock_lib is None:
         raise ArgumentError(f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}")
@@ -147,7 +148,7 @@ def speed(model, text_path, depths, settings, n_decode, rounds, threads, stock_l
     check_settings(path, settings, n_ctx)
     profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "speed", {
-        "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "threads": threads,
+        "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "n_gpu_layers": n_gpu_layers, "threads": threads,
     }, [path, text_path, *profiles, *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink())])  # fmt: skip
-    measure(run, path, models.read_text(text_path), settings, depths, n_ctx, n_decode, rounds, threads, Path(stock_lib).resolve())
+    measure(run, path, models.read_text(text_path), settings, depths, n_decode, rounds, context_options(n_ctx, threads, n_gpu_layers), Path(stock_lib).resolve())
     print_table(f"{path.name}, {text_path.name}, {rounds} rounds, threads: {threads or 'as llama-cpp-python chooses'}", *speed_table(run.data))

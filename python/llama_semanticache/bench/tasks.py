@@ -24,7 +24,7 @@ import numpy as np
 from .. import models
 from ..errors import ArgumentError
 from .harness import Loader, continue_greedily, read_in, render
-from .options import json_option, setting_option, threads_option, without_base_option
+from .options import gpu_layers_option, json_option, setting_option, threads_option, without_base_option
 from .runs import Run
 from .settings import BASE, DEFAULT_SETTINGS, check_settings, context_options, profiles_of, with_base
 from .tables import print_table
@@ -173,9 +173,9 @@ def template_frame(llm: Any) -> tuple[list[int], list[int]]:
     return a[: differ[0]], a[differ[0] + 1 :]
 
 
-def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool, least: int = 0) -> list[tuple[dict[str, Any], list[int]]]:
+def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool, least: int = 0, most: int | None = None) -> list[tuple[dict[str, Any], list[int]]]:
     """Items and the tokens of their prompts, the shortest first; what leaves no room for the answer loses its middle, or is left
-    out if it must be `whole`. So is what has fewer than `least` tokens.
+    out if it must be `whole`. So is what has fewer than `least` tokens or more than `most`.
     """
     framed = template_frame(llm)
     plain = llm.tokenize(b"", special=False), []
@@ -186,7 +186,7 @@ def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool, leas
         n = n_ctx - TASKS[item["task"]][1] - len(before) - len(behind)
         if not whole or len(body) <= n:
             prompts.append((item, [*before, *cut_middle(body, n), *behind]))
-    return sorted((prompt for prompt in prompts if len(prompt[1]) >= least), key=lambda prompt: len(prompt[1]))
+    return sorted((prompt for prompt in prompts if least <= len(prompt[1]) <= (most or n_ctx)), key=lambda prompt: len(prompt[1]))
 
 
 def measure(run: Run, load: Any, prompts: Sequence[tuple[dict[str, Any], list[int]]], settings: Sequence[str]) -> None:
@@ -258,11 +258,13 @@ def of_base(items: Sequence[dict[str, dict[str, Any]]], setting: str) -> str:
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=16384, show_default=True)
 @click.option("--whole", is_flag=True, help="Leave out items that do not fit instead of cutting their middle out.")
 @click.option("--min-tokens", type=click.IntRange(min=0), default=0, help="Leave out items with a shorter prompt.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Leave out items with a longer prompt.")
 @setting_option
 @without_base_option
+@gpu_layers_option
 @threads_option
 @json_option
-def tasks(model, tasks_path, n_ctx, whole, min_tokens, settings, without_base, threads, json_path) -> None:
+def tasks(model, tasks_path, n_ctx, whole, min_tokens, max_tokens, settings, without_base, n_gpu_layers, threads, json_path) -> None:
     """LongBench-style tasks from a file, with the tasks' own metrics."""
     path = models.resolve(model)
     settings = with_base(settings or DEFAULT_SETTINGS, without_base)
@@ -270,12 +272,14 @@ def tasks(model, tasks_path, n_ctx, whole, min_tokens, settings, without_base, t
     items = read_items(tasks_path)
     profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "tasks", {
-        "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "min_tokens": min_tokens, "settings": settings, "threads": threads,
+        "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "min_tokens": min_tokens, "max_tokens": max_tokens,
+        "settings": settings, "n_gpu_layers": n_gpu_layers, "threads": threads,
     }, [path, tasks_path, *profiles])  # fmt: skip
-    with closing(Loader(path, context_options(n_ctx, threads))) as load:
-        prompts = fit(load(BASE), items, n_ctx, whole, min_tokens)
+    with closing(Loader(path, context_options(n_ctx, threads, n_gpu_layers))) as load:
+        prompts = fit(load(BASE), items, n_ctx, whole, min_tokens, max_tokens)
         if not prompts:
-            raise ArgumentError(f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have at least {min_tokens} tokens, got none of {len(items)}; raise the one or lower the other")
+            lengths = f"at least {min_tokens} tokens" + (f" and at most {max_tokens}" if max_tokens else "")
+            raise ArgumentError(f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have {lengths}, got none of {len(items)}; ask for other lengths")
         measure(run, load, prompts, settings)
     left_out = f", without {len(items) - len(prompts)} of {len(items)} items for their length" if len(prompts) < len(items) else ""
     print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))

@@ -8,6 +8,7 @@
 #include "llama-memory-hybrid.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-model.h"
+#include "ggml-prop-attn.h"
 
 #include <algorithm>
 
@@ -71,6 +72,21 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
     }
 }
 
+// Whether a device computes attention over a layer's cores.
+bool has_prop_attn(ggml_backend_dev_t dev, const llama_hparams & h, uint32_t il, const semcache_params & p) {
+    const ggml_context_ptr ctx(ggml_init({ 9*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }));
+    if (!ctx) {
+        throw semcache_error(SEMCACHE_ERR_MEMORY, "compressed KV cache: expected room to describe its attention, got none; free memory");
+    }
+    const int64_t n_k = h.n_embd_head_k(il), n_v = h.n_embd_head_v(il), n_head = h.n_head(il), n_head_kv = h.n_head_kv(il), n = 256;
+    const auto core = [](int32_t type, int64_t n_embd) { return type != SEMCACHE_TYPE_AUTO ? type : n_embd%ggml_blck_size(GGML_TYPE_Q8_0) ? GGML_TYPE_F16 : GGML_TYPE_Q8_0; };
+    const auto tensor = [&](int32_t type, int64_t ne0, int64_t ne1, int64_t ne2) { return ggml_new_tensor_3d(ctx.get(), (ggml_type) type, ne0, ne1, ne2); };
+    const ggml_tensor * op = ggml_prop_attn(ctx.get(),
+            tensor(GGML_TYPE_F32, n_k, n_head, n), tensor(GGML_TYPE_F16, n_k, n_head_kv, n), tensor(GGML_TYPE_F16, n_v, n_head_kv, n), tensor(GGML_TYPE_F16, n, n, 1),
+            tensor(core(p.type_k, n_k), n_k, n, 1), tensor(core(p.type_v, n_v), n_v, n, 1), tensor(GGML_TYPE_F32, n, 1, 1), tensor(GGML_TYPE_I32, n_head_kv, 2, 1), nullptr, 1.0f, 0.0f);
+    return ggml_backend_dev_supports_op(dev, op);
+}
+
 } // namespace
 
 llama_semcache_scope::llama_semcache_scope(const llama_model & model, llama_cparams & cparams, const llama_context_params & params) :
@@ -95,6 +111,14 @@ llama_semcache_scope::llama_semcache_scope(const llama_model & model, llama_cpar
     }
     cparams.n_batch       = std::min(cparams.n_batch,  n_room);
     cparams.n_ubatch      = std::min(cparams.n_ubatch, n_room);
+    // rows that a device cannot attend to would be copied from it for every token: they stay where the CPU reads them
+    for (uint32_t il = 0; cparams.offload_kqv && il < model.hparams.n_layer(); ++il) {
+        ggml_backend_dev_t dev = model.dev_layer(il);
+        if (model.hparams.n_head_kv(il) > 0 && !has_prop_attn(dev, model.hparams, il, p)) {
+            LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores\n", __func__, ggml_backend_dev_name(dev));
+            cparams.offload_kqv = false;
+        }
+    }
     scope_active = this;
 }
 

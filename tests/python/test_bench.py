@@ -345,6 +345,12 @@ def test_tasks(tiny, tmp_path):
     assert [name.split("|")[3] for name in json.loads((tmp_path / "long.json").read_text())["records"]] == ["1", "1"]
     run_command(*command[:-1], tmp_path / "short.json", "--max-tokens", 900)
     assert [name.split("|")[3] for name in json.loads((tmp_path / "short.json").read_text())["records"]] == ["0", "0"]
+    run_command(*command[:-1], tmp_path / "together.json", "--jobs", 3)
+
+    def answers(part: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+        return {name: {key: value for key, value in record.items() if not key.endswith("_s")} for name, record in part.items()}
+
+    assert answers(json.loads((tmp_path / "together.json").read_text())["records"]) == answers(records)
     shown = run_command(*command[:-1], tmp_path / "alone.json", "--without-base", "--min-tokens", 900)
     assert "all items" in shown and "of uncompressed" not in shown and "stock:f16" not in shown
     assert [name.split("|")[1] for name in json.loads((tmp_path / "alone.json").read_text())["records"]] == ["h2o:0.5:stage=192:window=32"]

@@ -166,7 +166,7 @@ PARTS = ("min_tokens", "max_tokens", "first_chat", "n_chats")
 
 def subject(run: dict[str, Any]) -> str:
     """What a run has in common with those that its caches may be compared with: all that was asked but the caches and `PARTS`."""
-    return json.dumps([run["kind"], {"n_gpu_layers": 0, **{k: v for k, v in run["asked"].items() if k not in ("settings", "threads", "rounds", *PARTS)}}], sort_keys=True)
+    return json.dumps([run["kind"], {"n_gpu_layers": 0, **{k: v for k, v in run["asked"].items() if k not in ("settings", "threads", "jobs", "rounds", *PARTS)}}], sort_keys=True)
 
 
 def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -13,10 +13,13 @@ import difflib
 import json
 import re
 import string
+import sys
+import threading
 from collections import Counter
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import click
 import numpy as np
@@ -25,6 +28,7 @@ from .. import models
 from ..errors import ArgumentError
 from .harness import Loader, continue_greedily, read_in, render
 from .options import gpu_layers_option, json_option, setting_option, threads_option, without_base_option
+from .process import Worker
 from .runs import Run
 from .settings import BASE, DEFAULT_SETTINGS, check_settings, context_options, profiles_of, with_base
 from .tables import print_table
@@ -189,18 +193,47 @@ def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool, leas
     return sorted((prompt for prompt in prompts if least <= len(prompt[1]) <= (most or n_ctx)), key=lambda prompt: len(prompt[1]))
 
 
-def measure(run: Run, load: Any, prompts: Sequence[tuple[dict[str, Any], list[int]]], settings: Sequence[str]) -> None:
-    """Records "task|SETTING|TASK|ID" of items and their prompts, all settings of an item one after the other."""
+class Answerers(ExitStack):
+    """Processes that answer items, one per thread that asks; each holds the model with one cache at a time."""
+
+    def __init__(self, path: Path, common: Mapping[str, Any]):
+        super().__init__()
+        self.path, self.common = path, common
+        self.of_thread = threading.local()
+
+    def answer(self, setting: str, item: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+        if not hasattr(self.of_thread, "worker"):
+            worker = self.enter_context(Worker("tasks", [sys.executable, "-c", f"from {__name__} import serve; serve()"]))
+            worker.ask(path=str(self.path), common=self.common)
+            self.of_thread.worker = worker
+        return self.of_thread.worker.ask(setting=setting, item=item, tokens=tokens)
+
+
+def serve() -> None:
+    """`Loader`'s arguments in the first line of standard input, and `answer_item`'s in each of the others."""
+    orders = map(json.loads, sys.stdin)
+    with closing(Loader(**next(orders))) as load:
+        print("{}", flush=True)
+        for order in orders:
+            print(json.dumps(answer_item(load(order["setting"]), order["item"], order["tokens"])), flush=True)
+
+
+def measure(run: Run, path: Path, common: Mapping[str, Any], prompts: Sequence[tuple[dict[str, Any], list[int]]], settings: Sequence[str], jobs: int) -> None:
+    """Records "task|SETTING|TASK|ID" of items and their prompts, all settings of an item one after the other; `jobs` at a time."""
     from tqdm import tqdm
 
-    with tqdm(total=len(prompts) * len(settings), unit="item") as bar:
-        for item, tokens in prompts:
-            for setting in settings:
-                name = f"task|{setting}|{item['task']}|{item['id']}"
-                bar.set_postfix_str(f"{item['task']} of {len(tokens)} tokens, {setting}")
-                if name not in run.records:
-                    run.record(name, lambda: answer_item(load(setting), item, tokens))
+    names = {f"task|{setting}|{item['task']}|{item['id']}": (setting, item, tokens) for item, tokens in prompts for setting in settings}
+    missing = {name: order for name, order in names.items() if name not in run.records}
+    with ThreadPoolExecutor(jobs) as threads, Answerers(path, common) as answerers, tqdm(total=len(names), initial=len(names) - len(missing), unit="item") as bar:
+        answers = {threads.submit(answerers.answer, *order): name for name, order in missing.items()}
+        try:
+            for answer in as_completed(answers):
+                record = answer.result()
+                bar.set_postfix_str(f"{answers[answer]}, {record['tokens']} tokens")
+                run.record(answers[answer], lambda: record)
                 bar.update()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def answer_item(llm: Any, item: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
@@ -261,10 +294,11 @@ def of_base(items: Sequence[dict[str, dict[str, Any]]], setting: str) -> str:
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Leave out items with a longer prompt.")
 @setting_option
 @without_base_option
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Items at a time, each in a process with --threads of its own.")
 @gpu_layers_option
 @threads_option
 @json_option
-def tasks(model, tasks_path, n_ctx, whole, min_tokens, max_tokens, settings, without_base, n_gpu_layers, threads, json_path) -> None:
+def tasks(model, tasks_path, n_ctx, whole, min_tokens, max_tokens, settings, without_base, jobs, n_gpu_layers, threads, json_path) -> None:
     """LongBench-style tasks from a file, with the tasks' own metrics."""
     path = models.resolve(model)
     settings = with_base(settings or DEFAULT_SETTINGS, without_base)
@@ -273,13 +307,14 @@ def tasks(model, tasks_path, n_ctx, whole, min_tokens, max_tokens, settings, wit
     profiles = profiles_of(path, settings, threads)
     run = Run(json_path, "tasks", {
         "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "min_tokens": min_tokens, "max_tokens": max_tokens,
-        "settings": settings, "n_gpu_layers": n_gpu_layers, "threads": threads,
+        "settings": settings, "jobs": jobs, "n_gpu_layers": n_gpu_layers, "threads": threads,
     }, [path, tasks_path, *profiles])  # fmt: skip
-    with closing(Loader(path, context_options(n_ctx, threads, n_gpu_layers))) as load:
+    common = context_options(n_ctx, threads, n_gpu_layers)
+    with closing(Loader(path, common)) as load:
         prompts = fit(load(BASE), items, n_ctx, whole, min_tokens, max_tokens)
-        if not prompts:
-            lengths = f"at least {min_tokens} tokens" + (f" and at most {max_tokens}" if max_tokens else "")
-            raise ArgumentError(f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have {lengths}, got none of {len(items)}; ask for other lengths")
-        measure(run, load, prompts, settings)
+    if not prompts:
+        lengths = f"at least {min_tokens} tokens" + (f" and at most {max_tokens}" if max_tokens else "")
+        raise ArgumentError(f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have {lengths}, got none of {len(items)}; ask for other lengths")
+    measure(run, path, common, prompts, settings, jobs)
     left_out = f", without {len(items) - len(prompts)} of {len(items)} items for their length" if len(prompts) < len(items) else ""
     print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))

@@ -37,9 +37,6 @@ METHODS = {
 
 ROW_TYPES = {"auto": _lib.SEMCACHE_TYPE_AUTO, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 
-N_HEAD_KV_FEW = 8
-"""Fewer compressed KV heads than these draw a warning: with 3 facts are lost, with 48 they are kept (docs/results.md); between is not measured."""
-
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
@@ -126,8 +123,8 @@ class Llama(llama_cpp.Llama):
         How K and V of the older tokens are stored; the stage is always f16. "auto" is q8_0, or f16 if heads are no multiple of 32
         values.
     kv_profile : "auto", path or None
-        Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of others;
-        None: all heads the same, which loses far more.
+        Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of others
+        and for models of fewer than `profile.N_HEAD_KV_FEW` compressed heads; None: all heads the same, which loses far more where there are many.
     kv_params : mapping, optional
         Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, distinct, seed; calibrate
         is for `profile.calibrate`.
@@ -197,7 +194,7 @@ class Llama(llama_cpp.Llama):
         finally:
             _lib.semcache_configure_next(_ffi.NULL)
         stats = self._native_stats()
-        if kv_compress == "semanticache" and kv_ratio < 1 and stats.n_head_kv < N_HEAD_KV_FEW:
+        if kv_compress == "semanticache" and kv_ratio < 1 and stats.n_head_kv < profile.N_HEAD_KV_FEW:
             warnings.warn(
                 f"only {stats.n_head_kv} KV heads of this model attend to the whole text, too few to take rows from one another: expect facts to be lost (README, Limits); "
                 "ask what you need to remember, or leave kv_compress out", stacklevel=2

@@ -16,6 +16,12 @@ N_LEAST = 1024
 """Tokens that a model must have been trained on: what a head is measured on comes behind the window."""
 
 N_TEXT_TOKENS = 2048
+
+N_HEAD_KV_FEW = 8
+"""Models with fewer compressed KV heads than these do better with equal budgets (docs/decisions.md, 45), and draw a warning: with 3 facts are
+lost, with 48 they are kept; between is not measured.
+"""
+
 HEADER = b"semcache-profile 3\n"
 TEXTS = Path(__file__).parent / "texts"  # one file per text, public domain, see its README.md
 SHIPPED = Path(__file__).parent / "profiles"
@@ -155,8 +161,10 @@ def calibrate(
     return path
 
 
-def ensure(model_path: str | os.PathLike[str], verbose: bool = True, n_threads: int | None = None) -> Path:
-    """The model's profile; calibrates on first use and says so once."""
+def ensure(model_path: str | os.PathLike[str], verbose: bool = True, n_threads: int | None = None) -> Path | None:
+    """The model's profile; calibrates on first use and says so once. None for a model of fewer than `N_HEAD_KV_FEW` compressed heads."""
+    if sum(layer.n_head_kv for layer in read_shape(model_path).of_kind("full")) < N_HEAD_KV_FEW:
+        return None
     path = find(model_path)
     if path is None:
         if verbose:

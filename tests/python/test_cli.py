@@ -382,9 +382,9 @@ def test_profile_does_not_replace_a_file(tiny, tmp_path, invoke):
     assert out.read_text() == "precious"
 
 
-def test_first_use_measures_the_profile_once_and_says_so(tiny, tmp_path, monkeypatch):
+def test_first_use_measures_the_profile_once_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path))
-    args = ["run", tiny, "--prompt", "x", "--max-tokens", "4", *SETTINGS, "--kv-profile", "auto"]
+    args = ["run", str(tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4)), "--prompt", "x", "--max-tokens", "4", *SETTINGS, "--kv-profile", "auto"]
     first, second = program(*args), program(*args)
     assert first.returncode == second.returncode == 0, first.err
     assert "calibrating" in first.err and "calibrating" not in second.err

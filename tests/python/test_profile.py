@@ -69,7 +69,7 @@ def test_auto_calibrates_once(tiny, cache, load, monkeypatch, capfd):
         profile, "calibrate", lambda *args, **kwargs: calls.append(args) or calibrate(*args, n_ctx=1024, **kwargs)
     )
     options = {**SMALL, "kv_profile": "auto"}
-    path = tiny_models.write_tiny(cache.parent / "model.gguf", "llama", seed=3)
+    path = tiny_models.write_tiny(cache.parent / "model.gguf", "llama", seed=3, n_layer=4)
     one = load(path, **options, verbose=True)
     said = capfd.readouterr().err
     assert said.count("first use of model.gguf") == 1 and str(profile.profile_path(profile.model_id(path))) in said
@@ -83,10 +83,15 @@ def test_auto_calibrates_once(tiny, cache, load, monkeypatch, capfd):
 
 
 @pytest.mark.filterwarnings("ignore:.*no use without kv_compress")
-def test_auto_needs_no_profile_where_none_is_used(tiny, cache, load, monkeypatch):
+def test_auto_needs_no_profile_where_none_is_used(tmp_path, cache, load, monkeypatch):
     monkeypatch.setattr(profile, "calibrate", None)  # calling it would fail
+    path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4)
     for options in (dict(kv_ratio=1), dict(kv_compress="paper"), dict(kv_compress="streaming"), dict(kv_compress=None)):
-        load(tiny("llama"), **{**SMALL, "kv_profile": "auto", **options})
+        load(path, **{**SMALL, "kv_profile": "auto", **options})
+    with pytest.raises(TypeError):
+        load(path, **{**SMALL, "kv_profile": "auto"})
+    few = tiny_models.write_tiny(tmp_path / "few.gguf", "llama", n_layer=3)
+    assert load(few, **{**SMALL, "kv_profile": "auto"}).kv_rows() == load(few, **SMALL).kv_rows()
     assert not cache.exists()
 
 
@@ -106,7 +111,7 @@ def test_no_text_or_too_short_a_text(tiny, cache):
 
 
 def test_a_model_of_too_short_a_context(tmp_path, cache):
-    path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_ctx_train=512)
+    path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4, n_ctx_train=512)
     with pytest.raises(ProfileError, match="of at least 1024 tokens to measure its heads on, got one of 512; pass kv_profile=None"):
         Llama(str(path), n_ctx=1024, kv_compress="semanticache", verbose=False)
 

@@ -129,13 +129,14 @@ def context_options(n_ctx: int, threads: int | None, n_gpu_layers: int) -> dict[
 
 
 def profiles_of(path: Path, settings: Iterable[str], threads: int | None) -> list[Path]:
-    """The profiles that they decide by; the model's own is measured if it is missing."""
+    """The profiles that they decide by; the model's own is measured if it is missing and there is use for one."""
     chosen = [parse_setting(s).get("kv_profile", "auto") for s in settings if s.split(":")[0] in METHODS]
     files = [Path(choice) for choice in dict.fromkeys(chosen) if choice not in (None, "auto")]
     for file in files:
         if not file.is_file():
             raise ArgumentError(f"profile: expected a file, got {file}, which is none; run `llama-semanticache profile MODEL --out {file}`")
-    return [*([profile.ensure(path, n_threads=threads)] if needs_profile(settings) else []), *files]
+    own = profile.ensure(path, n_threads=threads) if needs_profile(settings) else None
+    return [*([own] if own else []), *files]
 
 
 def needs_profile(settings: Iterable[str]) -> bool:

@@ -27,7 +27,8 @@ from .common import json_option, note, traceback_option
 def profile(model: str, out: str | None, force: bool, texts: tuple[str, ...], n_ctx: int, threads: int | None, as_json: bool) -> None:
     """Measure the budget of each head of MODEL and store it.
 
-    chat and run do this by themselves on first use (--kv-profile auto).
+    chat and run do this by themselves on first use (--kv-profile auto), but for models of fewer than 8 compressed KV heads: these get
+    equal budgets unless a profile is named.
     """
     path = resolve(model, progress=not as_json)
     if out and Path(out).exists() and not force:

@@ -576,6 +576,9 @@ def test_points_of_an_earlier_build_are_pale():
     new["asked"]["settings"].remove("x:1")
     del new["records"]["text|x:1|100|0"]
     assert report.of_earlier_builds([old, new]) == {"x:1"}
+    peer = {"build": "c", "asked": {"settings": ["stock:f16", "kvpress:x:1"]}}
+    old["asked"]["settings"], new["asked"]["settings"] = ["stock:f16", "x:1"], ["stock:f16", "semanticache:0.5"]
+    assert report.of_earlier_builds([old, new, peer]) == {"x:1"}  # who measures others alone does not make ours old
     figure = report.quality_plots([old, new])[0]
     assert figure.axes[0].texts[0].get_alpha() == 0.45 and "pale" in figure.axes[0].get_xlabel()
 

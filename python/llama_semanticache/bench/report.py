@@ -178,9 +178,11 @@ def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def of_earlier_builds(runs: Sequence[dict[str, Any]]) -> set[str]:
-    """Settings that the build of the last run has not measured."""
-    builds = {s: run.get("build") for run in runs for s in run["asked"]["settings"]}
-    return {s for s, build in builds.items() if build != runs[-1].get("build")}
+    """Settings that were last measured before the first run of the build that measured our method last (else of the last build)."""
+    ours = [run for run in runs if any(s.startswith("semanticache:") for s in run["asked"]["settings"])]
+    first = [run.get("build") for run in runs].index((ours or runs)[-1].get("build"))
+    later = {s for run in runs[first:] for s in run["asked"]["settings"]}
+    return {s for run in runs for s in run["asked"]["settings"]} - later
 
 
 PAGE = """<!doctype html>

@@ -79,7 +79,8 @@ bool has_prop_attn(ggml_backend_dev_t dev, const llama_hparams & h, uint32_t il,
         throw semcache_error(SEMCACHE_ERR_MEMORY, "compressed KV cache: expected room to describe its attention, got none; free memory");
     }
     const int64_t n_k = h.n_embd_head_k(il), n_v = h.n_embd_head_v(il), n_head = h.n_head(il), n_head_kv = h.n_head_kv(il), n = 256;
-    const auto core = [](int32_t type, int64_t n_embd) { return type != SEMCACHE_TYPE_AUTO ? type : n_embd%ggml_blck_size(GGML_TYPE_Q8_0) ? GGML_TYPE_F16 : GGML_TYPE_Q8_0; };
+    // a type that a head's rows do not fill is refused by the store, which comes later
+    const auto core = [](int32_t type, int64_t n_embd) { return n_embd%ggml_blck_size(GGML_TYPE_Q8_0) ? GGML_TYPE_F16 : type == SEMCACHE_TYPE_AUTO ? GGML_TYPE_Q8_0 : (ggml_type) type; };
     const auto tensor = [&](int32_t type, int64_t ne0, int64_t ne1, int64_t ne2) { return ggml_new_tensor_3d(ctx.get(), (ggml_type) type, ne0, ne1, ne2); };
     const ggml_tensor * op = ggml_prop_attn(ctx.get(),
             tensor(GGML_TYPE_F32, n_k, n_head, n), tensor(GGML_TYPE_F16, n_k, n_head_kv, n), tensor(GGML_TYPE_F16, n_v, n_head_kv, n), tensor(GGML_TYPE_F16, n, n, 1),

@@ -58,11 +58,12 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python build/cmake-args
 	    ".[test]"
 	mv $@.started $@
 
-# The same llama.cpp without our patches, to compare with.
+# The same llama.cpp with its faults mended and nothing else, to compare with.
 stock: $(STOCK)/.built
 
 $(STOCK)/.built: patches/UPSTREAM $(VENV)/.tools build/cmake-args
-	GIT_CEILING_DIRECTORIES=$(CURDIR)/build $(BIN)/cmake -S "$$($(BIN)/python patches/patchctl.py fetch $(UPSTREAM))" -B $(STOCK) \
+	$(BIN)/python patches/patchctl.py apply --stock "$$($(BIN)/python patches/patchctl.py fetch $(UPSTREAM))" $(STOCK)/llama.cpp
+	GIT_CEILING_DIRECTORIES=$(CURDIR)/build $(BIN)/cmake --fresh -S $(STOCK)/llama.cpp -B $(STOCK) \
 	    -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
 	    -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
 	    -DLLAMA_OPENSSL=OFF $(if $(shell command -v ccache),-DCMAKE_C_COMPILER_LAUNCHER=ccache -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) $(CMAKE_ARGS)

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Fetch the pinned llama.cpp and verify, apply, export, rebase and count the patches of this folder.
 
+Three trees are pinned: *clean* upstream, *stock*, which is upstream with our backports of its faults and what we compare
+with, and *patched*, which has all patches.
+
 Only tree hashes decide, never exit codes: `git apply` inside another repository can exit 0 and change nothing.
 Hashes of plain folders are computed here, so neither a `.git`, nor line-ending settings, nor a git identity of the
 user matters.
@@ -45,7 +48,7 @@ def read_upstream(patches: Path = HERE) -> dict[str, str]:
     """The key=value lines of UPSTREAM."""
     lines = (patches / "UPSTREAM").read_text(encoding="utf-8").splitlines()
     pin = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    keys = {"repo", "commit", "tree", "patched_tree", "llama_cpp_python", "sdist_sha256"}
+    keys = {"repo", "commit", "tree", "stock_tree", "patched_tree", "llama_cpp_python", "sdist_sha256"}
     if pin.keys() != keys:
         raise PatchError(f"{patches / 'UPSTREAM'}: expected the keys {sorted(keys)}, got {sorted(pin)}")
     return pin
@@ -120,7 +123,16 @@ def load_patches(patches: Path = HERE) -> list[Patch]:
     loaded = [parse_patch(name, (patches / name).read_bytes().decode("utf-8", "surrogateescape")) for name in series]
     for patch in loaded:
         check_header(patch)
+    check_order(loaded)
     return loaded
+
+
+def check_order(series: list[Patch]) -> None:
+    """Refuse a backport behind a patch of another kind: the stock tree is a beginning of the series."""
+    kinds = [patch.fields["Kind"] == "backport" for patch in series]
+    if kinds != sorted(kinds, reverse=True):
+        late = series[kinds.index(False) + kinds[kinds.index(False) :].index(True)]
+        raise PatchError(f"{late.name}: expected backports before all other patches, got one behind; reorder the commits")
 
 
 # ---------------------------------------------------------------------------------------------- trees and git
@@ -249,21 +261,23 @@ def apply_series(src: Path, series: list[Patch], repo: Path) -> dict[str, tuple[
     return {path: read_file(repo / path) if (repo / path).exists() else None for path in touched}
 
 
-def patch_tree(src: Path, patches: Path, repo: Path) -> tuple[dict, dict]:
-    """Check the clean tree, apply the series in `repo`, check the patched tree.
+def patch_tree(src: Path, patches: Path, repo: Path, stock: bool = False) -> tuple[dict, dict]:
+    """Check the clean tree, apply the series (for the stock tree its backports) in `repo`, check the resulting tree.
 
-    Returns the blobs of the patched tree and the touched files (see apply_series).
+    Returns the blobs of that tree and the touched files (see apply_series).
     """
     pin, series, blobs = read_upstream(patches), load_patches(patches), read_blobs(src)
     check_clean(src, blobs, pin)
+    series = [patch for patch in series if not stock or patch.fields["Kind"] == "backport"]
     touched = apply_series(src, series, repo) if series else {}
     for path, file in touched.items():
         blobs.pop(path, None)
         if file:
             blobs[path] = blob_id(*file)
-    if (got := tree_id(blobs)) != pin["patched_tree"]:
+    kind = "stock" if stock else "patched"
+    if (got := tree_id(blobs)) != pin[f"{kind}_tree"]:
         raise PatchError(
-            f"expected the patched tree {pin['patched_tree']}, got {got}: patches and UPSTREAM do not belong together; "
+            f"expected the {kind} tree {pin[f'{kind}_tree']}, got {got}: patches and UPSTREAM do not belong together; "
             "after a change of the patches run `patchctl.py export TREE --new-hash`"
         )
     return blobs, touched
@@ -317,7 +331,11 @@ def fetch(cache: Path, source: Path | None = None, patches: Path = HERE) -> Path
             tar.extractall(tmp, inside, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
             (unpacked,) = Path(tmp).glob("*/vendor/llama.cpp")
             (unpacked / ".git").unlink(missing_ok=True)  # points to a repository that is not unpacked
-            unpacked.rename(tree)
+            try:
+                unpacked.rename(tree)
+            except OSError:
+                if not tree.is_dir():  # else another process was faster
+                    raise
     return tree
 
 
@@ -350,6 +368,8 @@ def verify(tree: Path, patches: Path = HERE) -> list[Patch]:
     """Check the whole chain from the clean tree to the patches and back; returns the patches."""
     series = load_patches(patches)
     with tempfile.TemporaryDirectory() as tmp:
+        patch_tree(tree, patches, Path(tmp), stock=True)
+    with tempfile.TemporaryDirectory() as tmp:
         repo = Path(tmp)
         patch_tree(tree, patches, repo)
         commits = git(repo, "rev-list", "--reverse", "HEAD").split()[1:] if series else []
@@ -361,8 +381,8 @@ def verify(tree: Path, patches: Path = HERE) -> list[Patch]:
     return series
 
 
-def apply(src: Path, dst: Path, patches: Path = HERE) -> int:
-    """Make `dst` the patched tree; returns the number of files written or deleted, 0 if it was up to date.
+def apply(src: Path, dst: Path, patches: Path = HERE, stock: bool = False) -> int:
+    """Make `dst` the patched or the stock tree; returns the number of files written or deleted, 0 if it was up to date.
 
     Only files that differ are written, so that a build folder stays valid. `<dst>.stamp` marks a folder made here.
     """
@@ -370,7 +390,7 @@ def apply(src: Path, dst: Path, patches: Path = HERE) -> int:
     key = hashlib.sha256(b"\0".join(path.read_bytes() for path in inputs if path.is_file())).hexdigest()
     stamp = dst.with_name(dst.name + ".stamp")
     have = read_blobs(dst) if dst.is_dir() else {}
-    done = tree_id(have) == read_upstream(patches)["patched_tree"]
+    done = tree_id(have) == read_upstream(patches)["stock_tree" if stock else "patched_tree"]
     if done and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return 0
     if have and not done and not stamp.is_file():
@@ -378,7 +398,7 @@ def apply(src: Path, dst: Path, patches: Path = HERE) -> int:
             f"{dst}: expected a missing or empty folder, or one made by `patchctl.py apply`, got another; remove it"
         )
     with tempfile.TemporaryDirectory() as tmp:
-        want, touched = patch_tree(src, patches, Path(tmp))
+        want, touched = patch_tree(src, patches, Path(tmp), stock)
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.write_text("incomplete", encoding="utf-8")
     written = [path for path, blob in want.items() if have.get(path) != blob]
@@ -414,7 +434,7 @@ def export(tree: Path, patches: Path = HERE, new_hash: bool = False) -> list[str
         )
     if any(len(parents) != 1 for _, _, *parents in history[:above]):
         raise PatchError(f"{tree}: expected one line of commits above upstream, got a merge")
-    head = git(tree, "rev-parse", "HEAD^{tree}").strip()
+    head = history[0][1]
     if head != pin["patched_tree"] and not new_hash:
         raise PatchError(
             f"{tree}: expected the patched tree {pin['patched_tree']}, got {head}; if that is meant, add --new-hash"
@@ -424,28 +444,33 @@ def export(tree: Path, patches: Path = HERE, new_hash: bool = False) -> list[str
         parse_patch(path.name, path.read_bytes().decode("utf-8", "surrogateescape")).subject: path.name
         for path in patches.glob("*.patch")
     }
-    texts: dict[str, str] = {}
-    for commit, *_ in reversed(history[:above]):
+    made: dict[str, Patch] = {}
+    stock = pin["tree"]
+    for commit, root, *_ in reversed(history[:above]):
         text = format_patch(tree, commit)
         subject = parse_patch("", text).subject
         name = old.get(subject) or re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-") + ".patch"
-        check_header(parse_patch(name, text))
-        if name in texts:
+        if name in made:
             raise PatchError(f"{tree}: two commits would become {name}; squash them or reword one")
-        texts[name] = text
+        made[name] = parse_patch(name, text)
+        check_header(made[name])
+        if made[name].fields["Kind"] == "backport":
+            stock = root
+    check_order(list(made.values()))
 
-    for name, text in texts.items():
-        (patches / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    for name, patch in made.items():
+        (patches / name).write_bytes(patch.text.encode("utf-8", "surrogateescape"))
     for path in patches.glob("*.patch"):
-        if path.name not in texts:
+        if path.name not in made:
             path.unlink()
     series, upstream = patches / "series", patches / "UPSTREAM"
     comments = [line for line in series.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    series.write_text("\n".join([*comments, *texts]) + "\n", encoding="utf-8")
-    upstream.write_text(
-        re.sub(r"(?m)^patched_tree=.*$", f"patched_tree={head}", upstream.read_text(encoding="utf-8")), encoding="utf-8"
-    )
-    return list(texts)
+    series.write_text("\n".join([*comments, *made]) + "\n", encoding="utf-8")
+    pins = upstream.read_text(encoding="utf-8")
+    for key, value in (("stock_tree", stock), ("patched_tree", head)):
+        pins = re.sub(rf"(?m)^{key}=.*$", f"{key}={value}", pins)
+    upstream.write_text(pins, encoding="utf-8")
+    return list(made)
 
 
 def rebase(tree: Path, patches: Path = HERE, old: Path | None = None) -> None:
@@ -505,9 +530,10 @@ def main(argv: list[str] | None = None) -> int:
     sub = command("apply", apply)
     sub.add_argument("src", type=Path)
     sub.add_argument("dst", type=Path)
+    sub.add_argument("--stock", action="store_true", help="apply the backports only")
     sub = command("export", export)
     sub.add_argument("tree", type=Path)
-    sub.add_argument("--new-hash", action="store_true", help="write the hash of the patched tree into UPSTREAM")
+    sub.add_argument("--new-hash", action="store_true", help="write the hashes of the stock and the patched tree into UPSTREAM")
     sub = command("rebase", rebase)
     sub.add_argument("tree", type=Path)
     sub.add_argument("--old", type=Path, help="clean tree that the patches were made for")
@@ -520,7 +546,7 @@ def main(argv: list[str] | None = None) -> int:
             count = len(verify(args.tree, args.patches))
             print(f"ok: {count} patches, patched tree {read_upstream(args.patches)['patched_tree']}")
         elif args.command == "apply":
-            print(f"{args.dst}: {apply(args.src, args.dst, args.patches)} files changed")
+            print(f"{args.dst}: {apply(args.src, args.dst, args.patches, args.stock)} files changed")
         elif args.command == "export":
             print("\n".join(export(args.tree, args.patches, args.new_hash)))
         elif args.command == "rebase":

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._cpu import missing_instructions
 from .errors import (
     ArgumentError,
     LibraryError,
@@ -30,8 +31,8 @@ MTMD_VARIABLE = "MTMD_CPP_LIB"  # read by llama_cpp.mtmd_cpp, which handlers of 
 
 
 def point_llama_cpp_here() -> None:
-    """Let a later `import llama_cpp` load the patched library. A path that is already set wins."""
-    if (HERE / "lib").is_dir() and LIB_VARIABLE not in os.environ:
+    """Let a later `import llama_cpp` load the patched library, if the processor can run it. A path that is already set wins."""
+    if (HERE / "lib").is_dir() and LIB_VARIABLE not in os.environ and not missing_instructions(HERE / "lib"):
         os.environ[LIB_VARIABLE] = str(HERE / "lib")
         os.environ.setdefault(MTMD_VARIABLE, str(HERE / "lib"))
 
@@ -43,11 +44,17 @@ def load() -> tuple[FFI, Any]:
     Raises
     ------
     LibraryError
-        llama_cpp was imported first with its own library, or the library is missing or not ours.
+        llama_cpp was imported first with its own library, or the library is missing, not ours, or for another processor.
     """
     from cffi import FFI
 
     stock_first = "llama_cpp" in sys.modules
+    folder = Path(os.environ.get(LIB_VARIABLE, HERE / "lib"))
+    if not stock_first and (missing := missing_instructions(folder)):
+        raise LibraryError(
+            f"expected a processor with {', '.join(missing)}, which the library in {folder} was compiled for, got one without; build it again on this "
+            "machine, or for any x86-64 processor with AVX2: CMAKE_ARGS=-DGGML_NATIVE=OFF"
+        )
     try:
         import llama_cpp.llama_cpp as bindings
     except (ImportError, FileNotFoundError, OSError, RuntimeError) as error:

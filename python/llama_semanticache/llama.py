@@ -15,7 +15,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from . import _native, profile
+from . import _cpu, _native, profile
 from .errors import ArgumentError, ContextOverflowError, ProfileError, StateError, UnsupportedModelError
 from .gguf_file import read_gguf
 
@@ -158,6 +158,9 @@ class Llama(llama_cpp.Llama):
         unknown = sorted(name for name in kwargs if name.startswith("kv_") and name != "kv_overrides")
         if unknown:  # upstream takes any name and ignores it
             raise ArgumentError(f"expected the arguments {', '.join(self._kv_options)}, got {', '.join(unknown)}; mend the name")
+        for name in ("n_threads", "n_threads_batch"):
+            if isinstance(kwargs.get(name), int):
+                _cpu.warn_of_threads(kwargs[name], stacklevel=3)
         if kv_compress is None:
             unused = sorted(name for name, value in self._kv_options.items() if value != _INIT.parameters[name].default)
             if unused:

@@ -1,6 +1,7 @@
-"""Write the golden files from the numpy reference: `python tests/golden/make_golden.py`.
+"""Write the golden files from the numpy reference: `python tests/golden/make_golden.py [FOLDER]`.
 
-Inputs are drawn with numpy's frozen legacy generator, so the files come out the same everywhere; a test checks that they do.
+Inputs are drawn with numpy's frozen legacy generator, so the files come out the same everywhere but for the last digits of
+floats, which depend on the processor; a test checks that they do.
 A float32 implementation must reach the decisions in them (winners, clusters), so every case is drawn again until they have
 margins, see `has_margins`.
 
@@ -411,11 +412,11 @@ def golden_files() -> dict[str, bytes]:
     return files
 
 
-def main() -> None:
+def main(folder: Path = GOLDEN) -> None:
     for name, data in golden_files().items():
-        (GOLDEN / name).write_bytes(data)
+        (folder / name).write_bytes(data)
         print(f"{len(data):8d} {name}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:2]))

@@ -37,15 +37,18 @@ def test_series_is_within_the_budget(capsys):
     assert patchctl.main(["stats", "--check"]) == 0, capsys.readouterr().err
 
 
-def test_series_applies_inside_our_own_repository(llama_cpp, tmp_path):
+@pytest.mark.parametrize("stock", [False, True], ids=["patched", "stock"])
+def test_series_applies_inside_our_own_repository(stock, llama_cpp, tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    patched = tmp_path / "build" / "llama.cpp"
-    patchctl.apply(llama_cpp, patched)
-    assert patchctl.tree_id(patchctl.read_blobs(patched)) == patchctl.read_upstream()["patched_tree"]
-    touched = {path for patch in patchctl.load_patches() for path in patch.files}
-    for path in touched:
-        clean = llama_cpp / path
-        assert not clean.exists() or clean.read_bytes() != (patched / path).read_bytes(), f"{path} is unchanged"
+    made = tmp_path / "build" / "llama.cpp"
+    patchctl.apply(llama_cpp, made, stock=stock)
+    assert patchctl.tree_id(patchctl.read_blobs(made)) == patchctl.read_upstream()["stock_tree" if stock else "patched_tree"]
+    for patch in patchctl.load_patches():
+        if stock and patch.fields["Kind"] != "backport":
+            continue
+        for path in patch.files:
+            clean = llama_cpp / path
+            assert not clean.exists() or clean.read_bytes() != (made / path).read_bytes(), f"{path} is unchanged"
 
 
 # ---------------------------------------------------------------------------------------------- a toy upstream
@@ -63,7 +66,7 @@ class Toy:
         """Make `tree` the pinned upstream."""
         found = patchctl.tree_id(patchctl.read_blobs(tree))
         (self.patches / "UPSTREAM").write_text(
-            f"repo=none\ncommit={'0' * 40}\ntree={found}\npatched_tree={found}\n"
+            f"repo=none\ncommit={'0' * 40}\ntree={found}\nstock_tree={found}\npatched_tree={found}\n"
             f"llama_cpp_python=1.0\nsdist_sha256={'0' * 64}\n"
         )
 
@@ -171,6 +174,36 @@ def test_configuration_of_the_user_changes_nothing(toy, tmp_path, monkeypatch):
     patchctl.verify(toy.clean, toy.patches)
     patchctl.export(toy.work, toy.patches)
     patchctl.verify(toy.clean, toy.patches)
+
+
+def test_the_stock_tree_has_the_backports_and_nothing_else(toy, tmp_path):
+    backport = MESSAGE.replace("Kind: hook", "Kind: backport")
+    toy.edit("src.txt", "sorts", "is sorted")
+    toy.commit("text: better English", backport)
+    with pytest.raises(PatchError, match="text-better-english.patch: expected backports before all other patches"):
+        patchctl.export(toy.work, toy.patches, new_hash=True)
+    assert len(patchctl.read_series(toy.patches)) == 2
+
+    root, *commits, fix = patchctl.git(toy.work, "rev-list", "--reverse", "HEAD").split()
+    patchctl.git(toy.work, "reset", "-q", "--hard", root)
+    patchctl.git(toy.work, "cherry-pick", fix, *commits)
+    names = patchctl.export(toy.work, toy.patches, new_hash=True)
+    assert names[0] == "text-better-english.patch" and len(names) == 3
+    pin = patchctl.read_upstream(toy.patches)
+    assert len({pin["tree"], pin["stock_tree"], pin["patched_tree"]}) == 3
+    patchctl.verify(toy.clean, toy.patches)
+
+    assert patchctl.apply(toy.clean, tmp_path / "stock", toy.patches, stock=True) > 0
+    assert patchctl.apply(toy.clean, tmp_path / "stock", toy.patches, stock=True) == 0
+    assert patchctl.tree_id(patchctl.read_blobs(tmp_path / "stock")) == pin["stock_tree"]
+    assert (tmp_path / "stock" / "src.txt").read_text() == "is sorted before the folder src\n"
+    for path in ("src/llama.cpp", "src/windows.txt"):
+        assert (tmp_path / "stock" / path).read_bytes() == (toy.clean / path).read_bytes()
+    assert not (tmp_path / "stock" / "src" / "new.h").exists()
+
+    replace(toy.patches / "UPSTREAM", f"stock_tree={pin['stock_tree']}", f"stock_tree={'1' * 40}")
+    with pytest.raises(PatchError, match="expected the stock tree 1{40}"):
+        patchctl.verify(toy.clean, toy.patches)
 
 
 def test_fuzz_is_refused(toy, tmp_path):

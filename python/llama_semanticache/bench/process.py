@@ -25,7 +25,8 @@ class Worker:
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str | None] | None = None):
         self.name = name
-        env = {**os.environ, **(env or {})}
+        told = {"PYTHONWARNINGS": "ignore:threads"}  # by the process that starts it
+        env = {**os.environ, **told, **(env or {})}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={key: value for key, value in env.items() if value is not None}
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Iterable
 
 from .. import profile
+from .._cpu import warn_of_threads
 from ..errors import ArgumentError
 from ..llama import METHODS
 from ..memory import CacheEstimate, estimate
@@ -125,6 +126,8 @@ def with_base(settings: Iterable[str], left_out: bool = False) -> list[str]:
 
 def context_options(n_ctx: int, threads: int | None, n_gpu_layers: int) -> dict[str, Any]:
     """Arguments of `Llama` that are the same for every setting."""
+    if threads is not None:
+        warn_of_threads(threads)
     return dict(n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, n_gpu_layers=n_gpu_layers, flash_attn=True, swa_full=False, verbose=False)
 
 

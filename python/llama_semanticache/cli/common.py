@@ -22,11 +22,16 @@ _VERBOSE = "llama_semanticache.verbose"
 
 
 class ErrorGroup(click.Group):
-    """Reports an error of ours, llama_cpp's or the system's as 'Error: ...' with exit status 1, with a traceback only under --verbose."""
+    """Reports an error of ours, llama_cpp's or the system's as 'Error: ...' with exit status 1, with a traceback only under --verbose,
+    and warnings as 'Warning: ...'.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", UserWarning)
+                warnings.showwarning = lambda message, *_, **__: note(f"Warning: {message}", "yellow")
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.exceptions.Abort, BrokenPipeError):
             raise  # click's own business
         except (SemanticCacheError, OSError, RuntimeError, ValueError) as error:
@@ -217,16 +222,11 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
 
     from .. import Llama, profile
 
+    options = {"n_ctx": n_ctx, "n_threads": load.threads, "n_threads_batch": load.threads, "verbose": load.verbose}
     if load.kv_compress == "semanticache" and load.kv_profile == "auto" and load.kv_ratio < 1:
         # Llama does this too, but silently unless llama.cpp's log is wanted
         profile.ensure(path, verbose=True, n_threads=load.threads)
-    options = {"n_ctx": n_ctx, "n_threads": load.threads, "n_threads_batch": load.threads, "verbose": load.verbose}
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        llm = Llama(str(path), **options, **load.kv_settings())
-    for warning in found:
-        note(f"Warning: {warning.message}", "yellow")
-    return llm, path
+    return Llama(str(path), **options, **load.kv_settings()), path
 
 
 def kv_line(stats: KVStats, tokens_per_s: float | None) -> str:

@@ -49,14 +49,18 @@ def ask(llm: Llama, text: str, console: Console) -> tuple[int, KVStats, float, f
     for _, _, question, want in FACTS:
         prompt = f"Read the text and answer the question at its end in one sentence.\n\n{text}\n\nQuestion: {question}"
         start = time.perf_counter()
-        stream = llm.create_chat_completion([{"role": "user", "content": prompt}], max_tokens=40, temperature=0.0, stream=True)
+        stream = llm.create_chat_completion(
+            [{"role": "user", "content": prompt}], max_tokens=40, temperature=0.0, stream=True
+        )
         answer, first = "", None
         console.print(f"[bold]{question}[/bold] ", end="")
         for chunk in stream:
             piece = chunk["choices"][0]["delta"].get("content", "")
             if piece and first is None:
                 first = time.perf_counter()
-                if not prefill_tps:  # the later questions re-use the document: only the first one tells how fast it is read
+                if (
+                    not prefill_tps
+                ):  # the later questions re-use the document: only the first one tells how fast it is read
                     prefill_tps = llm.n_tokens / (first - start)
                     passes = llm.kv_stats().pass_s / (first - start)
             elif piece:

@@ -132,7 +132,9 @@ def check_order(series: list[Patch]) -> None:
     kinds = [patch.fields["Kind"] == "backport" for patch in series]
     if kinds != sorted(kinds, reverse=True):
         late = series[kinds.index(False) + kinds[kinds.index(False) :].index(True)]
-        raise PatchError(f"{late.name}: expected backports before all other patches, got one behind; reorder the commits")
+        raise PatchError(
+            f"{late.name}: expected backports before all other patches, got one behind; reorder the commits"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- trees and git
@@ -533,7 +535,9 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--stock", action="store_true", help="apply the backports only")
     sub = command("export", export)
     sub.add_argument("tree", type=Path)
-    sub.add_argument("--new-hash", action="store_true", help="write the hashes of the stock and the patched tree into UPSTREAM")
+    sub.add_argument(
+        "--new-hash", action="store_true", help="write the hashes of the stock and the patched tree into UPSTREAM"
+    )
     sub = command("rebase", rebase)
     sub.add_argument("tree", type=Path)
     sub.add_argument("--old", type=Path, help="clean tree that the patches were made for")

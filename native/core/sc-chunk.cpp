@@ -8,8 +8,24 @@ bool is_delimiter(const std::string & piece) {
         return false;
     }
     static const char * const marks[] = {
-        ".", "!", "?", ";", ":", ",", "\n", "{", "}",
-        "\u3002", "\uff01", "\uff1f", "\uff1b", "\uff1a", "\uff0c", "\u3001", "\u2026", "\uff0e",
+        ".",
+        "!",
+        "?",
+        ";",
+        ":",
+        ",",
+        "\n",
+        "{",
+        "}",
+        "\u3002",
+        "\uff01",
+        "\uff1f",
+        "\uff1b",
+        "\uff1a",
+        "\uff0c",
+        "\u3001",
+        "\u2026",
+        "\uff0e",
     };
     for (const char * mark : marks) {
         const std::string m = mark;

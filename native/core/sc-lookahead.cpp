@@ -6,12 +6,12 @@ namespace semcache {
 
 void rope::table(const std::vector<int64_t> & delta, std::vector<float> & cs) const {
     const size_t n = inv_freq.size();
-    cs.resize(delta.size()*n*2);
+    cs.resize(delta.size() * n * 2);
     for (size_t t = 0; t < delta.size(); ++t) {
         for (size_t i = 0; i < n; ++i) {
-            const double angle = (double) delta[t]*inv_freq[i];
-            cs[(t*n + i)*2 + 0] = (float) std::cos(angle);
-            cs[(t*n + i)*2 + 1] = (float) std::sin(angle);
+            const double angle = (double) delta[t] * inv_freq[i];
+            cs[(t * n + i) * 2 + 0] = (float) std::cos(angle);
+            cs[(t * n + i) * 2 + 1] = (float) std::sin(angle);
         }
     }
 }
@@ -19,18 +19,18 @@ void rope::table(const std::vector<int64_t> & delta, std::vector<float> & cs) co
 void rope::turn(float * x, const float * cs) const {
     const size_t n = inv_freq.size();
     for (size_t i = 0; i < n; ++i) {
-        float & a = neox ? x[i]     : x[2*i];
-        float & b = neox ? x[i + n] : x[2*i + 1];
+        float & a = neox ? x[i] : x[2 * i];
+        float & b = neox ? x[i + n] : x[2 * i + 1];
         const float a0 = a;
-        a = a0*cs[2*i] - b*cs[2*i + 1];
-        b = a0*cs[2*i + 1] + b*cs[2*i];
+        a = a0 * cs[2 * i] - b * cs[2 * i + 1];
+        b = a0 * cs[2 * i + 1] + b * cs[2 * i];
     }
 }
 
 int32_t look_ahead(uint64_t seed, int64_t pos, int32_t n_horizon) {
     uint64_t z = seed + (uint64_t) pos + 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30))*0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27))*0x94D049BB133111EBull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     z ^= z >> 31;
     return (int32_t) (z % (uint64_t) n_horizon);
 }

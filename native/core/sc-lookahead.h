@@ -7,12 +7,12 @@
 
 namespace semcache {
 
-// Rotary embedding of one layer as plain angles: a position step of one turns pair i by inv_freq[i]. All scaling schemes
-// of ggml_rope_ext (linear, YaRN, frequency factors) are linear in the position, so they end up in inv_freq; the attention
-// factor of YaRN scales q and k once, when they are stored, and has no part in turning them further.
+// Rotary embedding of one layer as plain angles: a position step of one turns pair i by inv_freq[i]. All scaling
+// schemes of ggml_rope_ext (linear, YaRN, frequency factors) are linear in the position, so they end up in inv_freq;
+// the attention factor of YaRN scales q and k once, when they are stored, and has no part in turning them further.
 struct rope {
     std::vector<float> inv_freq; // [n_rot/2], radians per position; empty: no rotation
-    bool               neox = true; // pairs (i, i + n_rot/2); otherwise (2i, 2i + 1)
+    bool neox = true;            // pairs (i, i + n_rot/2); otherwise (2i, 2i + 1)
 
     // Cosine and sine of every angle: cs [n_delta, n_rot/2, 2] for turns by delta [n_delta] positions.
     void table(const std::vector<int64_t> & delta, std::vector<float> & cs) const;

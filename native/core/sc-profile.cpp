@@ -14,7 +14,8 @@ namespace semcache {
 namespace {
 
 std::string at_line(const std::string & path, int line, const std::string & expected, const std::string & got) {
-    return "profile " + path + ", line " + std::to_string(line) + ": expected " + expected + ", got \"" + got + "\"; calibrate the model again";
+    return "profile " + path + ", line " + std::to_string(line) + ": expected " + expected + ", got \"" + got +
+           "\"; calibrate the model again";
 }
 
 // Numbers with a decimal point whatever the program's locale.
@@ -39,7 +40,10 @@ bool profile::read(const std::string & path, std::string & error) {
         error = at_line(path, n, expected, line);
         return false;
     };
-    auto next = [&]() { ++n; return (bool) std::getline(in, line); };
+    auto next = [&]() {
+        ++n;
+        return (bool) std::getline(in, line);
+    };
 
     if (!next() || line != "semcache-profile 3") {
         return fail("\"semcache-profile 3\"");
@@ -81,7 +85,8 @@ bool profile::read(const std::string & path, std::string & error) {
         if (h.error.size() != p.parts.size() || !s.eof()) {
             return fail(std::to_string(p.parts.size()) + " errors");
         }
-        if (h.il < 0 || h.ih < 0 || (!p.heads.empty() && std::pair(h.il, h.ih) <= std::pair(p.heads.back().il, p.heads.back().ih))) {
+        if (h.il < 0 || h.ih < 0 ||
+            (!p.heads.empty() && std::pair(h.il, h.ih) <= std::pair(p.heads.back().il, p.heads.back().ih))) {
             return fail("heads ordered by layer and head, each once");
         }
         p.heads.push_back(std::move(h));
@@ -124,7 +129,8 @@ const std::vector<double> & profile_parts() {
     return parts;
 }
 
-void profile::add(const std::vector<std::pair<int32_t, int32_t>> & heads, const std::vector<std::vector<double>> & errors) {
+void profile::add(
+    const std::vector<std::pair<int32_t, int32_t>> & heads, const std::vector<std::vector<double>> & errors) {
     if (n_text == 0) {
         parts = profile_parts();
         this->heads.clear();
@@ -136,7 +142,7 @@ void profile::add(const std::vector<std::pair<int32_t, int32_t>> & heads, const 
     for (size_t h = 0; h < errors.size(); ++h) {
         for (size_t i = 0; i < parts.size(); ++i) {
             double & mean = this->heads[h].error[i];
-            mean += (errors[h][i] - mean)/n_text;
+            mean += (errors[h][i] - mean) / n_text;
         }
     }
 }
@@ -151,56 +157,58 @@ double error_at(const std::vector<double> & parts, const std::vector<double> & e
         return error.front();
     }
     if (x >= parts.back()) {
-        return error.back()*std::max(0.0, 1.0 - x)/(1.0 - parts.back());
+        return error.back() * std::max(0.0, 1.0 - x) / (1.0 - parts.back());
     }
     const size_t i = std::upper_bound(parts.begin(), parts.end(), x) - parts.begin();
     const double a = error[i - 1], b = error[i];
     if (a <= 0.0 || b <= 0.0) {
         return b;
     }
-    return a*std::pow(b/a, std::log(x/parts[i - 1])/std::log(parts[i]/parts[i - 1]));
+    return a * std::pow(b / a, std::log(x / parts[i - 1]) / std::log(parts[i] / parts[i - 1]));
 }
 
 // Some more rows for a head, and how much error each of them takes away.
 struct step {
-    double  gain;
-    size_t  head;
+    double gain;
+    size_t head;
     int32_t n_row;
 };
 
 // The lower convex hull of the error over the rows, as steps of falling gain.
-void add_steps(const std::vector<double> & parts, std::vector<double> error, size_t head, int32_t n_ctx, int32_t lo, std::vector<step> & steps) {
+void add_steps(const std::vector<double> & parts, std::vector<double> error, size_t head, int32_t n_ctx, int32_t lo,
+    std::vector<step> & steps) {
     for (size_t i = 1; i < error.size(); ++i) {
         error[i] = std::min(error[i], error[i - 1]); // more rows are never worse, but for noise
     }
     std::vector<std::pair<int32_t, double>> hull; // rows, error
     for (int32_t j = 0; j <= N_GRID; ++j) {
-        const int32_t r = (int32_t) std::llround(lo*std::pow((double) n_ctx/lo, (double) j/N_GRID));
+        const int32_t r = (int32_t) std::llround(lo * std::pow((double) n_ctx / lo, (double) j / N_GRID));
         if (!hull.empty() && r <= hull.back().first) {
             continue;
         }
-        const double e = error_at(parts, error, (double) r/n_ctx);
-        auto gain = [&](const auto & from, int32_t rows, double err) { return (from.second - err)/(rows - from.first); };
-        while (hull.size() > 1 && gain(hull[hull.size() - 2], r, e) >= gain(hull[hull.size() - 2], hull.back().first, hull.back().second)) {
+        const double e = error_at(parts, error, (double) r / n_ctx);
+        auto gain = [&](const auto & from, int32_t rows, double err) {
+            return (from.second - err) / (rows - from.first);
+        };
+        while (hull.size() > 1 && gain(hull[hull.size() - 2], r, e) >=
+                                      gain(hull[hull.size() - 2], hull.back().first, hull.back().second)) {
             hull.pop_back();
         }
         hull.emplace_back(r, e);
     }
     for (size_t j = 1; j < hull.size(); ++j) {
         const int32_t n = hull[j].first - hull[j - 1].first;
-        steps.push_back({ (hull[j - 1].second - hull[j].second)/n, head, n });
+        steps.push_back({ (hull[j - 1].second - hull[j].second) / n, head, n });
     }
 }
 
-int64_t total_rows(double ratio, int32_t n_ctx, size_t n_head) {
-    return std::llround(ratio*n_ctx*(double) n_head);
-}
+int64_t total_rows(double ratio, int32_t n_ctx, size_t n_head) { return std::llround(ratio * n_ctx * (double) n_head); }
 
 } // namespace
 
 std::vector<int32_t> profile::budgets(double ratio, int32_t n_ctx, int32_t lo) const {
     lo = std::min(std::max(lo, 1), n_ctx);
-    int64_t left = total_rows(ratio, n_ctx, heads.size()) - (int64_t) lo*(int64_t) heads.size();
+    int64_t left = total_rows(ratio, n_ctx, heads.size()) - (int64_t) lo * (int64_t) heads.size();
     if (left < 0) {
         return {};
     }
@@ -213,18 +221,18 @@ std::vector<int32_t> profile::budgets(double ratio, int32_t n_ctx, int32_t lo) c
     for (const step & s : steps) {
         const int32_t n = (int32_t) std::min<int64_t>(s.n_row, left);
         rows[s.head] += n;
-        left         -= n;
+        left -= n;
     }
     return rows;
 }
 
 std::vector<int32_t> equal_budgets(size_t n_head, double ratio, int32_t n_ctx, int32_t lo) {
     const int64_t total = total_rows(ratio, n_ctx, n_head);
-    if ((int64_t) std::min(lo, n_ctx)*(int64_t) n_head > total) {
+    if ((int64_t) std::min(lo, n_ctx) * (int64_t) n_head > total) {
         return {};
     }
-    std::vector<int32_t> rows(n_head, (int32_t) (total/(int64_t) n_head));
-    for (size_t h = 0; h < (size_t) (total%(int64_t) n_head); ++h) {
+    std::vector<int32_t> rows(n_head, (int32_t) (total / (int64_t) n_head));
+    for (size_t h = 0; h < (size_t) (total % (int64_t) n_head); ++h) {
         ++rows[h];
     }
     return rows;

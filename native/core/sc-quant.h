@@ -1,7 +1,8 @@
 // sc-quant.h - rows of K and V between memory and float32
 //
-// A quantized row is rotated before it is stored: outlier channels, which keys have, are spread over all values of a block.
-// The rotation is orthonormal and its own inverse, so q.k = (Hq).(Hk), and a weighted sum of rotated values is rotated back once.
+// A quantized row is rotated before it is stored: outlier channels, which keys have, are spread over all values of a
+// block. The rotation is orthonormal and its own inverse, so q.k = (Hq).(Hk), and a weighted sum of rotated values is
+// rotated back once.
 
 #pragma once
 
@@ -15,7 +16,8 @@ namespace semcache {
 // VL eight-bit integers as floats
 static inline vf i8_to_vf(const int8_t * x) {
 #if defined(__AVX512F__)
-    return (vf) _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i *) x)));
+    return (vf) _mm512_maskz_cvtepi32_ps(
+        0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i *) x)));
 #elif defined(__AVX2__)
     return (vf) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) x)));
 #else
@@ -29,7 +31,7 @@ static inline vf i8_to_vf(const int8_t * x) {
 
 // VL codes of a q4_block from `first` on, a multiple of VL, as floats
 static inline vf i4_to_vf(const uint8_t * qs, int first) {
-    const int at = first%(Q_BLOCK/2), shift = first < Q_BLOCK/2 ? 0 : 4;
+    const int at = first % (Q_BLOCK / 2), shift = first < Q_BLOCK / 2 ? 0 : 4;
 #if defined(__AVX512F__)
     const __m512i w = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i *) (qs + at)));
     const __m512i c = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, w, shift), _mm512_set1_epi32(15));
@@ -50,19 +52,19 @@ static inline vf i4_to_vf(const uint8_t * qs, int first) {
 static inline void i8_to_f32_row(const int8_t * x, float d, float * y, int n) {
     int i = 0;
     for (; i + VL <= n; i += VL) {
-        vstore(y + i, i8_to_vf(x + i)*d);
+        vstore(y + i, i8_to_vf(x + i) * d);
     }
     for (; i < n; ++i) {
-        y[i] = d*x[i];
+        y[i] = d * x[i];
     }
 }
 
 // n values of a row of blocks from `first` on
 static inline void q8_0_to_f32_row(const q8_block * x, int32_t first, float * y, int32_t n) {
     for (int32_t i = 0; i < n;) {
-        const q8_block & b   = x[(first + i)/Q_BLOCK];
-        const int32_t    at  = (first + i)%Q_BLOCK;
-        const int32_t    run = std::min(Q_BLOCK - at, n - i);
+        const q8_block & b = x[(first + i) / Q_BLOCK];
+        const int32_t at = (first + i) % Q_BLOCK;
+        const int32_t run = std::min(Q_BLOCK - at, n - i);
         i8_to_f32_row(b.qs + at, f16_to_f32(b.d), y + i, run);
         i += run;
     }
@@ -72,7 +74,7 @@ static inline void q4_0_to_f32_row(const q4_block * x, float * y, int32_t n) {
     for (int32_t i = 0; i < n; i += Q_BLOCK, ++x) {
         const float d = f16_to_f32(x->d);
         for (int j = 0; j < Q_BLOCK; j += VL) {
-            vstore(y + i + j, i4_to_vf(x->qs, j)*d);
+            vstore(y + i + j, i4_to_vf(x->qs, j) * d);
         }
     }
 }
@@ -84,10 +86,10 @@ static inline void f32_to_q8_0_row(const float * x, q8_block * y, int32_t n) {
         for (int j = 0; j < Q_BLOCK; ++j) {
             amax = std::max(amax, std::fabs(x[i + j]));
         }
-        const float d = amax/127.0f, inv = d > 0.0f ? 1.0f/d : 0.0f;
+        const float d = amax / 127.0f, inv = d > 0.0f ? 1.0f / d : 0.0f;
         y->d = f32_to_f16(d);
         for (int j = 0; j < Q_BLOCK; ++j) {
-            y->qs[j] = (int8_t) std::roundf(x[i + j]*inv);
+            y->qs[j] = (int8_t) std::roundf(x[i + j] * inv);
         }
     }
 }
@@ -99,14 +101,14 @@ static inline void f32_to_q4_0_row(const float * x, q4_block * y, int32_t n) {
         for (int j = 0; j < Q_BLOCK; ++j) {
             if (std::fabs(x[i + j]) > amax) {
                 amax = std::fabs(x[i + j]);
-                max  = x[i + j];
+                max = x[i + j];
             }
         }
-        const float d = max/-8.0f, inv = d != 0.0f ? 1.0f/d : 0.0f;
+        const float d = max / -8.0f, inv = d != 0.0f ? 1.0f / d : 0.0f;
         y->d = f32_to_f16(d);
-        auto code = [inv](float v) { return (uint8_t) std::min(15, (int) (v*inv + 8.5f)); };
-        for (int j = 0; j < Q_BLOCK/2; ++j) {
-            y->qs[j] = (uint8_t) (code(x[i + j]) | code(x[i + j + Q_BLOCK/2]) << 4);
+        auto code = [inv](float v) { return (uint8_t) std::min(15, (int) (v * inv + 8.5f)); };
+        for (int j = 0; j < Q_BLOCK / 2; ++j) {
+            y->qs[j] = (uint8_t) (code(x[i + j]) | code(x[i + j + Q_BLOCK / 2]) << 4);
         }
     }
 }
@@ -115,7 +117,7 @@ static inline void f32_to_q4_0_row(const float * x, q4_block * y, int32_t n) {
 static inline void hadamard(float * x, int32_t n) {
     const int32_t size = n & -n;
     int32_t h = 1;
-    if (n%VL == 0) { // the steps within a vector, in registers
+    if (n % VL == 0) { // the steps within a vector, in registers
         for (int32_t i = 0; i < n; i += VL) {
             vf a = vbutterfly<2>(vbutterfly<1>(vload(x + i)));
             if constexpr (VL > 4) {
@@ -129,21 +131,21 @@ static inline void hadamard(float * x, int32_t n) {
         h = VL;
     }
     for (; h < size; h *= 2) {
-        for (int32_t i = 0; i < n; i += 2*h) {
+        for (int32_t i = 0; i < n; i += 2 * h) {
             int32_t j = i;
             for (; j + VL <= i + h; j += VL) {
                 const vf a = vload(x + j), b = vload(x + j + h);
-                vstore(x + j,     a + b);
+                vstore(x + j, a + b);
                 vstore(x + j + h, a - b);
             }
             for (; j < i + h; ++j) {
                 const float a = x[j], b = x[j + h];
-                x[j]     = a + b;
+                x[j] = a + b;
                 x[j + h] = a - b;
             }
         }
     }
-    const float scale = 1.0f/std::sqrt((float) size);
+    const float scale = 1.0f / std::sqrt((float) size);
     for (int32_t i = 0; i < n; ++i) {
         x[i] *= scale;
     }
@@ -152,9 +154,9 @@ static inline void hadamard(float * x, int32_t n) {
 // A row as it is stored, rotated if it is quantized.
 static inline void decode_row(row_type t, const void * p, float * y, int32_t n) {
     switch (t) {
-        case row_type::f16:  f16_to_f32_row((const f16 *) p, y, n);            break;
-        case row_type::q8_0: q8_0_to_f32_row((const q8_block *) p, 0, y, n);   break;
-        case row_type::q4_0: q4_0_to_f32_row((const q4_block *) p, y, n);      break;
+        case row_type::f16: f16_to_f32_row((const f16 *) p, y, n); break;
+        case row_type::q8_0: q8_0_to_f32_row((const q8_block *) p, 0, y, n); break;
+        case row_type::q4_0: q4_0_to_f32_row((const q4_block *) p, y, n); break;
     }
 }
 

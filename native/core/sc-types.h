@@ -12,15 +12,15 @@ constexpr int32_t Q_BLOCK = 32; // values that share a scale
 
 // As ggml's block_q8_0: d*qs.
 struct q8_block {
-    f16    d;
+    f16 d;
     int8_t qs[Q_BLOCK];
 };
 static_assert(sizeof(q8_block) == 34, "no padding");
 
 // As ggml's block_q4_0: d*(code - 8); value i in the low half of qs[i], value i + 16 in the high half.
 struct q4_block {
-    f16     d;
-    uint8_t qs[Q_BLOCK/2];
+    f16 d;
+    uint8_t qs[Q_BLOCK / 2];
 };
 static_assert(sizeof(q4_block) == 18, "no padding");
 
@@ -29,7 +29,8 @@ enum class row_type : int32_t { f16 = 0, q8_0 = 1, q4_0 = 2 };
 
 // Bytes of a row of d values; d is a whole number of blocks where the type has blocks.
 constexpr int64_t row_size(row_type t, int64_t d) {
-    return t == row_type::f16 ? d*(int64_t) sizeof(f16) : d/Q_BLOCK*(int64_t) (t == row_type::q8_0 ? sizeof(q8_block) : sizeof(q4_block));
+    return t == row_type::f16 ? d * (int64_t) sizeof(f16)
+                              : d / Q_BLOCK * (int64_t) (t == row_type::q8_0 ? sizeof(q8_block) : sizeof(q4_block));
 }
 
 } // namespace semcache

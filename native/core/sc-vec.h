@@ -1,8 +1,8 @@
 // sc-vec.h - the few vector operations that the pass and the attention kernel need
 //
-// Written with the vector extension of GCC and Clang, so one source serves AVX-512, AVX2, SSE and NEON: the compiler lowers
-// a `vf` to what the target has. Intrinsics stand where that is slow: f16, sums over lanes, e^x, 8-bit rows (sc-quant.h). VL depends on compiler
-// flags, so interfaces do not include this header.
+// Written with the vector extension of GCC and Clang, so one source serves AVX-512, AVX2, SSE and NEON: the compiler
+// lowers a `vf` to what the target has. Intrinsics stand where that is slow: f16, sums over lanes, e^x, 8-bit rows
+// (sc-quant.h). VL depends on compiler flags, so interfaces do not include this header.
 
 #pragma once
 
@@ -12,18 +12,18 @@
 #include <cstring>
 
 #if defined(__AVX__) || defined(__F16C__) || defined(__AVX512F__)
-#    if defined(__GNUC__) && !defined(__clang__)
-#        pragma GCC diagnostic push
-#        pragma GCC diagnostic ignored "-Wuninitialized" // GCC 12's own header, GCC bug 105593
-#        pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#    endif
-#    include <immintrin.h>
-#    if defined(__GNUC__) && !defined(__clang__)
-#        pragma GCC diagnostic pop
-#    endif
+    #if defined(__GNUC__) && !defined(__clang__)
+        #pragma GCC diagnostic push
+        #pragma GCC diagnostic ignored "-Wuninitialized" // GCC 12's own header, GCC bug 105593
+        #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+    #endif
+    #include <immintrin.h>
+    #if defined(__GNUC__) && !defined(__clang__)
+        #pragma GCC diagnostic pop
+    #endif
 #endif
 #if defined(__ARM_NEON) && defined(__aarch64__)
-#    include <arm_neon.h>
+    #include <arm_neon.h>
 #endif
 
 namespace semcache {
@@ -38,24 +38,29 @@ constexpr int MR = 6;
 constexpr int VL = 4;
 constexpr int MR = 6;
 #endif
-constexpr int NR = 2*VL; // columns of a register tile and of a packed panel
+constexpr int NR = 2 * VL; // columns of a register tile and of a packed panel
 
-typedef float    vf __attribute__((vector_size(VL*sizeof(float))));
-typedef int32_t  vi __attribute__((vector_size(VL*sizeof(int32_t))));
+typedef float vf __attribute__((vector_size(VL * sizeof(float))));
+typedef int32_t vi __attribute__((vector_size(VL * sizeof(int32_t))));
 
-static inline vf vload(const float * p) { vf r; memcpy(&r, p, sizeof(r)); return r; }
+static inline vf vload(const float * p) {
+    vf r;
+    memcpy(&r, p, sizeof(r));
+    return r;
+}
 static inline void vstore(float * p, vf x) { memcpy(p, &x, sizeof(x)); }
 static inline vf vset(float x) { return x - vf{}; }
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 
-// Sum and maximum over the lanes: in the same order wherever a target compiles it, which may be another for another target.
+// Sum and maximum over the lanes: in the same order wherever a target compiles it, which may be another for another
+// target.
 static inline float vsum(vf x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512) x);
 #else
     float t[VL];
     vstore(t, x);
-    for (int w = VL/2; w > 0; w /= 2) {
+    for (int w = VL / 2; w > 0; w /= 2) {
         for (int i = 0; i < w; ++i) {
             t[i] += t[i + w];
         }
@@ -67,13 +72,14 @@ static inline float vsum(vf x) {
 // Sums over the lanes of four vectors.
 static inline void vsum4(vf a, vf b, vf c, vf d, float * out) {
 #if defined(__AVX__)
-#    if defined(__AVX512F__)
+    #if defined(__AVX512F__)
     auto half = [](vf x) {
-        return _mm256_add_ps(_mm512_castps512_ps256((__m512) x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512) x), 1)));
+        return _mm256_add_ps(_mm512_castps512_ps256((__m512) x),
+            _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512) x), 1)));
     };
-#    else
+    #else
     auto half = [](vf x) { return (__m256) x; };
-#    endif
+    #endif
     const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 #else
@@ -90,7 +96,7 @@ static inline float vmax_lanes(vf x) {
 #else
     float t[VL];
     vstore(t, x);
-    for (int w = VL/2; w > 0; w /= 2) {
+    for (int w = VL / 2; w > 0; w /= 2) {
         for (int i = 0; i < w; ++i) {
             t[i] = t[i] > t[i + w] ? t[i] : t[i + w];
         }
@@ -99,32 +105,33 @@ static inline float vmax_lanes(vf x) {
 #endif
 }
 
-// e^x, relative error below 3e-7; 0 for x < -87. Range reduction by ln 2 in two parts, then a Taylor polynomial of degree 6
-// on [-ln2/2, ln2/2] (last term 4e-9).
+// e^x, relative error below 3e-7; 0 for x < -87. Range reduction by ln 2 in two parts, then a Taylor polynomial of
+// degree 6 on [-ln2/2, ln2/2] (last term 4e-9).
 static inline vf vexp(vf x) {
 #if defined(__AVX512F__)
     const __mmask16 keep = _mm512_cmp_ps_mask((__m512) x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
     x = x > 88.0f ? vset(88.0f) : x;
-    const __m512 n512 = _mm512_maskz_roundscale_ps(0xffff, (__m512) (x*1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 n512 =
+        _mm512_maskz_roundscale_ps(0xffff, (__m512) (x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const vf n = (vf) n512;
 #else
     const vf magic = vset(12582912.0f); // 1.5*2^23: adding it rounds to an integer, which then stands in the low bits
-    const vf lo    = vset(-87.0f);
-    const vf hi    = vset( 88.0f);
+    const vf lo = vset(-87.0f);
+    const vf hi = vset(88.0f);
     const vi under = x < lo;
     vf y = under ? lo : x;
     y = y > hi ? hi : y;
-    const vf t = y*1.44269504f + magic;
+    const vf t = y * 1.44269504f + magic;
     const vf n = t - magic;
     x = y;
 #endif
-    const vf r = (x - n*0.693359375f) - n*-2.12194440e-4f;
-    vf p = r*(1.0f/720.0f) + (1.0f/120.0f);
-    p = p*r + (1.0f/24.0f);
-    p = p*r + (1.0f/6.0f);
-    p = p*r + 0.5f;
-    p = p*r + 1.0f;
-    p = p*r + 1.0f;
+    const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    vf p = r * (1.0f / 720.0f) + (1.0f / 120.0f);
+    p = p * r + (1.0f / 24.0f);
+    p = p * r + (1.0f / 6.0f);
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
 #if defined(__AVX512F__)
     return (vf) _mm512_maskz_scalef_ps(keep, (__m512) p, n512); // far below -87, p itself is no number
 #else
@@ -133,13 +140,13 @@ static inline vf vexp(vf x) {
     bits = (bits - 0x4B400000 + 127) << 23;
     vf scale;
     memcpy(&scale, &bits, sizeof(scale));
-    const vf e = p*scale;
+    const vf e = p * scale;
     return under ? vf{} : e;
 #endif
 }
 
 // cap tanh(x/cap), by tanh(u) = 1 - 2/(e^2u + 1)
-static inline vf vsoftcap(vf x, float cap) { return cap*(1.0f - 2.0f/(vexp(x*(2.0f/cap)) + 1.0f)); }
+static inline vf vsoftcap(vf x, float cap) { return cap * (1.0f - 2.0f / (vexp(x * (2.0f / cap)) + 1.0f)); }
 
 // ln x for normal x > 0, absolute error below 2e-7 near 1: exponent and mantissa in [sqrt(1/2), sqrt(2)), then
 // ln m = 2 artanh((m - 1)/(m + 1)) as an odd series (last term 2e-9).
@@ -150,26 +157,27 @@ static inline vf vlog(vf x) {
     bits -= off << 23;
     vf m;
     memcpy(&m, &bits, sizeof(m));
-    const vf e  = __builtin_convertvector(off, vf);
-    const vf s  = (m - 1.0f)/(m + 1.0f);
-    const vf s2 = s*s;
-    vf p = s2*(2.0f/11.0f) + (2.0f/9.0f);
-    p = p*s2 + (2.0f/7.0f);
-    p = p*s2 + (2.0f/5.0f);
-    p = p*s2 + (2.0f/3.0f);
-    p = p*s2 + 2.0f;
-    return p*s + e*0.693147181f;
+    const vf e = __builtin_convertvector(off, vf);
+    const vf s = (m - 1.0f) / (m + 1.0f);
+    const vf s2 = s * s;
+    vf p = s2 * (2.0f / 11.0f) + (2.0f / 9.0f);
+    p = p * s2 + (2.0f / 7.0f);
+    p = p * s2 + (2.0f / 5.0f);
+    p = p * s2 + (2.0f / 3.0f);
+    p = p * s2 + 2.0f;
+    return p * s + e * 0.693147181f;
 }
 
-// Of every pair of lanes whose numbers differ in the bit H alone: their sum in the first, their difference in the second.
+// Of every pair of lanes whose numbers differ in the bit H alone: their sum in the first, their difference in the
+// second.
 template <int H> struct pairs {
     int32_t other[VL];
-    float   sign[VL];
+    float sign[VL];
 
     constexpr pairs() : other(), sign() {
         for (int i = 0; i < VL; ++i) {
             other[i] = i ^ H;
-            sign[i]  = i & H ? -1.0f : 1.0f;
+            sign[i] = i & H ? -1.0f : 1.0f;
         }
     }
 };
@@ -186,7 +194,7 @@ template <int H> static inline vf vbutterfly(vf x) {
     memcpy(&other, of.other, sizeof(other));
     const vf y = __builtin_shuffle(x, other);
 #endif
-    return y + vload(of.sign)*x;
+    return y + vload(of.sign) * x;
 }
 
 static inline float f16_to_f32(f16 h) {
@@ -194,14 +202,14 @@ static inline float f16_to_f32(f16 h) {
     return _cvtsh_ss(h);
 #else
     const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
-    const uint32_t mag  = h & 0x7fff;
+    const uint32_t mag = h & 0x7fff;
     uint32_t bits;
     if (mag >= 0x7c00) {
         bits = 0x7f800000 | (mag & 0x3ff) << 13;
     } else if (mag >= 0x0400) {
         bits = (mag << 13) + 0x38000000;
     } else {
-        const float sub = (float) mag*0x1p-24f;
+        const float sub = (float) mag * 0x1p-24f;
         memcpy(&bits, &sub, sizeof(bits));
     }
     bits |= sign;
@@ -218,7 +226,7 @@ static inline f16 f32_to_f16(float f) {
     uint32_t bits;
     memcpy(&bits, &f, sizeof(bits));
     const uint32_t sign = bits >> 16 & 0x8000;
-    const uint32_t mag  = bits & 0x7fffffff;
+    const uint32_t mag = bits & 0x7fffffff;
     if (mag > 0x7f800000) {
         return (f16) (sign | 0x7e00);
     }
@@ -279,16 +287,16 @@ static inline void f32_to_f16_row(const float * x, f16 * y, int n) {
 static inline float dot(const float * a, const float * b, int n) {
     vf acc0 = {}, acc1 = {};
     int i = 0;
-    for (; i + 2*VL <= n; i += 2*VL) {
-        acc0 += vload(a + i)*vload(b + i);
-        acc1 += vload(a + i + VL)*vload(b + i + VL);
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        acc0 += vload(a + i) * vload(b + i);
+        acc1 += vload(a + i + VL) * vload(b + i + VL);
     }
     for (; i + VL <= n; i += VL) {
-        acc0 += vload(a + i)*vload(b + i);
+        acc0 += vload(a + i) * vload(b + i);
     }
     float s = vsum(acc0 + acc1);
     for (; i < n; ++i) {
-        s += a[i]*b[i];
+        s += a[i] * b[i];
     }
     return s;
 }
@@ -299,11 +307,11 @@ static inline float distance2(const float * a, const float * b, int n) {
     int i = 0;
     for (; i + VL <= n; i += VL) {
         const vf d = vload(a + i) - vload(b + i);
-        acc += d*d;
+        acc += d * d;
     }
     float s = vsum(acc);
     for (; i < n; ++i) {
-        s += (a[i] - b[i])*(a[i] - b[i]);
+        s += (a[i] - b[i]) * (a[i] - b[i]);
     }
     return s;
 }
@@ -312,69 +320,75 @@ static inline float distance2(const float * a, const float * b, int n) {
 static inline void axpy(float a, const float * x, float * y, int n) {
     int i = 0;
     for (; i + VL <= n; i += VL) {
-        vstore(y + i, vload(y + i) + a*vload(x + i));
+        vstore(y + i, vload(y + i) + a * vload(x + i));
     }
     for (; i < n; ++i) {
-        y[i] += a*x[i];
+        y[i] += a * x[i];
     }
 }
 
-// Register tile: c[m][0..NR) (+)= sum_k a[m*lda + k*a_k] * b[k*ldb + 0..NR) for m < M. b is a packed panel (ldb = NR) or rows.
+// Register tile: c[m][0..NR) (+)= sum_k a[m*lda + k*a_k] * b[k*ldb + 0..NR) for m < M. b is a packed panel (ldb = NR)
+// or rows.
 template <int M>
-static inline void gemm_tile(const float * a, int64_t lda, int64_t a_k, const float * b, int64_t ldb, int n_k, float * c, int64_t ldc, bool add) {
+static inline void gemm_tile(const float * a, int64_t lda, int64_t a_k, const float * b, int64_t ldb, int n_k,
+    float * c, int64_t ldc, bool add) {
     vf acc0[M], acc1[M];
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-        acc0[m] = add ? vload(c + m*ldc)      : vf{};
-        acc1[m] = add ? vload(c + m*ldc + VL) : vf{};
+        acc0[m] = add ? vload(c + m * ldc) : vf{};
+        acc1[m] = add ? vload(c + m * ldc + VL) : vf{};
     }
     for (int k = 0; k < n_k; ++k) {
-        const vf b0 = vload(b + k*ldb);
-        const vf b1 = vload(b + k*ldb + VL);
+        const vf b0 = vload(b + k * ldb);
+        const vf b1 = vload(b + k * ldb + VL);
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
-            const float x = a[m*lda + k*a_k];
-            acc0[m] += x*b0;
-            acc1[m] += x*b1;
+            const float x = a[m * lda + k * a_k];
+            acc0[m] += x * b0;
+            acc1[m] += x * b1;
         }
     }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-        vstore(c + m*ldc,      acc0[m]);
-        vstore(c + m*ldc + VL, acc1[m]);
+        vstore(c + m * ldc, acc0[m]);
+        vstore(c + m * ldc + VL, acc1[m]);
     }
 }
 
 // A column of tiles: NR columns of all n_m rows.
-static inline void gemm_tiles(const float * a, int64_t lda, int64_t a_k, int n_m, const float * b, int64_t ldb, int n_k, float * c, int64_t ldc, bool add) {
+static inline void gemm_tiles(const float * a, int64_t lda, int64_t a_k, int n_m, const float * b, int64_t ldb, int n_k,
+    float * c, int64_t ldc, bool add) {
     int m = 0;
     for (; m + MR <= n_m; m += MR) {
-        gemm_tile<MR>(a + m*lda, lda, a_k, b, ldb, n_k, c + m*ldc, ldc, add);
+        gemm_tile<MR>(a + m * lda, lda, a_k, b, ldb, n_k, c + m * ldc, ldc, add);
     }
     for (; m + 3 <= n_m; m += 3) {
-        gemm_tile<3>(a + m*lda, lda, a_k, b, ldb, n_k, c + m*ldc, ldc, add);
+        gemm_tile<3>(a + m * lda, lda, a_k, b, ldb, n_k, c + m * ldc, ldc, add);
     }
     for (; m < n_m; ++m) {
-        gemm_tile<1>(a + m*lda, lda, a_k, b, ldb, n_k, c + m*ldc, ldc, add);
+        gemm_tile<1>(a + m * lda, lda, a_k, b, ldb, n_k, c + m * ldc, ldc, add);
     }
 }
 
 // c[m][n] = sum_k a[m][k] * panels[n/NR][k][n%NR], n_m rows, n_n columns (a multiple of NR)
-static inline void gemm_panels(const float * a, int64_t lda, int n_m, const float * panels, int n_k, int n_n, float * c, int64_t ldc) {
+static inline void gemm_panels(
+    const float * a, int64_t lda, int n_m, const float * panels, int n_k, int n_n, float * c, int64_t ldc) {
     for (int n = 0; n < n_n; n += NR) {
-        gemm_tiles(a, lda, 1, n_m, panels + (int64_t) n*n_k, NR, n_k, c + n, ldc, false);
+        gemm_tiles(a, lda, 1, n_m, panels + (int64_t) n * n_k, NR, n_k, c + n, ldc, false);
     }
 }
 
 // c[m][n] (+)= sum_k a[m][k]*b[k][n], n_m rows, n_n columns (a multiple of NR)
-static inline void gemm_rows(const float * a, int64_t lda, int n_m, const float * b, int64_t ldb, int n_k, int n_n, float * c, int64_t ldc, bool add) {
+static inline void gemm_rows(const float * a, int64_t lda, int n_m, const float * b, int64_t ldb, int n_k, int n_n,
+    float * c, int64_t ldc, bool add) {
     for (int n = 0; n < n_n; n += NR) {
         gemm_tiles(a, lda, 1, n_m, b + n, ldb, n_k, c + n, ldc, add);
     }
 }
 
 // c[m][n] = sum_k a[k][m]*b[k][n], n_m rows, n_n columns (a multiple of NR)
-static inline void gemm_cols(const float * a, int64_t lda, int n_m, const float * b, int64_t ldb, int n_k, int n_n, float * c, int64_t ldc) {
+static inline void gemm_cols(
+    const float * a, int64_t lda, int n_m, const float * b, int64_t ldb, int n_k, int n_n, float * c, int64_t ldc) {
     for (int n = 0; n < n_n; n += NR) {
         gemm_tiles(a, 1, lda, n_m, b + n, ldb, n_k, c + n, ldc, false);
     }
@@ -383,22 +397,22 @@ static inline void gemm_cols(const float * a, int64_t lda, int n_m, const float 
 // Packs n rows of x [n, n_k] into panels of NR columns; the last panel is filled up with zeros.
 static inline void pack_panels(const float * x, int64_t ldx, int n, int n_k, float * panels) {
     for (int n0 = 0; n0 < n; n0 += NR) {
-        float * p = panels + (int64_t) n0*n_k;
+        float * p = panels + (int64_t) n0 * n_k;
         const int cols = n - n0 < NR ? n - n0 : NR;
         for (int j = 0; j < cols; ++j) {
-            const float * row = x + (int64_t) (n0 + j)*ldx;
+            const float * row = x + (int64_t) (n0 + j) * ldx;
             for (int k = 0; k < n_k; ++k) {
-                p[k*NR + j] = row[k];
+                p[k * NR + j] = row[k];
             }
         }
         for (int j = cols; j < NR; ++j) {
             for (int k = 0; k < n_k; ++k) {
-                p[k*NR + j] = 0.0f;
+                p[k * NR + j] = 0.0f;
             }
         }
     }
 }
 
-static inline int64_t pad_to(int64_t n, int64_t m) { return (n + m - 1)/m*m; }
+static inline int64_t pad_to(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
 } // namespace semcache

@@ -9,13 +9,13 @@ namespace semcache {
 
 namespace {
 
-constexpr int32_t N_TILE    = 64;     // rows of K and V that a batch converts at once: 2*64*d floats stay in the L2 cache
-constexpr int32_t N_FEW     = 8;      // so many tokens are a few: their rows, not their tokens, are spread over threads
-constexpr int32_t N_STRIP   = 256;    // rows that a few tokens look at between two steps of the running softmax
-constexpr int32_t N_PART    = 16;     // parts for a few tokens
-constexpr int32_t N_QUERY   = 192;    // query rows of a batch that share a converted tile
-constexpr float   MASKED    = -1e30f; // finite, so that differences of masked logits are no NaN
-constexpr float   MASKED_LO = -1e29f;
+constexpr int32_t N_TILE = 64;   // rows of K and V that a batch converts at once: 2*64*d floats stay in the L2 cache
+constexpr int32_t N_FEW = 8;     // so many tokens are a few: their rows, not their tokens, are spread over threads
+constexpr int32_t N_STRIP = 256; // rows that a few tokens look at between two steps of the running softmax
+constexpr int32_t N_PART = 16;   // parts for a few tokens
+constexpr int32_t N_QUERY = 192; // query rows of a batch that share a converted tile
+constexpr float MASKED = -1e30f; // finite, so that differences of masked logits are no NaN
+constexpr float MASKED_LO = -1e29f;
 
 // Rows [begin, end) of one head: first its cores, then the cells of the stage.
 struct piece {
@@ -25,11 +25,11 @@ struct piece {
 // Rows of K or V of one head that lie one after the other: cores of a type, or cells of the stage (f16).
 struct row_span {
     const uint8_t * p;
-    int64_t         stride; // bytes
-    row_type        type;
-    int64_t         size;   // bytes of a row
+    int64_t stride; // bytes
+    row_type type;
+    int64_t size; // bytes of a row
 
-    const uint8_t * row(int32_t i) const { return p + i*stride; }
+    const uint8_t * row(int32_t i) const { return p + i * stride; }
 
     // What is read next is fetched while the present rows are computed with.
     void prefetch(int32_t i) const {
@@ -41,27 +41,29 @@ struct row_span {
 
 row_span k_span(const attn_args & a, int32_t h, bool core, int32_t row) {
     const row_type type = core ? a.k_type : row_type::f16;
-    const int64_t  size = row_size(type, a.n_embd_head_k);
-    return core ? row_span { a.k_core + (a.row_first[h] + row)*size, size, type, size } :
-        row_span { (const uint8_t *) (a.k + h*a.k_head + row*a.k_cell), a.k_cell*(int64_t) sizeof(f16), type, size };
+    const int64_t size = row_size(type, a.n_embd_head_k);
+    return core ? row_span{ a.k_core + (a.row_first[h] + row) * size, size, type, size }
+                : row_span{ (const uint8_t *) (a.k + h * a.k_head + row * a.k_cell), a.k_cell * (int64_t) sizeof(f16),
+                      type, size };
 }
 
 row_span v_span(const attn_args & a, int32_t h, bool core, int32_t row) {
     const row_type type = core ? a.v_type : row_type::f16;
-    const int64_t  size = row_size(type, a.n_embd_head_v);
-    return core ? row_span { a.v_core + (a.row_first[h] + row)*size, size, type, size } :
-        row_span { (const uint8_t *) (a.v + h*a.v_head + row*a.v_cell), a.v_cell*(int64_t) sizeof(f16), type, size };
+    const int64_t size = row_size(type, a.n_embd_head_v);
+    return core ? row_span{ a.v_core + (a.row_first[h] + row) * size, size, type, size }
+                : row_span{ (const uint8_t *) (a.v + h * a.v_head + row * a.v_cell), a.v_cell * (int64_t) sizeof(f16),
+                      type, size };
 }
 
 int32_t tokens_at_once(const attn_args & a) {
-    return a.n_tokens <= N_FEW ? a.n_tokens : std::max(1, N_QUERY/(a.n_head/a.n_head_kv));
+    return a.n_tokens <= N_FEW ? a.n_tokens : std::max(1, N_QUERY / (a.n_head / a.n_head_kv));
 }
 
 int64_t slot_size(const attn_args & a) { return a.n_embd_head_v + 2; }
 
 // [N_PART, n_tokens, n_head] slots of (o, m, l)
 int64_t slot(const attn_args & a, int32_t part, int32_t token, int32_t head) {
-    return (((int64_t) part*a.n_tokens + token)*a.n_head + head)*slot_size(a);
+    return (((int64_t) part * a.n_tokens + token) * a.n_head + head) * slot_size(a);
 }
 
 int64_t slots_size(const attn_args & a) { return attn_in_parts(a) ? slot(a, N_PART, 0, 0) : 0; }
@@ -69,32 +71,32 @@ int64_t slots_size(const attn_args & a) { return attn_in_parts(a) ? slot(a, N_PA
 // Running softmax of some query rows over the rows seen so far, in the scratch of one thread.
 struct online {
     int64_t ld_v, ld_x;
-    float * q, * q_core; // [n_row, d_k] scaled, for the stage and for cores: rotated where their keys are
-    float * k, * p;      // a tile's keys [N_TILE, d_k] and packed
-    float * v;           // a tile's values [N_TILE, ld_v]
-    float * x;           // logits [n_row, ld_x]
-    float * o;           // [n_row, ld_v]
-    float * m, * l;      // [n_row] maximum and sum
+    float *q, *q_core; // [n_row, d_k] scaled, for the stage and for cores: rotated where their keys are
+    float *k, *p;      // a tile's keys [N_TILE, d_k] and packed
+    float * v;         // a tile's values [N_TILE, ld_v]
+    float * x;         // logits [n_row, ld_x]
+    float * o;         // [n_row, ld_v]
+    float *m, *l;      // [n_row] maximum and sum
 
     // Lays the scratch out from `base` on (NULL: only counts) and returns its size in floats.
     int64_t layout(const attn_args & a, float * base) {
         const int64_t d_k = a.n_embd_head_k;
-        const int64_t n_row = tokens_at_once(a)*(a.n_head/a.n_head_kv);
-        ld_v  = pad_to(a.n_embd_head_v, NR);
-        ld_x  = a.n_tokens <= N_FEW ? N_STRIP : N_TILE;
+        const int64_t n_row = tokens_at_once(a) * (a.n_head / a.n_head_kv);
+        ld_v = pad_to(a.n_embd_head_v, NR);
+        ld_x = a.n_tokens <= N_FEW ? N_STRIP : N_TILE;
         int64_t used = 0;
         auto take = [&](int64_t n) {
             float * res = base ? base + used : nullptr;
             used += pad_to(n, VL);
             return res;
         };
-        q      = take(n_row*d_k);
-        q_core = a.k_type == row_type::f16 ? q : take(n_row*d_k);
-        k = take(N_TILE*d_k);
-        p = take(N_TILE*d_k);
-        v = take(N_TILE*ld_v);
-        x = take(n_row*ld_x);
-        o = take(n_row*ld_v);
+        q = take(n_row * d_k);
+        q_core = a.k_type == row_type::f16 ? q : take(n_row * d_k);
+        k = take(N_TILE * d_k);
+        p = take(N_TILE * d_k);
+        v = take(N_TILE * ld_v);
+        x = take(n_row * ld_x);
+        o = take(n_row * ld_v);
         m = take(n_row);
         l = take(n_row);
         return used;
@@ -104,17 +106,17 @@ struct online {
 int64_t scratch_size(const attn_args & a) { return online().layout(a, nullptr); }
 
 float mask_at(const attn_args & a, int32_t token, int32_t cell) {
-    const int64_t i = token*a.mask_token + cell;
+    const int64_t i = token * a.mask_token + cell;
     return a.mask_f16 ? f16_to_f32(((const f16 *) a.mask)[i]) : ((const float *) a.mask)[i];
 }
 
 // Adds the mask of one token to a row of logits; true if any cell is visible.
 bool add_mask(const attn_args & a, int32_t token, int32_t cell, int32_t n, float * x) {
-    const int64_t first = token*a.mask_token + cell;
-    const f16   * m16   = (const f16 *) a.mask + first;
-    const float * m32   = (const float *) a.mask + first;
-    vf      top = vset(-INFINITY);
-    int32_t i   = 0;
+    const int64_t first = token * a.mask_token + cell;
+    const f16 * m16 = (const f16 *) a.mask + first;
+    const float * m32 = (const float *) a.mask + first;
+    vf top = vset(-INFINITY);
+    int32_t i = 0;
     for (; i + VL <= n; i += VL) {
         const vf b = a.mask_f16 ? vload_f16(m16 + i) : vload(m32 + i);
         top = vmax(top, b);
@@ -123,7 +125,7 @@ bool add_mask(const attn_args & a, int32_t token, int32_t cell, int32_t n, float
     bool any = vmax_lanes(top) > MASKED_LO;
     for (; i < n; ++i) {
         const float b = mask_at(a, token, cell + i);
-        any  = any || b > MASKED_LO;
+        any = any || b > MASKED_LO;
         x[i] = b > MASKED_LO ? x[i] + b : MASKED;
     }
     return any;
@@ -141,8 +143,9 @@ bool visible(const attn_args & a, int32_t token0, int32_t n_tokens, int32_t cell
 }
 
 // Logits of query row r become shares of its running softmax: x [n], padded with zeros to n_cols.
-void soft_max_step(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t n_cols, int32_t token, int32_t r, online & s) {
-    float * x = s.x + r*s.ld_x;
+void soft_max_step(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t n_cols, int32_t token,
+    int32_t r, online & s) {
+    float * x = s.x + r * s.ld_x;
     if (a.softcap > 0.0f) {
         for (int32_t i = 0; i < n; i += VL) {
             vstore(x + i, vsoftcap(vload(x + i), a.softcap));
@@ -171,21 +174,22 @@ void soft_max_step(const attn_args & a, int32_t h, bool core, int32_t row, int32
     }
     if (m > s.m[r]) {
         const float c = std::exp(s.m[r] - m);
-        float * o = s.o + r*s.ld_v;
+        float * o = s.o + r * s.ld_v;
         for (int64_t i = 0; i < s.ld_v; i += VL) {
-            vstore(o + i, vload(o + i)*c);
+            vstore(o + i, vload(o + i) * c);
         }
         s.l[r] *= c;
-        s.m[r]  = m;
+        s.m[r] = m;
     }
     s.l[r] += vsum(vl);
 }
 
 // One tile of n rows, for any number of query rows: cores from `row` on or cells from `row` on.
-void add_tile(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t token0, int32_t n_tokens, online & s) {
-    const int32_t d_k   = a.n_embd_head_k, d_v = a.n_embd_head_v;
-    const int32_t n_gqa = a.n_head/a.n_head_kv;
-    const int32_t n_row = n_tokens*n_gqa;
+void add_tile(
+    const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t token0, int32_t n_tokens, online & s) {
+    const int32_t d_k = a.n_embd_head_k, d_v = a.n_embd_head_v;
+    const int32_t n_gqa = a.n_head / a.n_head_kv;
+    const int32_t n_row = n_tokens * n_gqa;
     if (!core && !visible(a, token0, n_tokens, row, n)) {
         return;
     }
@@ -193,8 +197,8 @@ void add_tile(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n,
     const row_span k = k_span(a, h, core, row), v = v_span(a, h, core, row);
     const bool transposed = !core && a.v_elem != 1;
     for (int32_t i = 0; i < n; ++i) {
-        decode_row(k.type, k.row(i), s.k + (int64_t) i*d_k, d_k);
-        float * to = s.v + i*s.ld_v;
+        decode_row(k.type, k.row(i), s.k + (int64_t) i * d_k, d_k);
+        float * to = s.v + i * s.ld_v;
         if (!transposed) {
             decode_row(v.type, v.row(i), to, d_v);
         }
@@ -202,27 +206,27 @@ void add_tile(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n,
     }
     if (transposed) { // read along the cells
         for (int32_t e = 0; e < d_v; ++e) {
-            const f16 * from = a.v + h*a.v_head + e*a.v_elem + row*a.v_cell;
+            const f16 * from = a.v + h * a.v_head + e * a.v_elem + row * a.v_cell;
             for (int32_t i = 0; i < n; ++i) {
-                s.v[i*s.ld_v + e] = f16_to_f32(from[i*a.v_cell]);
+                s.v[i * s.ld_v + e] = f16_to_f32(from[i * a.v_cell]);
             }
         }
     }
 
     const int32_t n_cols = (int32_t) pad_to(n, NR);
-    const float * q      = core ? s.q_core : s.q;
+    const float * q = core ? s.q_core : s.q;
     if (n_row >= MR) {
         pack_panels(s.k, d_k, n, d_k, s.p);
         gemm_panels(q, d_k, n_row, s.p, d_k, n_cols, s.x, s.ld_x);
     } else { // too few rows to pay for the packing
         for (int32_t i = 0; i < n; ++i) {
             for (int32_t r = 0; r < n_row; ++r) {
-                s.x[r*s.ld_x + i] = dot(q + (int64_t) r*d_k, s.k + (int64_t) i*d_k, d_k);
+                s.x[r * s.ld_x + i] = dot(q + (int64_t) r * d_k, s.k + (int64_t) i * d_k, d_k);
             }
         }
     }
     for (int32_t r = 0; r < n_row; ++r) {
-        soft_max_step(a, h, core, row, n, n_cols, token0 + r/n_gqa, r, s);
+        soft_max_step(a, h, core, row, n, n_cols, token0 + r / n_gqa, r, s);
     }
     gemm_rows(s.x, s.ld_x, n_row, s.v, s.ld_v, n, (int) s.ld_v, s.o, s.ld_v, true);
 }
@@ -233,17 +237,18 @@ template <row_type T> vf load_values(const uint8_t * row, int32_t e) {
     if constexpr (T == row_type::f16) {
         return vload_f16((const f16 *) row + e);
     } else if constexpr (T == row_type::q8_0) {
-        const q8_block & b = ((const q8_block *) row)[e/Q_BLOCK];
-        return i8_to_vf(b.qs + e%Q_BLOCK)*f16_to_f32(b.d);
+        const q8_block & b = ((const q8_block *) row)[e / Q_BLOCK];
+        return i8_to_vf(b.qs + e % Q_BLOCK) * f16_to_f32(b.d);
     } else {
-        const q4_block & b = ((const q4_block *) row)[e/Q_BLOCK];
-        return i4_to_vf(b.qs, e%Q_BLOCK)*f16_to_f32(b.d);
+        const q4_block & b = ((const q4_block *) row)[e / Q_BLOCK];
+        return i4_to_vf(b.qs, e % Q_BLOCK) * f16_to_f32(b.d);
     }
 }
 
 // x[r][i] = q_r.k_i for NQ query rows and the keys i, i + 1, ... < n, NK of these at a time
 template <row_type T, int NQ, int NK>
-void few_logits(const float * q, int32_t d, const row_span & k, const row_span & next, int32_t i, int32_t n, float * x, int64_t ld_x) {
+void few_logits(const float * q, int32_t d, const row_span & k, const row_span & next, int32_t i, int32_t n, float * x,
+    int64_t ld_x) {
     for (; i + NK <= n; i += NK) {
         const uint8_t * row = k.row(i);
         for (int j = 0; j < NK; ++j) {
@@ -254,24 +259,24 @@ void few_logits(const float * q, int32_t d, const row_span & k, const row_span &
             vf key[NK];
 #pragma GCC unroll 4
             for (int j = 0; j < NK; ++j) {
-                key[j] = load_values<T>(row + j*k.stride, e);
+                key[j] = load_values<T>(row + j * k.stride, e);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < NQ; ++r) {
-                const vf y = vload(q + (int64_t) r*d + e);
+                const vf y = vload(q + (int64_t) r * d + e);
 #pragma GCC unroll 4
                 for (int j = 0; j < NK; ++j) {
-                    acc[r][j] += y*key[j];
+                    acc[r][j] += y * key[j];
                 }
             }
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < NQ; r += 4/NK) { // four sums at a time: of one query row, two or four
+        for (int r = 0; r < NQ; r += 4 / NK) { // four sums at a time: of one query row, two or four
             float sums[4];
-            auto at = [&](int j) -> const vf & { return acc[std::min(r + j/NK, NQ - 1)][j%NK]; };
+            auto at = [&](int j) -> const vf & { return acc[std::min(r + j / NK, NQ - 1)][j % NK]; };
             vsum4(at(0), at(1), at(2), at(3), sums);
-            for (int j = 0; j < 4 && r + j/NK < NQ; ++j) {
-                x[(r + j/NK)*ld_x + i + j%NK] = sums[j];
+            for (int j = 0; j < 4 && r + j / NK < NQ; ++j) {
+                x[(r + j / NK) * ld_x + i + j % NK] = sums[j];
             }
         }
     }
@@ -284,13 +289,14 @@ void few_logits(const float * q, int32_t d, const row_span & k, const row_span &
 
 // o[r] += sum_i x[r][i] v_i, NV vectors of the values from e on
 template <row_type T, int NQ, int NV>
-void few_values(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t e, float * o, int64_t ld_v) {
+void few_values(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t e,
+    float * o, int64_t ld_v) {
     vf acc[NQ][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < NQ; ++r) {
 #pragma GCC unroll 2
         for (int j = 0; j < NV; ++j) {
-            acc[r][j] = vload(o + r*ld_v + e + j*VL);
+            acc[r][j] = vload(o + r * ld_v + e + j * VL);
         }
     }
     for (int32_t i = 0; i < n; ++i) {
@@ -300,14 +306,14 @@ void few_values(const float * x, int64_t ld_x, const row_span & v, const row_spa
         vf y[NV];
 #pragma GCC unroll 2
         for (int j = 0; j < NV; ++j) {
-            y[j] = load_values<T>(v.row(i), e + j*VL);
+            y[j] = load_values<T>(v.row(i), e + j * VL);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < NQ; ++r) {
-            const float p = x[r*ld_x + i];
+            const float p = x[r * ld_x + i];
 #pragma GCC unroll 2
             for (int j = 0; j < NV; ++j) {
-                acc[r][j] += p*y[j];
+                acc[r][j] += p * y[j];
             }
         }
     }
@@ -315,16 +321,17 @@ void few_values(const float * x, int64_t ld_x, const row_span & v, const row_spa
     for (int r = 0; r < NQ; ++r) {
 #pragma GCC unroll 2
         for (int j = 0; j < NV; ++j) {
-            vstore(o + r*ld_v + e + j*VL, acc[r][j]);
+            vstore(o + r * ld_v + e + j * VL, acc[r][j]);
         }
     }
 }
 
 // The same for all elements.
 template <row_type T, int NQ>
-void few_values(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t d, float * o, int64_t ld_v) {
+void few_values(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t d,
+    float * o, int64_t ld_v) {
     int32_t e = 0;
-    for (; e + 2*VL <= d; e += 2*VL, next = nullptr) {
+    for (; e + 2 * VL <= d; e += 2 * VL, next = nullptr) {
         few_values<T, NQ, 2>(x, ld_x, v, next, n, e, o, ld_v);
     }
     if (e < d) {
@@ -334,7 +341,8 @@ void few_values(const float * x, int64_t ld_x, const row_span & v, const row_spa
 
 // The same of a transposed stage: a value lies along the cells.
 template <int NQ>
-void few_values_along(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t d, float * o, int64_t ld_v) {
+void few_values_along(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t d,
+    float * o, int64_t ld_v) {
     constexpr int NE = NQ <= 4 ? 4 : 2;
     for (int32_t e = 0; e < d; e += NE) {
         for (int j = 0; next && j < NE; ++j) {
@@ -350,24 +358,24 @@ void few_values_along(const float * x, int64_t ld_x, const row_span & v, const r
             }
 #pragma GCC unroll 8
             for (int r = 0; r < NQ; ++r) {
-                const vf p = vload(x + r*ld_x + i);
+                const vf p = vload(x + r * ld_x + i);
 #pragma GCC unroll 4
                 for (int j = 0; j < NE; ++j) {
-                    acc[r][j] += p*y[j];
+                    acc[r][j] += p * y[j];
                 }
             }
         }
-        for (int r = 0; r < NQ; r += 4/NE) { // four sums at a time, as above
+        for (int r = 0; r < NQ; r += 4 / NE) { // four sums at a time, as above
             float sums[4];
-            auto at = [&](int j) -> const vf & { return acc[std::min(r + j/NE, NQ - 1)][j%NE]; };
+            auto at = [&](int j) -> const vf & { return acc[std::min(r + j / NE, NQ - 1)][j % NE]; };
             vsum4(at(0), at(1), at(2), at(3), sums);
-            for (int j = 0; j < 4 && r + j/NE < NQ; ++j) {
-                const float * p    = x + (r + j/NE)*ld_x;
-                const f16   * cell = (const f16 *) v.row(e + j%NE);
+            for (int j = 0; j < 4 && r + j / NE < NQ; ++j) {
+                const float * p = x + (r + j / NE) * ld_x;
+                const f16 * cell = (const f16 *) v.row(e + j % NE);
                 for (int32_t k = i; k < n; ++k) {
-                    sums[j] += p[k]*f16_to_f32(cell[k]);
+                    sums[j] += p[k] * f16_to_f32(cell[k]);
                 }
-                o[(r + j/NE)*ld_v + e + j%NE] += sums[j];
+                o[(r + j / NE) * ld_v + e + j % NE] += sums[j];
             }
         }
     }
@@ -375,7 +383,7 @@ void few_values_along(const float * x, int64_t ld_x, const row_span & v, const r
 
 template <typename F> void with_type(row_type t, F && f) {
     switch (t) {
-        case row_type::f16:  f(std::integral_constant<row_type, row_type::f16>());  break;
+        case row_type::f16: f(std::integral_constant<row_type, row_type::f16>()); break;
         case row_type::q8_0: f(std::integral_constant<row_type, row_type::q8_0>()); break;
         case row_type::q4_0: f(std::integral_constant<row_type, row_type::q4_0>()); break;
     }
@@ -398,67 +406,73 @@ template <typename F> void for_queries(int32_t n_row, F && f) {
 }
 
 bool strips_fit(const attn_args & a, bool core) {
-    return a.n_embd_head_k%VL == 0 && a.n_embd_head_v%VL == 0 && (core || a.v_elem == 1 || a.v_cell == 1);
+    return a.n_embd_head_k % VL == 0 && a.n_embd_head_v % VL == 0 && (core || a.v_elem == 1 || a.v_cell == 1);
 }
 
 // A strip of n rows, as add_tile.
 void add_strip(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t n_tokens, online & s) {
-    const int32_t d_k   = a.n_embd_head_k, d_v = a.n_embd_head_v;
-    const int32_t n_gqa = a.n_head/a.n_head_kv, n_row = n_tokens*n_gqa;
+    const int32_t d_k = a.n_embd_head_k, d_v = a.n_embd_head_v;
+    const int32_t n_gqa = a.n_head / a.n_head_kv, n_row = n_tokens * n_gqa;
     if (!core && !visible(a, 0, n_tokens, row, n)) {
         return;
     }
-    const bool     along = !core && a.v_elem != 1; // then a row of v is an element of all cells' values
-    const row_span k = k_span(a, h, core, row), v = along ?
-        row_span { (const uint8_t *) (a.v + h*a.v_head + row*a.v_cell), a.v_elem*(int64_t) sizeof(f16), row_type::f16, n*(int64_t) sizeof(f16) } : v_span(a, h, core, row);
-    const float *  q = core ? s.q_core : s.q;
+    const bool along = !core && a.v_elem != 1; // then a row of v is an element of all cells' values
+    const row_span k = k_span(a, h, core, row),
+                   v = along ? row_span{ (const uint8_t *) (a.v + h * a.v_head + row * a.v_cell),
+                       a.v_elem * (int64_t) sizeof(f16), row_type::f16, n * (int64_t) sizeof(f16) }
+                             : v_span(a, h, core, row);
+    const float * q = core ? s.q_core : s.q;
     with_type(k.type, [&](auto type) {
         for_queries(n_row, [&](int32_t r, auto n_q) {
             constexpr int NQ = decltype(n_q)::value;
-            few_logits<decltype(type)::value, NQ, (NQ <= 4 ? 4 : 2)>(q + (int64_t) r*d_k, d_k, k, v, 0, n, s.x + r*s.ld_x, s.ld_x);
+            few_logits<decltype(type)::value, NQ, (NQ <= 4 ? 4 : 2)>(
+                q + (int64_t) r * d_k, d_k, k, v, 0, n, s.x + r * s.ld_x, s.ld_x);
         });
     });
     for (int32_t r = 0; r < n_row; ++r) {
-        soft_max_step(a, h, core, row, n, (int32_t) pad_to(n, VL), r/n_gqa, r, s);
+        soft_max_step(a, h, core, row, n, (int32_t) pad_to(n, VL), r / n_gqa, r, s);
     }
     const row_span k_next = k_span(a, h, core, row + n); // of the next strip, if there is one
     if (along) {
         for_queries(n_row, [&](int32_t r, auto n_q) {
-            few_values_along<decltype(n_q)::value>(s.x + r*s.ld_x, s.ld_x, v, r == 0 ? &k_next : nullptr, n, d_v, s.o + r*s.ld_v, s.ld_v);
+            few_values_along<decltype(n_q)::value>(
+                s.x + r * s.ld_x, s.ld_x, v, r == 0 ? &k_next : nullptr, n, d_v, s.o + r * s.ld_v, s.ld_v);
         });
         return;
     }
     with_type(v.type, [&](auto type) {
         for_queries(n_row, [&](int32_t r, auto n_q) {
-            few_values<decltype(type)::value, decltype(n_q)::value>(s.x + r*s.ld_x, s.ld_x, v, r == 0 ? &k_next : nullptr, n, d_v, s.o + r*s.ld_v, s.ld_v);
+            few_values<decltype(type)::value, decltype(n_q)::value>(
+                s.x + r * s.ld_x, s.ld_x, v, r == 0 ? &k_next : nullptr, n, d_v, s.o + r * s.ld_v, s.ld_v);
         });
     });
 }
 
 // Query rows [token0, token0 + n_tokens) x group of head p.head over the rows of the piece.
 void attend(const attn_args & a, const piece & p, int32_t token0, int32_t n_tokens, online & s) {
-    const int32_t d_k   = a.n_embd_head_k;
-    const int32_t n_gqa = a.n_head/a.n_head_kv;
-    const int32_t n_row = n_tokens*n_gqa;
+    const int32_t d_k = a.n_embd_head_k;
+    const int32_t n_gqa = a.n_head / a.n_head_kv;
+    const int32_t n_row = n_tokens * n_gqa;
     for (int32_t r = 0; r < n_row; ++r) {
-        const float * from = a.q + (token0 + r/n_gqa)*a.q_token + (p.head*n_gqa + r%n_gqa)*a.q_head;
-        float       * q    = s.q + (int64_t) r*d_k;
+        const float * from = a.q + (token0 + r / n_gqa) * a.q_token + (p.head * n_gqa + r % n_gqa) * a.q_head;
+        float * q = s.q + (int64_t) r * d_k;
         for (int32_t e = 0; e < d_k; ++e) {
-            q[e] = a.scale*from[e];
+            q[e] = a.scale * from[e];
         }
         if (s.q_core != s.q) {
-            std::copy_n(q, d_k, s.q_core + (int64_t) r*d_k);
-            hadamard(s.q_core + (int64_t) r*d_k, d_k);
+            std::copy_n(q, d_k, s.q_core + (int64_t) r * d_k);
+            hadamard(s.q_core + (int64_t) r * d_k, d_k);
         }
     }
-    std::fill_n(s.o, n_row*s.ld_v, 0.0f);
+    std::fill_n(s.o, n_row * s.ld_v, 0.0f);
     std::fill_n(s.l, n_row, 0.0f);
     std::fill_n(s.m, n_row, MASKED);
 
     const int32_t n_core = a.row_count[p.head], mid = std::clamp(n_core, p.begin, p.end);
     auto rows = [&](bool core, int32_t begin, int32_t end) {
-        const bool    strips = a.n_tokens <= N_FEW && strips_fit(a, core);
-        const int32_t step   = strips && core ? N_STRIP : N_TILE, first = core ? 0 : n_core; // tiles of cells that nobody sees are skipped
+        const bool strips = a.n_tokens <= N_FEW && strips_fit(a, core);
+        const int32_t step = strips && core ? N_STRIP : N_TILE,
+                      first = core ? 0 : n_core; // tiles of cells that nobody sees are skipped
         for (int32_t i = begin; i < end; i += step) {
             const int32_t n = std::min(step, end - i);
             if (strips) {
@@ -471,7 +485,7 @@ void attend(const attn_args & a, const piece & p, int32_t token0, int32_t n_toke
     rows(true, p.begin, mid);
     if (a.v_type != row_type::f16 && mid > p.begin) { // what the cores gave is a sum of rotated values
         for (int32_t r = 0; r < n_row; ++r) {
-            hadamard(s.o + r*s.ld_v, a.n_embd_head_v);
+            hadamard(s.o + r * s.ld_v, a.n_embd_head_v);
         }
     }
     rows(false, mid, p.end);
@@ -484,14 +498,14 @@ void finish(const attn_args & a, int32_t head, float m, float l, const float * o
         const float sink = a.sinks[head];
         if (sink > m) {
             c = std::exp(m - sink);
-            l = l*c + 1.0f;
+            l = l * c + 1.0f;
         } else {
             l += std::exp(sink - m);
         }
     }
-    c = l > 0.0f ? c/l : 0.0f;
+    c = l > 0.0f ? c / l : 0.0f;
     for (int32_t e = 0; e < a.n_embd_head_v; ++e) {
-        out[e] = o[e]*c;
+        out[e] = o[e] * c;
     }
 }
 
@@ -501,13 +515,13 @@ template <typename F> void for_pieces(const attn_args & a, int32_t part, F && f)
     for (int32_t h = 0; h < a.n_head_kv; ++h) {
         total += a.row_count[h] + a.n_kv;
     }
-    const int64_t begin = total*part/N_PART, end = total*(part + 1)/N_PART;
+    const int64_t begin = total * part / N_PART, end = total * (part + 1) / N_PART;
     int64_t at = 0;
     for (int32_t h = 0; h < a.n_head_kv; ++h) {
-        const int64_t n  = a.row_count[h] + a.n_kv;
+        const int64_t n = a.row_count[h] + a.n_kv;
         const int64_t lo = std::max(begin, at), hi = std::min(end, at + n);
         if (lo < hi) {
-            f(piece { h, (int32_t) (lo - at), (int32_t) (hi - at) });
+            f(piece{ h, (int32_t) (lo - at), (int32_t) (hi - at) });
         }
         at += n;
     }
@@ -517,22 +531,24 @@ template <typename F> void for_pieces(const attn_args & a, int32_t part, F && f)
 
 bool attn_in_parts(const attn_args & a) { return a.n_tokens <= N_FEW; }
 
-int64_t attn_work_size(const attn_args & a, int nth) { return pad_to(slots_size(a), NR) + nth*scratch_size(a); }
+int64_t attn_work_size(const attn_args & a, int nth) { return pad_to(slots_size(a), NR) + nth * scratch_size(a); }
 
 void attn_part(const attn_args & a, float * work, float * dst, int ith, int nth) {
     online s;
-    s.layout(a, work + pad_to(slots_size(a), NR) + ith*scratch_size(a));
-    const int32_t n_gqa = a.n_head/a.n_head_kv;
-    const int32_t d_v   = a.n_embd_head_v;
+    s.layout(a, work + pad_to(slots_size(a), NR) + ith * scratch_size(a));
+    const int32_t n_gqa = a.n_head / a.n_head_kv;
+    const int32_t d_v = a.n_embd_head_v;
     if (!attn_in_parts(a)) {
-        const int32_t n_tile  = tokens_at_once(a);
-        const int32_t n_tiles = (a.n_tokens + n_tile - 1)/n_tile;
-        for (int32_t i = ith; i < n_tiles*a.n_head_kv; i += nth) {
-            const int32_t h = i/n_tiles, token0 = i%n_tiles*n_tile, n_tokens = std::min(n_tile, a.n_tokens - token0);
+        const int32_t n_tile = tokens_at_once(a);
+        const int32_t n_tiles = (a.n_tokens + n_tile - 1) / n_tile;
+        for (int32_t i = ith; i < n_tiles * a.n_head_kv; i += nth) {
+            const int32_t h = i / n_tiles, token0 = i % n_tiles * n_tile,
+                          n_tokens = std::min(n_tile, a.n_tokens - token0);
             attend(a, { h, 0, a.row_count[h] + a.n_kv }, token0, n_tokens, s);
-            for (int32_t r = 0; r < n_tokens*n_gqa; ++r) {
-                const int32_t head = h*n_gqa + r%n_gqa;
-                finish(a, head, s.m[r], s.l[r], s.o + r*s.ld_v, dst + ((int64_t) (token0 + r/n_gqa)*a.n_head + head)*d_v);
+            for (int32_t r = 0; r < n_tokens * n_gqa; ++r) {
+                const int32_t head = h * n_gqa + r % n_gqa;
+                finish(a, head, s.m[r], s.l[r], s.o + r * s.ld_v,
+                    dst + ((int64_t) (token0 + r / n_gqa) * a.n_head + head) * d_v);
             }
         }
         return;
@@ -545,10 +561,10 @@ void attn_part(const attn_args & a, float * work, float * dst, int ith, int nth)
         }
         for_pieces(a, part, [&](const piece & p) {
             attend(a, p, 0, a.n_tokens, s);
-            for (int32_t r = 0; r < a.n_tokens*n_gqa; ++r) {
-                float * o = work + slot(a, part, r/n_gqa, p.head*n_gqa + r%n_gqa);
-                std::copy_n(s.o + r*s.ld_v, d_v, o);
-                o[d_v]     = s.m[r];
+            for (int32_t r = 0; r < a.n_tokens * n_gqa; ++r) {
+                float * o = work + slot(a, part, r / n_gqa, p.head * n_gqa + r % n_gqa);
+                std::copy_n(s.o + r * s.ld_v, d_v, o);
+                o[d_v] = s.m[r];
                 o[d_v + 1] = s.l[r];
             }
         });
@@ -557,9 +573,9 @@ void attn_part(const attn_args & a, float * work, float * dst, int ith, int nth)
 
 void attn_reduce(const attn_args & a, const float * work, float * dst, int ith, int nth) {
     const int32_t d_v = a.n_embd_head_v;
-    for (int32_t i = ith; i < a.n_tokens*a.n_head; i += nth) {
-        const int32_t t = i/a.n_head, h = i%a.n_head;
-        float * out = dst + (int64_t) i*d_v;
+    for (int32_t i = ith; i < a.n_tokens * a.n_head; i += nth) {
+        const int32_t t = i / a.n_head, h = i % a.n_head;
+        float * out = dst + (int64_t) i * d_v;
         float m = MASKED, l = 0.0f;
         for (int32_t p = 0; p < N_PART; ++p) {
             m = std::max(m, work[slot(a, p, t, h) + d_v]);
@@ -570,7 +586,7 @@ void attn_reduce(const attn_args & a, const float * work, float * dst, int ith, 
             if (o[d_v] > MASKED_LO) {
                 const float c = std::exp(o[d_v] - m);
                 axpy(c, o, out, d_v);
-                l += c*o[d_v + 1];
+                l += c * o[d_v + 1];
             }
         }
         finish(a, h, m, l, out, out);

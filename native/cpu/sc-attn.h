@@ -1,9 +1,11 @@
 // sc-attn.h - proportional attention on the CPU: one softmax over the cores of a head and the stage
 //
-//     out = sum_i p_i v_i,  p = softmax_i( softcap(scale q.k_i) + bias_i ),  i over the head's cores and the stage's cells
+//     out = sum_i p_i v_i,  p = softmax_i( softcap(scale q.k_i) + bias_i ),  i over the head's cores and the stage's
+//     cells
 //
-// with the bias of a core as stored and that of a cell from the mask. A K or V row is read and converted once for several
-// query heads of its group, not for each of them. The work is cut the same way whatever the number of threads, so the result does not depend on it.
+// with the bias of a core as stored and that of a cell from the mask. A K or V row is read and converted once for
+// several query heads of its group, not for each of them. The work is cut the same way whatever the number of threads,
+// so the result does not depend on it.
 
 #pragma once
 
@@ -20,28 +22,35 @@ struct attn_args {
     int32_t n_head;
     int32_t n_head_kv;
     int32_t n_tokens;
-    int32_t n_kv;                          // cells of the stage that the mask covers
-    float   scale;
-    float   softcap;                       // 0: none
+    int32_t n_kv; // cells of the stage that the mask covers
+    float scale;
+    float softcap; // 0: none
 
-    const float * q; int64_t q_head, q_token;             // [n_embd_head_k, n_head, n_tokens]
-    const f16   * k; int64_t k_head, k_cell;              // [n_embd_head_k, n_head_kv, n_kv]
-    const f16   * v; int64_t v_head, v_cell, v_elem;      // [n_embd_head_v, n_head_kv, n_kv], any order in memory
-    const void  * mask; bool mask_f16; int64_t mask_token; // [n_kv, n_tokens] f16 or f32, 0 or -inf (or a bias)
-    const float * sinks;                                   // [n_head] logits of a sink without a value, or NULL
+    const float * q;
+    int64_t q_head, q_token; // [n_embd_head_k, n_head, n_tokens]
+    const f16 * k;
+    int64_t k_head, k_cell; // [n_embd_head_k, n_head_kv, n_kv]
+    const f16 * v;
+    int64_t v_head, v_cell, v_elem; // [n_embd_head_v, n_head_kv, n_kv], any order in memory
+    const void * mask;
+    bool mask_f16;
+    int64_t mask_token;  // [n_kv, n_tokens] f16 or f32, 0 or -inf (or a bias)
+    const float * sinks; // [n_head] logits of a sink without a value, or NULL
 
-    const uint8_t * k_core; row_type k_type; // [n_embd_head_k, n_row]
-    const uint8_t * v_core; row_type v_type; // [n_embd_head_v, n_row]
-    const float   * bias;                  // [n_row]
-    const int32_t * row_first;             // [n_head_kv] first row of each head
-    const int32_t * row_count;             // [n_head_kv] rows in use
+    const uint8_t * k_core;
+    row_type k_type; // [n_embd_head_k, n_row]
+    const uint8_t * v_core;
+    row_type v_type;           // [n_embd_head_v, n_row]
+    const float * bias;        // [n_row]
+    const int32_t * row_first; // [n_head_kv] first row of each head
+    const int32_t * row_count; // [n_head_kv] rows in use
 };
 
 // Floats of scratch for all nth threads together. Needs the sizes and types of `a` only.
 int64_t attn_work_size(const attn_args & a, int nth);
 
-// Whether the rows of all heads are cut into parts, as for a few tokens: then all threads must be through with attn_part()
-// before the first calls attn_reduce().
+// Whether the rows of all heads are cut into parts, as for a few tokens: then all threads must be through with
+// attn_part() before the first calls attn_reduce().
 bool attn_in_parts(const attn_args & a);
 
 // Thread ith of nth does its share: of the result dst [n_embd_head_v, n_head, n_tokens], or of the parts in `work`.

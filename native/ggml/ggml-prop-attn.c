@@ -6,55 +6,49 @@ static bool is_core_type(enum ggml_type type) {
     return type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
 }
 
-struct ggml_tensor * ggml_prop_attn(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * q,
-        struct ggml_tensor  * k,
-        struct ggml_tensor  * v,
-        struct ggml_tensor  * mask,
-        struct ggml_tensor  * core_k,
-        struct ggml_tensor  * core_v,
-        struct ggml_tensor  * bias,
-        struct ggml_tensor  * rows,
-        struct ggml_tensor  * sinks,
-        float                 scale,
-        float                 softcap) {
-    const bool    v_trans       = v->nb[1] > v->nb[2];
+struct ggml_tensor * ggml_prop_attn(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
+    struct ggml_tensor * v, struct ggml_tensor * mask, struct ggml_tensor * core_k, struct ggml_tensor * core_v,
+    struct ggml_tensor * bias, struct ggml_tensor * rows, struct ggml_tensor * sinks, float scale, float softcap) {
+    const bool v_trans = v->nb[1] > v->nb[2];
     const int64_t n_embd_head_k = q->ne[0];
     const int64_t n_embd_head_v = core_v->ne[0];
-    const int64_t n_head        = q->ne[1];
-    const int64_t n_head_kv     = k->ne[1];
-    const int64_t n_tokens      = q->ne[2];
-    const int64_t n_kv          = k->ne[2];
-    const int64_t n_row         = core_k->ne[1];
+    const int64_t n_head = q->ne[1];
+    const int64_t n_head_kv = k->ne[1];
+    const int64_t n_tokens = q->ne[2];
+    const int64_t n_kv = k->ne[2];
+    const int64_t n_row = core_k->ne[1];
 
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[3] == 1);
-    GGML_ASSERT(k->type == GGML_TYPE_F16 && k->nb[0] == ggml_type_size(k->type) && k->ne[0] == n_embd_head_k && k->ne[3] == 1);
-    GGML_ASSERT(v->type == GGML_TYPE_F16 && v->nb[0] == ggml_type_size(v->type) && v->ne[1] == n_head_kv && v->ne[3] == 1);
-    GGML_ASSERT(v_trans ? v->ne[0] == n_kv && v->ne[2] == n_embd_head_v : v->ne[0] == n_embd_head_v && v->ne[2] == n_kv);
+    GGML_ASSERT(
+        k->type == GGML_TYPE_F16 && k->nb[0] == ggml_type_size(k->type) && k->ne[0] == n_embd_head_k && k->ne[3] == 1);
+    GGML_ASSERT(
+        v->type == GGML_TYPE_F16 && v->nb[0] == ggml_type_size(v->type) && v->ne[1] == n_head_kv && v->ne[3] == 1);
+    GGML_ASSERT(
+        v_trans ? v->ne[0] == n_kv && v->ne[2] == n_embd_head_v : v->ne[0] == n_embd_head_v && v->ne[2] == n_kv);
     GGML_ASSERT(mask->type == GGML_TYPE_F16 || mask->type == GGML_TYPE_F32);
     GGML_ASSERT(mask->ne[0] == n_kv && mask->ne[1] >= n_tokens && mask->nb[0] == ggml_type_size(mask->type));
     GGML_ASSERT(n_head % n_head_kv == 0);
     GGML_ASSERT(is_core_type(core_k->type) && core_k->ne[0] == n_embd_head_k && ggml_is_contiguous(core_k));
-    GGML_ASSERT(is_core_type(core_v->type) && core_v->ne[1] == n_row         && ggml_is_contiguous(core_v));
-    GGML_ASSERT(bias->type == GGML_TYPE_F32 && bias->ne[0] == n_row     && ggml_is_contiguous(bias));
-    GGML_ASSERT(rows->type == GGML_TYPE_I32 && rows->ne[0] == n_head_kv && rows->ne[1] == 2 && ggml_is_contiguous(rows));
+    GGML_ASSERT(is_core_type(core_v->type) && core_v->ne[1] == n_row && ggml_is_contiguous(core_v));
+    GGML_ASSERT(bias->type == GGML_TYPE_F32 && bias->ne[0] == n_row && ggml_is_contiguous(bias));
+    GGML_ASSERT(
+        rows->type == GGML_TYPE_I32 && rows->ne[0] == n_head_kv && rows->ne[1] == 2 && ggml_is_contiguous(rows));
     GGML_ASSERT(!sinks || (sinks->type == GGML_TYPE_F32 && sinks->ne[0] == n_head && ggml_is_contiguous(sinks)));
 
-    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd_head_v*n_head, n_tokens);
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd_head_v * n_head, n_tokens);
 
     const float params[] = { scale, softcap };
     ggml_set_op_params(result, params, sizeof(params));
 
     result->op = GGML_OP_PROP_ATTN;
-    result->src[GGML_PROP_ATTN_Q]      = q;
-    result->src[GGML_PROP_ATTN_K]      = k;
-    result->src[GGML_PROP_ATTN_V]      = v;
-    result->src[GGML_PROP_ATTN_MASK]   = mask;
+    result->src[GGML_PROP_ATTN_Q] = q;
+    result->src[GGML_PROP_ATTN_K] = k;
+    result->src[GGML_PROP_ATTN_V] = v;
+    result->src[GGML_PROP_ATTN_MASK] = mask;
     result->src[GGML_PROP_ATTN_CORE_K] = core_k;
     result->src[GGML_PROP_ATTN_CORE_V] = core_v;
-    result->src[GGML_PROP_ATTN_BIAS]   = bias;
-    result->src[GGML_PROP_ATTN_ROWS]   = rows;
-    result->src[GGML_PROP_ATTN_SINKS]  = sinks;
+    result->src[GGML_PROP_ATTN_BIAS] = bias;
+    result->src[GGML_PROP_ATTN_ROWS] = rows;
+    result->src[GGML_PROP_ATTN_SINKS] = sinks;
     return result;
 }

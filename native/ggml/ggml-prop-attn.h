@@ -33,26 +33,17 @@ enum ggml_prop_attn_src {
 // core_k  F16 Q8_0 Q4_0  [n_embd_head_k, n_row], contiguous; rows of the last two are rotated (native/core/sc-quant.h)
 // core_v  F16 Q8_0 Q4_0  [n_embd_head_v, n_row], likewise
 // bias    F32            [n_row]
-// rows    I32            [n_head_kv, 2]: first row of every head, and its rows in use. Read when the op runs, so that a graph
+// rows    I32            [n_head_kv, 2]: first row of every head, and its rows in use. Read when the op runs, so that a
+// graph
 //                        can be used again after they have changed
 // sinks   F32            [n_head] logit of a row without a value, or NULL
 // scale                  of the logits
 // softcap                0: none
 //
 // Result: F32 [n_embd_head_v*n_head, n_tokens].
-GGML_API struct ggml_tensor * ggml_prop_attn(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * q,
-        struct ggml_tensor  * k,
-        struct ggml_tensor  * v,
-        struct ggml_tensor  * mask,
-        struct ggml_tensor  * core_k,
-        struct ggml_tensor  * core_v,
-        struct ggml_tensor  * bias,
-        struct ggml_tensor  * rows,
-        struct ggml_tensor  * sinks,
-        float                 scale,
-        float                 softcap);
+GGML_API struct ggml_tensor * ggml_prop_attn(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
+    struct ggml_tensor * v, struct ggml_tensor * mask, struct ggml_tensor * core_k, struct ggml_tensor * core_v,
+    struct ggml_tensor * bias, struct ggml_tensor * rows, struct ggml_tensor * sinks, float scale, float softcap);
 
 #ifdef __cplusplus
 }

@@ -3,8 +3,8 @@
 #include "semcache-store.h"
 
 #include "llama-context.h"
-#include "llama-kv-cache.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
 
 #include <algorithm>
 #include <new>
@@ -14,7 +14,7 @@ namespace {
 struct thread_state {
     std::unique_ptr<semcache_config> pending;
     semcache_status status = SEMCACHE_OK;
-    std::string     message;
+    std::string message;
 };
 
 thread_state & state() {
@@ -46,14 +46,16 @@ template <typename F> int64_t counted(F && f) {
 
 void expect(bool ok, const std::string & name, const std::string & range, const std::string & got) {
     if (!ok) {
-        throw semcache_error(SEMCACHE_ERR_ARGUMENT, name + ": expected " + range + ", got " + got + "; pass a value in that range");
+        throw semcache_error(
+            SEMCACHE_ERR_ARGUMENT, name + ": expected " + range + ", got " + got + "; pass a value in that range");
     }
 }
 
 llama_semcache & store_of(const llama_context * ctx) {
     llama_semcache * s = ctx ? semcache_find(ctx->get_memory()) : nullptr;
     if (!s) {
-        throw semcache_error(SEMCACHE_ERR_CONTEXT, "expected a context with a compressed KV cache, got one without; call semcache_configure_next before llama_init_from_model");
+        throw semcache_error(SEMCACHE_ERR_CONTEXT, "expected a context with a compressed KV cache, got one without; "
+                                                   "call semcache_configure_next before llama_init_from_model");
     }
     return *s;
 }
@@ -61,28 +63,26 @@ llama_semcache & store_of(const llama_context * ctx) {
 } // namespace
 
 void semcache_set_error(semcache_status status, const std::string & message) {
-    state().status  = status;
+    state().status = status;
     state().message = message;
 }
 
-std::unique_ptr<semcache_config> semcache_take_pending() {
-    return std::move(state().pending);
-}
+std::unique_ptr<semcache_config> semcache_take_pending() { return std::move(state().pending); }
 
 semcache_params semcache_default_params(void) {
     semcache_params p = {};
     p.struct_size = sizeof(p);
-    p.method      = SEMCACHE_METHOD_SEMANTIC;
-    p.ratio       = 0.25f;
-    p.n_stage     = 768;
-    p.n_window    = 512;
-    p.n_sink      = 4;
-    p.n_horizon   = 512;
-    p.n_chunk     = 32;
-    p.type_k      = SEMCACHE_TYPE_AUTO;
-    p.type_v      = SEMCACHE_TYPE_AUTO;
-    p.merge       = 1;
-    p.distinct    = semcache::DISTINCT;
+    p.method = SEMCACHE_METHOD_SEMANTIC;
+    p.ratio = 0.25f;
+    p.n_stage = 768;
+    p.n_window = 512;
+    p.n_sink = 4;
+    p.n_horizon = 512;
+    p.n_chunk = 32;
+    p.type_k = SEMCACHE_TYPE_AUTO;
+    p.type_v = SEMCACHE_TYPE_AUTO;
+    p.merge = 1;
+    p.distinct = semcache::DISTINCT;
     return p;
 }
 
@@ -96,18 +96,22 @@ int32_t semcache_configure_next(const semcache_params * params) {
         const auto & p = *params;
         auto num = [](auto x) { return std::to_string(x); };
         expect(p.struct_size == sizeof(p), "struct_size", num(sizeof(p)), num(p.struct_size));
-        expect(p.method >= SEMCACHE_METHOD_SEMANTIC && p.method <= SEMCACHE_METHOD_H2O, "method", "a semcache_method", num(p.method));
+        expect(p.method >= SEMCACHE_METHOD_SEMANTIC && p.method <= SEMCACHE_METHOD_H2O, "method", "a semcache_method",
+            num(p.method));
         expect(p.ratio > 0.0f && p.ratio <= 1.0f, "ratio", "0 < ratio <= 1", num(p.ratio));
         expect(p.n_window >= 1, "n_window", "at least 1", num(p.n_window));
         expect(p.n_sink >= 0, "n_sink", "at least 0", num(p.n_sink));
-        expect(p.n_stage > (int64_t) p.n_window + p.n_sink, "n_stage", "more than n_window + n_sink = " + num((int64_t) p.n_window + p.n_sink), num(p.n_stage));
-        expect(p.calibrate || p.n_stage - p.n_window <= SEMCACHE_MAX_ROOM, "n_stage", "at most n_window + " + num(SEMCACHE_MAX_ROOM), num(p.n_stage));
+        expect(p.n_stage > (int64_t) p.n_window + p.n_sink, "n_stage",
+            "more than n_window + n_sink = " + num((int64_t) p.n_window + p.n_sink), num(p.n_stage));
+        expect(p.calibrate || p.n_stage - p.n_window <= SEMCACHE_MAX_ROOM, "n_stage",
+            "at most n_window + " + num(SEMCACHE_MAX_ROOM), num(p.n_stage));
         expect(p.n_horizon >= 1, "n_horizon", "at least 1", num(p.n_horizon));
         expect(p.distinct >= 0 && p.distinct <= 100, "distinct", "0 to 100", num(p.distinct));
         expect(p.n_chunk >= 1 && p.n_chunk <= 255, "n_chunk", "1 to 255", num(p.n_chunk));
 
         for (const auto & [name, type] : { std::pair("type_k", p.type_k), std::pair("type_v", p.type_v) }) {
-            const bool known = type == SEMCACHE_TYPE_AUTO || type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+            const bool known =
+                type == SEMCACHE_TYPE_AUTO || type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
             expect(known, name, "SEMCACHE_TYPE_AUTO, GGML_TYPE_F16, _Q8_0 or _Q4_0", num(type));
         }
 
@@ -120,12 +124,13 @@ int32_t semcache_configure_next(const semcache_params * params) {
                 throw semcache_error(SEMCACHE_ERR_PROFILE, error);
             }
             if (p.model_id && c->profile.model_id != p.model_id) {
-                throw semcache_error(SEMCACHE_ERR_PROFILE, "profile " + c->profile_path + ": expected model " + p.model_id + ", got " +
-                        c->profile.model_id + "; calibrate this model or pass its own profile");
+                throw semcache_error(SEMCACHE_ERR_PROFILE, "profile " + c->profile_path + ": expected model " +
+                                                               p.model_id + ", got " + c->profile.model_id +
+                                                               "; calibrate this model or pass its own profile");
             }
         }
         c->params.profile_path = nullptr; // the caller's strings may go
-        c->params.model_id     = nullptr;
+        c->params.model_id = nullptr;
         state().pending = std::move(c);
     });
 }
@@ -143,7 +148,8 @@ int32_t semcache_get_stats(const llama_context * ctx, semcache_stats * stats) {
 
 int64_t semcache_kv_bytes(const llama_context * ctx) {
     if (!ctx || !ctx->get_memory()) {
-        semcache_set_error(SEMCACHE_ERR_CONTEXT, "expected a context with a KV cache, got none; pass one of a generating model");
+        semcache_set_error(
+            SEMCACHE_ERR_CONTEXT, "expected a context with a KV cache, got none; pass one of a generating model");
         return -SEMCACHE_ERR_CONTEXT;
     }
     return counted([&] {
@@ -172,11 +178,12 @@ int32_t semcache_calibrate_add(llama_context * ctx) {
 
 int32_t semcache_calibrate_write(llama_context * ctx, const char * path, const char * model_id) {
     return guarded([&] {
-        expect(path,     "path",     "a file to write", "NULL");
+        expect(path, "path", "a file to write", "NULL");
         expect(model_id, "model_id", "a fingerprint of the model", "NULL");
         semcache::profile p = store_of(ctx).calibration();
         if (p.n_text == 0) {
-            throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected at least one text, got none; call semcache_calibrate_add first");
+            throw semcache_error(SEMCACHE_ERR_STATE,
+                "calibration: expected at least one text, got none; call semcache_calibrate_add first");
         }
         p.model_id = model_id;
         std::string error;

@@ -2,9 +2,9 @@
 
 #include "semcache-store.h"
 
+#include "ggml-prop-attn.h"
 #include "llama-graph.h"
 #include "llama-kv-cache.h"
-#include "ggml-prop-attn.h"
 
 namespace {
 
@@ -12,7 +12,8 @@ namespace {
 class llm_graph_input_semcache : public llm_graph_input_i {
 public:
     llm_graph_input_semcache(ggml_context * ctx, const llama_kv_cache_context * mctx, const llama_ubatch & ubatch) :
-        mctx(mctx), has_cores(mctx->get_semcache()->has_cores()), n_tokens(ubatch.n_tokens), n_vote(mctx->get_semcache()->n_vote(n_tokens)),
+        mctx(mctx), has_cores(mctx->get_semcache()->has_cores()), n_tokens(ubatch.n_tokens),
+        n_vote(mctx->get_semcache()->n_vote(n_tokens)),
         token(n_vote > 0 && n_vote < n_tokens ? ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_vote) : nullptr),
         row(n_vote > 0 ? ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_vote) : nullptr) {
         for (ggml_tensor * t : { token, row }) {
@@ -51,7 +52,7 @@ public:
     }
 
     const llama_kv_cache_context * mctx;
-    const bool    has_cores;
+    const bool has_cores;
     const int32_t n_tokens, n_vote;
     ggml_tensor * token; // I32 [n_vote], NULL if all vote or none
     ggml_tensor * row;   // I64 [n_vote], NULL if none vote
@@ -67,28 +68,27 @@ llm_graph_input_semcache * graph_input(const llm_graph_context & graph, const ll
     return (llm_graph_input_semcache *) graph.res->add_input(std::move(input));
 }
 
-// Whether queries were turned by RoPE, told by how they were computed: some models leave layers out, each in a way of its own.
+// Whether queries were turned by RoPE, told by how they were computed: some models leave layers out, each in a way of
+// its own.
 bool is_turned(const ggml_tensor * q, const std::string & arch) {
     bool weighted = false;
     for (const ggml_tensor * t = q; t; t = t->src[0]) {
         switch (t->op) {
             case GGML_OP_ROPE:
                 if (weighted) {
-                    throw semcache_error(SEMCACHE_ERR_MODEL, "compressing the KV cache: expected queries as RoPE left them, got " + arch +
-                            ", which weighs them again; use this model without compression");
+                    throw semcache_error(
+                        SEMCACHE_ERR_MODEL, "compressing the KV cache: expected queries as RoPE left them, got " +
+                                                arch + ", which weighs them again; use this model without compression");
                 }
                 return true;
-            case GGML_OP_MUL:
-                weighted |= t->src[1]->ne[0] > 1;
-                break;
+            case GGML_OP_MUL: weighted |= t->src[1]->ne[0] > 1; break;
             case GGML_OP_CONCAT:
-                throw semcache_error(SEMCACHE_ERR_MODEL, "compressing the KV cache: expected RoPE from a head's first value on, got " + arch +
-                        ", which turns a part of it; use this model without compression");
+                throw semcache_error(
+                    SEMCACHE_ERR_MODEL, "compressing the KV cache: expected RoPE from a head's first value on, got " +
+                                            arch + ", which turns a part of it; use this model without compression");
             case GGML_OP_MUL_MAT:
-            case GGML_OP_MUL_MAT_ID:
-                return false;
-            default:
-                break;
+            case GGML_OP_MUL_MAT_ID: return false;
+            default: break;
         }
     }
     return false;
@@ -97,7 +97,7 @@ bool is_turned(const ggml_tensor * q, const std::string & arch) {
 } // namespace
 
 ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
-                                  ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il) {
+    ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il) {
     const llama_kv_cache_context * mctx = semcache_find(graph.mctx);
     llama_semcache::layer * l = mctx ? mctx->get_semcache()->find(il) : nullptr;
     if (!l || k->view_src != l->k_stage) {
@@ -110,12 +110,12 @@ ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor *
     }
 
     // the voters' queries go to the ring
-    if (q->nb[1] != ggml_row_size(q->type, q->ne[0]) || q->nb[2] != q->nb[1]*q->ne[1]) {
+    if (q->nb[1] != ggml_row_size(q->type, q->ne[0]) || q->nb[2] != q->nb[1] * q->ne[1]) {
         q = ggml_cont(ctx, q);
     }
     const auto * input = graph_input(graph, mctx);
     if (input->row) {
-        ggml_tensor * q_rows = ggml_reshape_2d(ctx, q, q->ne[0]*q->ne[1], q->ne[2]);
+        ggml_tensor * q_rows = ggml_reshape_2d(ctx, q, q->ne[0] * q->ne[1], q->ne[2]);
         if (input->token) {
             q_rows = ggml_get_rows(ctx, q_rows, input->token);
         }
@@ -125,7 +125,8 @@ ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor *
         return nullptr; // upstream's own attention, to the bit
     }
 
-    ggml_tensor * cur = ggml_prop_attn(ctx, q, k, v, kq_mask, l->k, l->v, l->bias, l->rows, sinks, kq_scale, l->shape.softcap);
+    ggml_tensor * cur =
+        ggml_prop_attn(ctx, q, k, v, kq_mask, l->k, l->v, l->bias, l->rows, sinks, kq_scale, l->shape.softcap);
     ggml_build_forward_expand(graph.gf, cur);
     return cur;
 }

@@ -20,15 +20,17 @@ using semcache::f16;
 namespace {
 
 semcache::row_type row_type_of(int32_t type) {
-    return type == GGML_TYPE_Q8_0 ? semcache::row_type::q8_0 : type == GGML_TYPE_Q4_0 ? semcache::row_type::q4_0 : semcache::row_type::f16;
+    return type == GGML_TYPE_Q8_0   ? semcache::row_type::q8_0
+           : type == GGML_TYPE_Q4_0 ? semcache::row_type::q4_0
+                                    : semcache::row_type::f16;
 }
 
-// Calls f(job, thread) for every job, and at the end throws again what one of them threw. Thread i gets no job before i, the main
-// thread is 0. Does not fail for want of memory itself: rows may have been written already.
+// Calls f(job, thread) for every job, and at the end throws again what one of them threw. Thread i gets no job before
+// i, the main thread is 0. Does not fail for want of memory itself: rows may have been written already.
 template <typename F> void run_jobs(size_t n_jobs, int32_t n_threads, F && f) {
-    std::atomic<size_t> next { (size_t) n_threads };
-    std::atomic_flag    failed = ATOMIC_FLAG_INIT;
-    std::exception_ptr  error;
+    std::atomic<size_t> next{ (size_t) n_threads };
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error;
     auto work = [&](size_t first, int32_t ith) {
         try {
             for (size_t i = first; i < n_jobs; i = next.fetch_add(1)) {
@@ -63,8 +65,8 @@ template <typename F> void run_jobs(size_t n_jobs, int32_t n_threads, F && f) {
 
 } // namespace
 
-// A layer's tensors in host memory: the tensors themselves where the backend allows, else copies in an arena that was made
-// large enough beforehand.
+// A layer's tensors in host memory: the tensors themselves where the backend allows, else copies in an arena that was
+// made large enough beforehand.
 class llama_semcache::host_layer {
 public:
     using arena = std::array<std::vector<uint8_t>, 6>;
@@ -80,23 +82,25 @@ public:
     }
 
     host_layer(const layer & l, arena & a) :
-        k_stage((f16 *) get(l.k_stage, a[0])), v_stage((f16 *) get(l.v_stage, a[1])), k((uint8_t *) get(l.k, a[3])), v((uint8_t *) get(l.v, a[4])),
-        q(get(l.q, a[2])), bias((float *) get(l.bias, a[5])) {}
+        k_stage((f16 *) get(l.k_stage, a[0])), v_stage((f16 *) get(l.v_stage, a[1])), k((uint8_t *) get(l.k, a[3])),
+        v((uint8_t *) get(l.v, a[4])), q(get(l.q, a[2])), bias((float *) get(l.bias, a[5])) {}
 
     // Copies of cores go back; a tensor in host memory already holds what was written.
     void write_back(const layer & l) {
-        put(l.k,    k);
-        put(l.v,    v);
+        put(l.k, k);
+        put(l.v, v);
         put(l.bias, bias);
     }
 
-    f16     * k_stage, * v_stage;
-    uint8_t * k, * v; // of the cores' types
-    void    * q;      // of the ring's type
-    float   * bias;
+    f16 *k_stage, *v_stage;
+    uint8_t *k, *v; // of the cores' types
+    void * q;       // of the ring's type
+    float * bias;
 
 private:
-    static std::array<ggml_tensor *, 6> tensors(const layer & l) { return { l.k_stage, l.v_stage, l.q, l.k, l.v, l.bias }; }
+    static std::array<ggml_tensor *, 6> tensors(const layer & l) {
+        return { l.k_stage, l.v_stage, l.q, l.k, l.v, l.bias };
+    }
 
     static void * get(ggml_tensor * t, std::vector<uint8_t> & copy) {
         if (ggml_backend_buffer_is_host(t->buffer)) {
@@ -115,28 +119,28 @@ private:
 
 // One head of one layer in a pass.
 struct llama_semcache::job {
-    layer                * l;
-    int32_t                ih;
-    semcache::head_rows    rows;
-    semcache::stage_rows   stage;
-    semcache::query_rows   queries;
-    semcache::pass_result  result;
-    int32_t                n_rows; // candidates, sinks and window
+    layer * l;
+    int32_t ih;
+    semcache::head_rows rows;
+    semcache::stage_rows stage;
+    semcache::query_rows queries;
+    semcache::pass_result result;
+    int32_t n_rows; // candidates, sinks and window
 };
 
 // What a pass does, in numbers that are the same for all heads; nothing is changed by it.
 struct llama_semcache::pass_plan {
-    stage_tokens         st;
-    int32_t              n_sink;      // tokens of the stage that become sinks
-    int32_t              n_stop;      // tokens that leave the stage, sinks included
-    int32_t              n_window;    // tokens that stay
-    std::vector<int32_t> ring;        // [n_voter] rows of the query ring
-    std::vector<int32_t> voter;       // [n_voter] their tokens
-    std::vector<int32_t> n_voted;     // [n_token] votes that each has had, as llama_semcache::n_voted
+    stage_tokens st;
+    int32_t n_sink;                        // tokens of the stage that become sinks
+    int32_t n_stop;                        // tokens that leave the stage, sinks included
+    int32_t n_window;                      // tokens that stay
+    std::vector<int32_t> ring;             // [n_voter] rows of the query ring
+    std::vector<int32_t> voter;            // [n_voter] their tokens
+    std::vector<int32_t> n_voted;          // [n_token] votes that each has had, as llama_semcache::n_voted
     std::vector<std::vector<float>> turns; // of each of ropes, by which the voters' queries are turned
-    std::vector<int32_t> chunk;       // [n_stop - n_sink]
-    std::vector<int32_t> chunk_start; // afterwards
-    semcache::chunker    chunker;     // afterwards
+    std::vector<int32_t> chunk;            // [n_stop - n_sink]
+    std::vector<int32_t> chunk_start;      // afterwards
+    semcache::chunker chunker;             // afterwards
 };
 
 llama_semcache::stage_tokens llama_semcache::collect() const {
@@ -147,7 +151,8 @@ llama_semcache::stage_tokens llama_semcache::collect() const {
             st.cell.push_back(i);
         }
     }
-    std::sort(st.cell.begin(), st.cell.end(), [&](int32_t a, int32_t b) { return cells.pos_get(a) < cells.pos_get(b); });
+    std::sort(
+        st.cell.begin(), st.cell.end(), [&](int32_t a, int32_t b) { return cells.pos_get(a) < cells.pos_get(b); });
     for (int32_t i : st.cell) {
         st.pos.push_back(cells.pos_get(i));
         st.tok.push_back(cells.ext_get(i).tok);
@@ -164,43 +169,51 @@ std::vector<bool> llama_semcache::delimiters_of(const stage_tokens & st, int32_t
     return res;
 }
 
-llama_semcache::job llama_semcache::make_job(layer & l, int32_t ih, const host_layer & host, const stage_tokens & st, int32_t n_sink,
-                                             int32_t n_window, const std::vector<int32_t> & chunk, const std::vector<int32_t> & ring) const {
-    const int64_t d_k = l.shape.n_embd_head_k, d_v = l.shape.n_embd_head_v, n_stage = params.n_stage, first = l.row_first[ih];
+llama_semcache::job llama_semcache::make_job(layer & l, int32_t ih, const host_layer & host, const stage_tokens & st,
+    int32_t n_sink, int32_t n_window, const std::vector<int32_t> & chunk, const std::vector<int32_t> & ring) const {
+    const int64_t d_k = l.shape.n_embd_head_k, d_v = l.shape.n_embd_head_v, n_stage = params.n_stage,
+                  first = l.row_first[ih];
     job j = {};
-    j.l  = &l;
+    j.l = &l;
     j.ih = ih;
     j.rows = {
-        host.k + first*l.k->nb[1], host.v + first*l.v->nb[1], host.bias + first, l.meta.data() + first, l.row_first[ih + 1] - l.row_first[ih],
-        has_cores() ? params.n_sink : 0, l.row_count[ih], row_type_of(params.type_k), row_type_of(params.type_v),
+        host.k + first * l.k->nb[1],
+        host.v + first * l.v->nb[1],
+        host.bias + first,
+        l.meta.data() + first,
+        l.row_first[ih + 1] - l.row_first[ih],
+        has_cores() ? params.n_sink : 0,
+        l.row_count[ih],
+        row_type_of(params.type_k),
+        row_type_of(params.type_v),
     };
     j.n_rows = l.row_count[ih] + (int32_t) st.cell.size();
 
     semcache::stage_rows & s = j.stage;
-    s.k      = host.k_stage + ih*d_k;
+    s.k = host.k_stage + ih * d_k;
     s.k_cell = l.k_stage->ne[0];
-    s.v      = host.v_stage + ih*d_v*(v_trans ? n_stage : 1);
+    s.v = host.v_stage + ih * d_v * (v_trans ? n_stage : 1);
     s.v_cell = v_trans ? 1 : l.v_stage->ne[0];
     s.v_elem = v_trans ? n_stage : 1;
-    s.cell   = st.cell.data();
-    s.chunk  = chunk.data();
-    s.n_sink   = n_sink;
+    s.cell = st.cell.data();
+    s.chunk = chunk.data();
+    s.n_sink = n_sink;
     s.n_window = n_window;
-    s.n_new    = (int32_t) st.cell.size() - n_sink - n_window;
+    s.n_new = (int32_t) st.cell.size() - n_sink - n_window;
 
     semcache::query_rows & q = j.queries;
-    const int64_t first_q = (int64_t) ih*l.shape.n_gqa*d_k;
+    const int64_t first_q = (int64_t) ih * l.shape.n_gqa * d_k;
     if (l.q->type == GGML_TYPE_Q8_0) {
-        q.q8       = (const semcache::q8_block *) host.q;
-        q.q8_row   = l.q->ne[0]/semcache::Q_BLOCK;
+        q.q8 = (const semcache::q8_block *) host.q;
+        q.q8_row = l.q->ne[0] / semcache::Q_BLOCK;
         q.q8_first = (int32_t) first_q;
     } else {
-        q.q     = (const f16 *) host.q + first_q;
+        q.q = (const f16 *) host.q + first_q;
         q.q_row = l.q->ne[0];
     }
-    q.row    = ring.data();
-    q.n      = (int32_t) ring.size();
-    q.n_full = vote_every && !params.calibrate ? (params.n_stage - params.n_window - params.n_sink)/vote_every : 0;
+    q.row = ring.data();
+    q.n = (int32_t) ring.size();
+    q.n_full = vote_every && !params.calibrate ? (params.n_stage - params.n_window - params.n_sink) / vote_every : 0;
     return j;
 }
 
@@ -218,7 +231,8 @@ std::vector<std::vector<uint32_t>> llama_semcache::groups() const {
 }
 
 size_t llama_semcache::kv_heads() const {
-    return std::accumulate(layers.begin(), layers.end(), (size_t) 0, [](size_t n, const layer & l) { return n + l.n_head_kv(); });
+    return std::accumulate(
+        layers.begin(), layers.end(), (size_t) 0, [](size_t n, const layer & l) { return n + l.n_head_kv(); });
 }
 
 bool llama_semcache::has_room(const std::vector<llama_ubatch> & ubatches) {
@@ -226,7 +240,7 @@ bool llama_semcache::has_room(const std::vector<llama_ubatch> & ubatches) {
     for (const auto & ubatch : ubatches) {
         const auto [lo, hi] = std::minmax_element(ubatch.pos, ubatch.pos + ubatch.n_tokens);
         first = std::min(first, *lo);
-        last  = std::max(last,  *hi);
+        last = std::max(last, *hi);
     }
     if (!has_cores() && kv.v_cells[0].get_used() == 0) {
         n_asked = first; // a text may begin anywhere
@@ -260,8 +274,10 @@ llama_semcache::pass_plan llama_semcache::plan_pass() const {
             plan.ring.push_back((int32_t) ring_row(st.pos[i]));
             plan.voter.push_back(i);
             // a row is asked when it has left the window; the methods of others ask from where the query is
-            delta.push_back(params.method != SEMCACHE_METHOD_SEMANTIC ? 0 :
-                (int64_t) st.pos.back() + 1 + params.n_window + semcache::look_ahead(params.seed, st.pos[i], params.n_horizon) - st.pos[i]);
+            delta.push_back(params.method != SEMCACHE_METHOD_SEMANTIC
+                                ? 0
+                                : (int64_t) st.pos.back() + 1 + params.n_window +
+                                      semcache::look_ahead(params.seed, st.pos[i], params.n_horizon) - st.pos[i]);
         }
     }
     plan.turns.resize(ropes.size());
@@ -269,7 +285,7 @@ llama_semcache::pass_plan llama_semcache::plan_pass() const {
         ropes[r].table(delta, plan.turns[r]);
     }
 
-    plan.chunker     = chunker;
+    plan.chunker = chunker;
     plan.chunk_start = chunk_start;
     if (plan.n_stop > 0) {
         plan.chunker.run(delimiters_of(st, plan.n_sink, plan.n_stop), plan.chunk);
@@ -304,15 +320,15 @@ std::vector<semcache::pass_workspace> llama_semcache::reserve_scratch(const pass
 
 semcache::pass_result llama_semcache::run_pass(const pass_plan & plan, int32_t n_threads) {
     semcache::pass_params pp;
-    pp.how      = (semcache::method) params.method;
-    pp.merge    = params.merge != 0;
+    pp.how = (semcache::method) params.method;
+    pp.merge = params.merge != 0;
     pp.distinct = params.distinct;
 
     // everything that can fail comes before the first row is written
     auto ws = reserve_scratch(plan, n_threads);
-    host_layer::arena       arena;
+    host_layer::arena arena;
     std::vector<host_layer> host;
-    std::vector<job>        jobs;
+    std::vector<job> jobs;
     host.reserve(layers.size());
     jobs.reserve(kv_heads());
     for (const layer & l : layers) {
@@ -329,9 +345,9 @@ semcache::pass_result llama_semcache::run_pass(const pass_plan & plan, int32_t n
             host.emplace_back(l, arena);
             for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
                 job j = make_job(l, ih, host.back(), plan.st, plan.n_sink, plan.n_window, plan.chunk, plan.ring);
-                j.stage.votes   = l.votes.data() + (size_t) ih*params.n_stage;
+                j.stage.votes = l.votes.data() + (size_t) ih * params.n_stage;
                 j.stage.n_voted = plan.n_voted.data();
-                j.queries.cs    = plan.turns[l.rope].data();
+                j.queries.cs = plan.turns[l.rope].data();
                 j.queries.token = plan.voter.data();
                 jobs.push_back(j);
             }
@@ -343,7 +359,7 @@ semcache::pass_result llama_semcache::run_pass(const pass_plan & plan, int32_t n
         });
         for (const job & j : jobs) {
             j.l->row_count[j.ih] = j.rows.n_used;
-            sum.n_merged  += j.result.n_merged;
+            sum.n_merged += j.result.n_merged;
             sum.n_dropped += j.result.n_dropped;
         }
         for (size_t i = 0; i < group.size(); ++i) {
@@ -365,12 +381,12 @@ void llama_semcache::commit(pass_plan && plan, const semcache::pass_result & sum
     }
     if (plan.n_stop > 0) {
         kv.v_heads[0] = 0;
-        n_past        = st.pos[plan.n_stop - 1] + 1;
+        n_past = st.pos[plan.n_stop - 1] + 1;
     }
-    n_asked       = st.pos.back() + 1;
-    chunker       = plan.chunker;
-    chunk_start   = std::move(plan.chunk_start);
-    rows_merged  += sum.n_merged;
+    n_asked = st.pos.back() + 1;
+    chunker = plan.chunker;
+    chunk_start = std::move(plan.chunk_start);
+    rows_merged += sum.n_merged;
     rows_dropped += sum.n_dropped;
     ++n_pass;
 }
@@ -379,10 +395,11 @@ void llama_semcache::pass(llama_context * lctx) {
     const int64_t t_start = ggml_time_us();
     ggml_backend_sched_synchronize(lctx->get_sched()); // the context's own would end the timing of the batch that waits
     pass_plan plan = plan_pass();
-    const semcache::pass_result sum = run_pass(plan, std::clamp(lctx->get_cparams().n_threads_batch, 1, (int32_t) kv_heads()));
+    const semcache::pass_result sum =
+        run_pass(plan, std::clamp(lctx->get_cparams().n_threads_batch, 1, (int32_t) kv_heads()));
     commit(std::move(plan), sum);
     pass_last_us = ggml_time_us() - t_start;
-    pass_us     += pass_last_us;
+    pass_us += pass_last_us;
 }
 
 namespace {
@@ -398,7 +415,8 @@ public:
             store.pass(lctx);
             return true;
         } catch (const std::bad_alloc &) {
-            semcache_set_error(SEMCACHE_ERR_MEMORY, "pass: expected memory for its scratch, got none; the cache is as it was: free memory or lower n_stage");
+            semcache_set_error(SEMCACHE_ERR_MEMORY, "pass: expected memory for its scratch, got none; the cache is as "
+                                                    "it was: free memory or lower n_stage");
         } catch (const std::exception & err) {
             semcache_set_error(SEMCACHE_ERR_STATE, err.what());
         }
@@ -414,7 +432,7 @@ public:
 
 private:
     llama_semcache & store;
-    llama_context  * lctx;
+    llama_context * lctx;
 };
 
 } // namespace
@@ -426,11 +444,13 @@ llama_memory_context_ptr llama_semcache::init_pass(llama_context * lctx) {
 void llama_semcache::calibrate_add(llama_context * lctx) {
     // probes lie behind the window, and one pass at least comes before it
     const int32_t n_probe = 256, n_tokens = (int32_t) kv.v_cells[0].get_used();
-    const int32_t n_stop  = n_tokens - params.n_window - n_probe;
+    const int32_t n_stop = n_tokens - params.n_window - n_probe;
     if (!params.calibrate || has_cores() || n_stop <= params.n_sink) {
-        throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected one text of more than " +
-                std::to_string(params.n_sink + params.n_window + n_probe) + " tokens that lies wholly in the stage, in a context made with calibrate = 1, got " +
-                std::to_string(n_tokens) + " tokens" + (has_cores() ? " after a pass" : "") + (params.calibrate ? "" : " and calibrate = 0") +
+        throw semcache_error(SEMCACHE_ERR_STATE,
+            "calibration: expected one text of more than " + std::to_string(params.n_sink + params.n_window + n_probe) +
+                " tokens that lies wholly in the stage, in a context made with calibrate = 1, got " +
+                std::to_string(n_tokens) + " tokens" + (has_cores() ? " after a pass" : "") +
+                (params.calibrate ? "" : " and calibrate = 0") +
                 "; clear the cache and use a stage as large as the text");
     }
     lctx->synchronize();
@@ -443,11 +463,11 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
     cut.run(delimiters_of(st, params.n_sink, n_stop), chunk);
 
     semcache::calibrate_params cp;
-    cp.pass.merge    = params.merge != 0;
+    cp.pass.merge = params.merge != 0;
     cp.pass.distinct = 0; // budgets are better by what is asked for alone: docs/decisions.md, 43
-    cp.n_window      = params.n_window;
-    cp.n_horizon     = params.n_horizon;
-    cp.seed          = params.seed;
+    cp.n_window = params.n_window;
+    cp.n_horizon = params.n_horizon;
+    cp.seed = params.seed;
 
     const int32_t n_threads = std::max(1, lctx->get_cparams().n_threads_batch);
     std::vector<semcache::pass_workspace> ws(n_threads);
@@ -459,7 +479,7 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
     }
     for (const auto & group : groups()) {
         std::vector<host_layer> host;
-        std::vector<job>        jobs;
+        std::vector<job> jobs;
         host.reserve(group.size());
         for (uint32_t i : group) {
             layer & l = layers[i];
@@ -473,7 +493,8 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
         errors.resize(at + jobs.size());
         run_jobs(jobs.size(), n_threads, [&](size_t i, int32_t ith) {
             const job & j = jobs[i];
-            errors[at + i] = semcache::output_errors({ j.stage, j.queries, st.pos.data(), n_probe }, j.l->shape, ropes[j.l->rope], cp, semcache::profile_parts(), ws[ith]);
+            errors[at + i] = semcache::output_errors({ j.stage, j.queries, st.pos.data(), n_probe }, j.l->shape,
+                ropes[j.l->rope], cp, semcache::profile_parts(), ws[ith]);
         });
     }
     for (size_t h = 0; h < heads.size(); ++h) {
@@ -481,7 +502,8 @@ void llama_semcache::calibrate_add(llama_context * lctx) {
         for (double & x : errors[h]) {
             x /= size;
             if (!std::isfinite(x)) {
-                throw semcache_error(SEMCACHE_ERR_STATE, "calibration: expected finite attention and a residual stream, got others in layer " +
+                throw semcache_error(SEMCACHE_ERR_STATE,
+                    "calibration: expected finite attention and a residual stream, got others in layer " +
                         std::to_string(heads[h].first) + "; the model file is damaged or of an unknown kind");
             }
         }

@@ -2,13 +2,13 @@
 
 #include "semcache-store.h"
 
-#include "llama-impl.h"
-#include "llama-kv-cache.h"
-#include "llama-kv-cache-iswa.h"
-#include "llama-memory-hybrid.h"
-#include "llama-memory-hybrid-iswa.h"
-#include "llama-model.h"
 #include "ggml-prop-attn.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-model.h"
 
 #include <algorithm>
 
@@ -41,7 +41,8 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
         return "one sequence (n_seq_max = 1), got " + std::to_string(cparams.n_seq_max);
     }
     if (params.type_k != GGML_TYPE_F16 || params.type_v != GGML_TYPE_F16) {
-        return std::string("type_k = type_v = f16, got ") + ggml_type_name(params.type_k) + " and " + ggml_type_name(params.type_v);
+        return std::string("type_k = type_v = f16, got ") + ggml_type_name(params.type_k) + " and " +
+               ggml_type_name(params.type_v);
     }
     if (h.n_layer_kv_from_start >= 0) {
         return "K and V of its own in every layer, got " + model.arch_name() + ", whose layers may share them";
@@ -63,60 +64,70 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
         case LLM_ARCH_DOTS3NOTE:
         case LLM_ARCH_DFLASH:
         case LLM_ARCH_EAGLE3:
-        case LLM_ARCH_MINICPM3:   // these rotate the tail of a head
+        case LLM_ARCH_MINICPM3: // these rotate the tail of a head
         case LLM_ARCH_PLM:
-        case LLM_ARCH_DEEPSEEK2:
-            return "an architecture with the ordinary KV cache and RoPE, got " + model.arch_name();
-        default:
-            return "";
+        case LLM_ARCH_DEEPSEEK2: return "an architecture with the ordinary KV cache and RoPE, got " + model.arch_name();
+        default: return "";
     }
 }
 
 // Whether a device computes attention over a layer's cores.
 bool has_prop_attn(ggml_backend_dev_t dev, const llama_hparams & h, uint32_t il, const semcache_params & p) {
-    const ggml_context_ptr ctx(ggml_init({ 9*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true }));
+    const ggml_context_ptr ctx(ggml_init({ 9 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
     if (!ctx) {
-        throw semcache_error(SEMCACHE_ERR_MEMORY, "compressed KV cache: expected room to describe its attention, got none; free memory");
+        throw semcache_error(
+            SEMCACHE_ERR_MEMORY, "compressed KV cache: expected room to describe its attention, got none; free memory");
     }
-    const int64_t n_k = h.n_embd_head_k(il), n_v = h.n_embd_head_v(il), n_head = h.n_head(il), n_head_kv = h.n_head_kv(il), n = 256;
+    const int64_t n_k = h.n_embd_head_k(il), n_v = h.n_embd_head_v(il), n_head = h.n_head(il),
+                  n_head_kv = h.n_head_kv(il), n = 256;
     // a type that a head's rows do not fill is refused by the store, which comes later
-    const auto core = [](int32_t type, int64_t n_embd) { return n_embd%ggml_blck_size(GGML_TYPE_Q8_0) ? GGML_TYPE_F16 : type == SEMCACHE_TYPE_AUTO ? GGML_TYPE_Q8_0 : (ggml_type) type; };
-    const auto tensor = [&](int32_t type, int64_t ne0, int64_t ne1, int64_t ne2) { return ggml_new_tensor_3d(ctx.get(), (ggml_type) type, ne0, ne1, ne2); };
-    const ggml_tensor * op = ggml_prop_attn(ctx.get(),
-            tensor(GGML_TYPE_F32, n_k, n_head, n), tensor(GGML_TYPE_F16, n_k, n_head_kv, n), tensor(GGML_TYPE_F16, n_v, n_head_kv, n), tensor(GGML_TYPE_F16, n, n, 1),
-            tensor(core(p.type_k, n_k), n_k, n, 1), tensor(core(p.type_v, n_v), n_v, n, 1), tensor(GGML_TYPE_F32, n, 1, 1), tensor(GGML_TYPE_I32, n_head_kv, 2, 1), nullptr, 1.0f, 0.0f);
+    const auto core = [](int32_t type, int64_t n_embd) {
+        return n_embd % ggml_blck_size(GGML_TYPE_Q8_0) ? GGML_TYPE_F16
+               : type == SEMCACHE_TYPE_AUTO            ? GGML_TYPE_Q8_0
+                                                       : (ggml_type) type;
+    };
+    const auto tensor = [&](int32_t type, int64_t ne0, int64_t ne1, int64_t ne2) {
+        return ggml_new_tensor_3d(ctx.get(), (ggml_type) type, ne0, ne1, ne2);
+    };
+    const ggml_tensor * op = ggml_prop_attn(ctx.get(), tensor(GGML_TYPE_F32, n_k, n_head, n),
+        tensor(GGML_TYPE_F16, n_k, n_head_kv, n), tensor(GGML_TYPE_F16, n_v, n_head_kv, n),
+        tensor(GGML_TYPE_F16, n, n, 1), tensor(core(p.type_k, n_k), n_k, n, 1), tensor(core(p.type_v, n_v), n_v, n, 1),
+        tensor(GGML_TYPE_F32, n, 1, 1), tensor(GGML_TYPE_I32, n_head_kv, 2, 1), nullptr, 1.0f, 0.0f);
     return ggml_backend_dev_supports_op(dev, op);
 }
 
 } // namespace
 
-llama_semcache_scope::llama_semcache_scope(const llama_model & model, llama_cparams & cparams, const llama_context_params & params) :
-    model(model), cparams(cparams), config(semcache_take_pending()) {
+llama_semcache_scope::llama_semcache_scope(const llama_model & model, llama_cparams & cparams,
+    const llama_context_params & params) : model(model), cparams(cparams), config(semcache_take_pending()) {
     if (!config) {
         return;
     }
     const auto & p = config->params;
     const std::string why = obstacle(model, cparams, params);
     if (!why.empty()) {
-        throw semcache_error(SEMCACHE_ERR_MODEL, "compressing the KV cache: expected " + why + "; use this model or mode without compression");
+        throw semcache_error(SEMCACHE_ERR_MODEL,
+            "compressing the KV cache: expected " + why + "; use this model or mode without compression");
     }
     const int64_t n_ctx = GGML_PAD((int64_t) cparams.n_ctx, 256);
     if (p.n_stage > n_ctx) {
-        throw semcache_error(SEMCACHE_ERR_ARGUMENT, "n_stage: expected at most n_ctx = " + std::to_string(n_ctx) + ", got " +
-                std::to_string(p.n_stage) + "; raise n_ctx or lower n_stage");
+        throw semcache_error(SEMCACHE_ERR_ARGUMENT, "n_stage: expected at most n_ctx = " + std::to_string(n_ctx) +
+                                                        ", got " + std::to_string(p.n_stage) +
+                                                        "; raise n_ctx or lower n_stage");
     }
     // what does not fit the stage beside its window (and, before the first pass, the sinks) could never be decoded
     const uint32_t n_room = p.n_stage - p.n_window - p.n_sink;
     if (n_room < cparams.n_batch) {
         LLAMA_LOG_INFO("%s: n_batch lowered from %u to %u, the room of the stage\n", __func__, cparams.n_batch, n_room);
     }
-    cparams.n_batch       = std::min(cparams.n_batch,  n_room);
-    cparams.n_ubatch      = std::min(cparams.n_ubatch, n_room);
+    cparams.n_batch = std::min(cparams.n_batch, n_room);
+    cparams.n_ubatch = std::min(cparams.n_ubatch, n_room);
     // rows that a device cannot attend to would be copied from it for every token: they stay where the CPU reads them
     for (uint32_t il = 0; cparams.offload_kqv && il < model.hparams.n_layer(); ++il) {
         ggml_backend_dev_t dev = model.dev_layer(il);
         if (model.hparams.n_head_kv(il) > 0 && !has_prop_attn(dev, model.hparams, il, p)) {
-            LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores\n", __func__, ggml_backend_dev_name(dev));
+            LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores\n", __func__,
+                ggml_backend_dev_name(dev));
             cparams.offload_kqv = false;
         }
     }
@@ -131,8 +142,9 @@ llama_semcache_scope::~llama_semcache_scope() {
 
 void llama_semcache_scope::finish() const {
     if (config && !attached) {
-        throw semcache_error(SEMCACHE_ERR_MODEL, "compressing the KV cache: expected a model with full-attention layers, got " +
-                model.arch_name() + " without; use it without compression");
+        throw semcache_error(
+            SEMCACHE_ERR_MODEL, "compressing the KV cache: expected a model with full-attention layers, got " +
+                                    model.arch_name() + " without; use it without compression");
     }
 }
 
@@ -144,7 +156,8 @@ uint32_t semcache_n_cells(uint32_t kv_size, llama_swa_type swa_type, const void 
     return takes_store(swa_type, other) ? (uint32_t) scope_active->config->params.n_stage : kv_size;
 }
 
-std::shared_ptr<llama_semcache> semcache_attach(llama_kv_cache & kv, llama_swa_type swa_type, const void * other, bool v_trans) {
+std::shared_ptr<llama_semcache> semcache_attach(
+    llama_kv_cache & kv, llama_swa_type swa_type, const void * other, bool v_trans) {
     if (!takes_store(swa_type, other) || kv.get_layer_ids().empty()) {
         return nullptr;
     }
@@ -189,7 +202,8 @@ bool semcache_refuses(llama_memory_i * memory, const char * what) {
     if (!semcache_find(memory)) {
         return false;
     }
-    const std::string message = std::string(what) + ": expected an uncompressed KV cache, got a compressed one, whose only sequence stays where it is; clear it instead";
+    const std::string message = std::string(what) + ": expected an uncompressed KV cache, got a compressed one, whose "
+                                                    "only sequence stays where it is; clear it instead";
     semcache_set_error(SEMCACHE_ERR_STATE, message);
     LLAMA_LOG_ERROR("%s: %s\n", __func__, message.c_str());
     return true;

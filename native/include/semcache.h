@@ -1,18 +1,18 @@
 // semcache.h - C API of the compressed KV cache inside a patched llama.cpp
 //
 // The cache of a llama_context is compressed when semcache_configure_next() was called on the same thread before
-// llama_init_from_model(). Everything else (llama_decode, llama_memory_*, llama_state_*) is used as always: passes run by
-// themselves when the stage has no room for the next batch.
+// llama_init_from_model(). Everything else (llama_decode, llama_memory_*, llama_state_*) is used as always: passes run
+// by themselves when the stage has no room for the next batch.
 //
-// Words. A *row* is one (K, V, bias) of one kv head in one layer. The *stage* is the ordinary llama_kv_cache, only n_stage
-// cells large; its newest n_window tokens are never touched. A *core* is a row that stands for one or more older tokens of
-// its kv head. A *pass* moves the stage, without its window, into the cores. A *chunk* is a run of tokens that ends with a
-// delimiter; clusters never cross it.
-// A pass comes about every n_stage - n_window tokens: their queries vote on all rows, and what then leaves the
-// stage is compressed. While there are no more than n_window + n_sink tokens, a pass only takes votes.
+// Words. A *row* is one (K, V, bias) of one kv head in one layer. The *stage* is the ordinary llama_kv_cache, only
+// n_stage cells large; its newest n_window tokens are never touched. A *core* is a row that stands for one or more
+// older tokens of its kv head. A *pass* moves the stage, without its window, into the cores. A *chunk* is a run of
+// tokens that ends with a delimiter; clusters never cross it. A pass comes about every n_stage - n_window tokens: their
+// queries vote on all rows, and what then leaves the stage is compressed. While there are no more than n_window +
+// n_sink tokens, a pass only takes votes.
 //
-// Batches. n_batch is lowered to what the stage has room for; ask llama_n_batch(). llama_decode() itself aborts on a larger
-// batch, as it always does.
+// Batches. n_batch is lowered to what the stage has room for; ask llama_n_batch(). llama_decode() itself aborts on a
+// larger batch, as it always does.
 //
 // Errors. Functions that can fail return a semcache_status; semcache_last_error() then holds the message of this thread
 // ("expected ..., got ...; next step"). Nothing here aborts the process.
@@ -25,13 +25,13 @@
 #include <stdint.h>
 
 #if defined(_WIN32) && !defined(__MINGW32__)
-#    ifdef LLAMA_BUILD
-#        define SEMCACHE_API __declspec(dllexport)
-#    else
-#        define SEMCACHE_API __declspec(dllimport)
-#    endif
+    #ifdef LLAMA_BUILD
+        #define SEMCACHE_API __declspec(dllexport)
+    #else
+        #define SEMCACHE_API __declspec(dllimport)
+    #endif
 #else
-#    define SEMCACHE_API __attribute__((visibility("default")))
+    #define SEMCACHE_API __attribute__((visibility("default")))
 #endif
 
 struct llama_context;
@@ -44,81 +44,82 @@ extern "C" {
 // cffi: begin
 
 enum semcache_status {
-    SEMCACHE_OK            = 0,
-    SEMCACHE_ERR_ARGUMENT  = 1, // a parameter is out of range
-    SEMCACHE_ERR_MODEL     = 2, // this model or context cannot be compressed
-    SEMCACHE_ERR_PROFILE   = 3, // profile missing, unreadable, or of another model
-    SEMCACHE_ERR_CONTEXT   = 4, // the context has no compressed cache
-    SEMCACHE_ERR_STATE     = 5, // the call, or a state of other settings, does not fit the cache, which is as it was
-    SEMCACHE_ERR_MEMORY    = 6, // out of memory
-    SEMCACHE_ERR_IO        = 7  // a file could not be written, or a state is damaged
+    SEMCACHE_OK = 0,
+    SEMCACHE_ERR_ARGUMENT = 1, // a parameter is out of range
+    SEMCACHE_ERR_MODEL = 2,    // this model or context cannot be compressed
+    SEMCACHE_ERR_PROFILE = 3,  // profile missing, unreadable, or of another model
+    SEMCACHE_ERR_CONTEXT = 4,  // the context has no compressed cache
+    SEMCACHE_ERR_STATE = 5,    // the call, or a state of other settings, does not fit the cache, which is as it was
+    SEMCACHE_ERR_MEMORY = 6,   // out of memory
+    SEMCACHE_ERR_IO = 7        // a file could not be written, or a state is damaged
 };
 
 // In the place of a ggml_type: Q8_0 where all heads are whole blocks of it, else F16.
 enum { SEMCACHE_TYPE_AUTO = -1 };
 
 enum semcache_method {
-    SEMCACHE_METHOD_SEMANTIC  = 0, // look-ahead score, profile budgets, mass-weighted merge, fitted bias
-    SEMCACHE_METHOD_PAPER     = 1, // equal budgets, greedy seeds in reading order, cosine threshold, plain mean, log n
+    SEMCACHE_METHOD_SEMANTIC = 0,  // look-ahead score, profile budgets, mass-weighted merge, fitted bias
+    SEMCACHE_METHOD_PAPER = 1,     // equal budgets, greedy seeds in reading order, cosine threshold, plain mean, log n
     SEMCACHE_METHOD_STREAMING = 2, // sinks and the newest tokens only (StreamingLLM); a baseline
-    SEMCACHE_METHOD_KEYDIFF   = 3, // eviction by others, equal budgets, nothing merged; baselines, see native/core/evict
-    SEMCACHE_METHOD_KNORM     = 4,
-    SEMCACHE_METHOD_SNAPKV    = 5,
-    SEMCACHE_METHOD_TOVA      = 6,
-    SEMCACHE_METHOD_H2O       = 7
+    SEMCACHE_METHOD_KEYDIFF = 3, // eviction by others, equal budgets, nothing merged; baselines, see native/core/evict
+    SEMCACHE_METHOD_KNORM = 4,
+    SEMCACHE_METHOD_SNAPKV = 5,
+    SEMCACHE_METHOD_TOVA = 6,
+    SEMCACHE_METHOD_H2O = 7
 };
 
 enum { SEMCACHE_MAX_ROOM = 4096 }; // n_stage - n_window: the scratch of a pass grows with its square
 
 struct semcache_params {
-    size_t       struct_size;   // sizeof(struct semcache_params); set by semcache_default_params()
-    int32_t      method;        // enum semcache_method
-    float        ratio;         // rows allocated for cores, as a share of n_ctx, mean over kv heads; 0 < ratio <= 1
-    int32_t      n_stage;       // cells of the stage; n_window + n_sink < n_stage <= min(n_ctx, n_window + SEMCACHE_MAX_ROOM)
-    int32_t      n_window;      // newest tokens of the stage that a pass leaves alone; >= 1
-    int32_t      n_sink;        // first tokens of the sequence, never merged or dropped; >= 0
-    int32_t      n_horizon;     // the look-ahead rotates queries to n_past + n_window + [0, n_horizon); >= 1
-    int32_t      n_chunk;       // longest chunk, tokens; 1 to 255
-    int32_t      type_k;        // ggml_type of the cores' K: F16, Q8_0, Q4_0 or SEMCACHE_TYPE_AUTO; the stage is F16
-    int32_t      type_v;        // ggml_type of the cores' V, likewise
-    int32_t      merge;         // 1: losers are merged into winners of their chunk; 0: they are dropped
-    int32_t      distinct;      // percent of a head's rows that go to the keys least like the others, whatever their score; 0 to 100; a calibration has none
-    int32_t      calibrate;     // 1: the context is for semcache_calibrate_add() and also watches the residual stream
-    uint64_t     seed;          // of the look-ahead positions
-    const char * profile_path;  // budgets per (layer, kv head); NULL: equal budgets
-    const char * model_id;      // the profile must carry the same id; NULL: not checked
+    size_t struct_size; // sizeof(struct semcache_params); set by semcache_default_params()
+    int32_t method;     // enum semcache_method
+    float ratio;        // rows allocated for cores, as a share of n_ctx, mean over kv heads; 0 < ratio <= 1
+    int32_t n_stage;    // cells of the stage; n_window + n_sink < n_stage <= min(n_ctx, n_window + SEMCACHE_MAX_ROOM)
+    int32_t n_window;   // newest tokens of the stage that a pass leaves alone; >= 1
+    int32_t n_sink;     // first tokens of the sequence, never merged or dropped; >= 0
+    int32_t n_horizon;  // the look-ahead rotates queries to n_past + n_window + [0, n_horizon); >= 1
+    int32_t n_chunk;    // longest chunk, tokens; 1 to 255
+    int32_t type_k;     // ggml_type of the cores' K: F16, Q8_0, Q4_0 or SEMCACHE_TYPE_AUTO; the stage is F16
+    int32_t type_v;     // ggml_type of the cores' V, likewise
+    int32_t merge;      // 1: losers are merged into winners of their chunk; 0: they are dropped
+    int32_t distinct;  // percent of a head's rows that go to the keys least like the others, whatever their score; 0 to
+                       // 100; a calibration has none
+    int32_t calibrate; // 1: the context is for semcache_calibrate_add() and also watches the residual stream
+    uint64_t seed;     // of the look-ahead positions
+    const char * profile_path; // budgets per (layer, kv head); NULL: equal budgets
+    const char * model_id;     // the profile must carry the same id; NULL: not checked
 };
 
 struct semcache_stats {
-    int32_t method;             // enum semcache_method
-    int32_t n_layer;            // compressed layers
-    int32_t n_head_kv;          // kv heads, all compressed layers together
-    int32_t n_ctx;              // logical context size, tokens
-    int32_t n_stage;            // cells
-    int32_t n_window;           // tokens
-    int32_t n_batch;            // largest batch that llama_decode takes, as llama_n_batch()
-    int64_t n_tokens;           // tokens represented: those whose position is below the end of the sequence
-    int64_t n_tokens_stage;     // of these, tokens held exactly in the stage
-    int64_t rows_allocated;     // rows for cores, all layers and heads
+    int32_t method;         // enum semcache_method
+    int32_t n_layer;        // compressed layers
+    int32_t n_head_kv;      // kv heads, all compressed layers together
+    int32_t n_ctx;          // logical context size, tokens
+    int32_t n_stage;        // cells
+    int32_t n_window;       // tokens
+    int32_t n_batch;        // largest batch that llama_decode takes, as llama_n_batch()
+    int64_t n_tokens;       // tokens represented: those whose position is below the end of the sequence
+    int64_t n_tokens_stage; // of these, tokens held exactly in the stage
+    int64_t rows_allocated; // rows for cores, all layers and heads
     int64_t rows_used;
-    int64_t rows_merged;        // candidates merged into another row since the cache was last empty
-    int64_t rows_dropped;       // candidates dropped since the cache was last empty
-    int64_t n_pass;             // passes since the context was made
-    int64_t pass_us;            // microseconds spent in them
+    int64_t rows_merged;  // candidates merged into another row since the cache was last empty
+    int64_t rows_dropped; // candidates dropped since the cache was last empty
+    int64_t n_pass;       // passes since the context was made
+    int64_t pass_us;      // microseconds spent in them
     int64_t pass_last_us;
-    int64_t core_bytes;         // allocated: K, V and bias of the cores
-    int64_t stage_bytes;        // allocated: K and V of the stage in the compressed layers
-    int64_t query_bytes;        // allocated: ring of the queries since the last pass
-    int64_t meta_bytes;         // allocated: scores, chunk ids, token counts, votes on the stage
-    int64_t full_bytes;         // what an uncompressed f16 cache would take for the compressed layers
+    int64_t core_bytes;  // allocated: K, V and bias of the cores
+    int64_t stage_bytes; // allocated: K and V of the stage in the compressed layers
+    int64_t query_bytes; // allocated: ring of the queries since the last pass
+    int64_t meta_bytes;  // allocated: scores, chunk ids, token counts, votes on the stage
+    int64_t full_bytes;  // what an uncompressed f16 cache would take for the compressed layers
 };
 
 struct semcache_head_stats {
-    int32_t il;                 // layer
-    int32_t head;               // kv head
+    int32_t il;   // layer
+    int32_t head; // kv head
     int32_t rows_allocated;
     int32_t rows_used;
-    int32_t n_rot;              // values that RoPE turns in a query; 0 in a layer without
+    int32_t n_rot; // values that RoPE turns in a query; 0 in a layer without
 };
 
 // Parameters with their defaults; docs/decisions.md says how they were chosen.
@@ -126,8 +127,8 @@ struct semcache_params semcache_default_params(void);
 
 // The next llama_init_from_model() on this thread builds a compressed cache. The parameters are copied. NULL takes a
 // previous call back. Checked here: ranges and the profile file; checked by llama_init_from_model(), which then returns
-// NULL with semcache_last_error() set: what depends on the model. After a failure pass NULL: llama.cpp checks some of its own
-// parameters before it comes to ours, which then wait for the next call.
+// NULL with semcache_last_error() set: what depends on the model. After a failure pass NULL: llama.cpp checks some of
+// its own parameters before it comes to ours, which then wait for the next call.
 int32_t semcache_configure_next(const struct semcache_params * params);
 
 // Message of the last failed call on this thread, "" if none. Valid until the next call on this thread.
@@ -146,12 +147,13 @@ int64_t semcache_kv_bytes(const struct llama_context * ctx);
 // Writes up to n entries ordered by (il, head) and returns the number of entries there are, or -semcache_status.
 int32_t semcache_get_head_stats(const struct llama_context * ctx, struct semcache_head_stats * heads, int32_t n);
 
-// Largest position q <= pos for which llama_memory_seq_rm(mem, 0, q, -1) succeeds: pos itself inside the stage, else the
-// start of a chunk, else 0. Negative: -semcache_status.
+// Largest position q <= pos for which llama_memory_seq_rm(mem, 0, q, -1) succeeds: pos itself inside the stage, else
+// the start of a chunk, else 0. Negative: -semcache_status.
 int32_t semcache_floor(const struct llama_context * ctx, int32_t pos);
 
-// Calibration. The context must have calibrate = 1 and hold one text that still lies wholly in the stage. The text is compressed
-// in a copy, every head at several budgets, and what the heads' outputs are off by then is added to the running profile.
+// Calibration. The context must have calibrate = 1 and hold one text that still lies wholly in the stage. The text is
+// compressed in a copy, every head at several budgets, and what the heads' outputs are off by then is added to the
+// running profile.
 int32_t semcache_calibrate_add(struct llama_context * ctx);
 
 // Writes the profile of all texts added so far.

@@ -47,9 +47,15 @@ def missing_instructions(library: Path) -> list[str]:
     except OSError:
         return []
     if sys.platform == "darwin":
-        names = [name for macro, (_, name) in _ARM.items() if macro in macros and name] if platform.machine() == "arm64" else []
+        names = (
+            [name for macro, (_, name) in _ARM.items() if macro in macros and name]
+            if platform.machine() == "arm64"
+            else []
+        )
         return [name for name in names if not _sysctl(f"hw.optional.arm.{name}")]
-    wanted = [name for macro, name in _X86.items() if macro in macros] + [name for macro, (name, _) in _ARM.items() if macro in macros]
+    wanted = [name for macro, name in _X86.items() if macro in macros] + [
+        name for macro, (name, _) in _ARM.items() if macro in macros
+    ]
     features = _linux_features()
     return [name for name in wanted if name not in features] if features else []
 

@@ -65,11 +65,17 @@ def load() -> tuple[FFI, Any]:
     path = bindings._lib._name
     if not hasattr(bindings._lib, "semcache_version"):
         if stock_first:
-            cause, remedy = "llama_cpp was imported first", f"import llama_semanticache before llama_cpp and leave {LIB_VARIABLE} unset"
+            cause, remedy = (
+                "llama_cpp was imported first",
+                f"import llama_semanticache before llama_cpp and leave {LIB_VARIABLE} unset",
+            )
         elif LIB_VARIABLE in os.environ:
             cause, remedy = f"{LIB_VARIABLE} points there", "leave it unset"
         else:
-            cause, remedy = f"there is none in {HERE / 'lib'}", "install llama-semanticache, or run `make build` and its .venv's Python"
+            cause, remedy = (
+                f"there is none in {HERE / 'lib'}",
+                "install llama-semanticache, or run `make build` and its .venv's Python",
+            )
         raise LibraryError(f"expected the patched llama.cpp, got the stock library {path} ({cause}); {remedy}")
     ffi = FFI()
     ffi.cdef("struct llama_context;\n" + _declarations())

@@ -58,16 +58,24 @@ def split_files(path: str | os.PathLike[str], reader: GGUFReader | None = None) 
     """
     path = Path(path)
     reader = reader or read_gguf(path)
-    number, count = (0 if field is None else int(field.contents()) for field in map(reader.get_field, ("split.no", "split.count")))
+    number, count = (
+        0 if field is None else int(field.contents()) for field in map(reader.get_field, ("split.no", "split.count"))
+    )
     if count < 2:
         return [path]
     ending = f"-00001-of-{count:05d}.gguf"
     if number != 0 or not path.name.endswith(ending):
-        raise ModelFileError(f"expected the first file of a model that is split over {count}, named ...{ending}, got {path}, number {number + 1}; name the first")
-    files = [path.with_name(f"{path.name.removesuffix(ending)}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+        raise ModelFileError(
+            f"expected the first file of a model that is split over {count}, named ...{ending}, got {path}, number {number + 1}; name the first"
+        )
+    files = [
+        path.with_name(f"{path.name.removesuffix(ending)}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)
+    ]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ModelFileError(f"expected all {count} files of {path} in its folder, got no {', '.join(missing)}; fetch what is missing")
+        raise ModelFileError(
+            f"expected all {count} files of {path} in its folder, got no {', '.join(missing)}; fetch what is missing"
+        )
     return files
 
 
@@ -83,7 +91,9 @@ def _header_reader() -> type[GGUFReader]:
             for field in fields:
                 kind = int(field.parts[4][0])
                 if kind not in GGML_QUANT_SIZES:
-                    raise ValueError(f"a tensor of type {kind}, which this version of the package gguf does not know: if it is a new one, pip install --upgrade gguf")
+                    raise ValueError(
+                        f"a tensor of type {kind}, which this version of the package gguf does not know: if it is a new one, pip install --upgrade gguf"
+                    )
             super()._build_tensors(start_offs, fields)
 
         def _get_field_parts(self, orig_offs: int, raw_type: int):

@@ -35,7 +35,12 @@ METHODS = {
     "h2o": _lib.SEMCACHE_METHOD_H2O,
 }
 
-ROW_TYPES = {"auto": _lib.SEMCACHE_TYPE_AUTO, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
+ROW_TYPES = {
+    "auto": _lib.SEMCACHE_TYPE_AUTO,
+    "f16": llama_cpp.GGML_TYPE_F16,
+    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
+    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
+}
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
@@ -157,14 +162,19 @@ class Llama(llama_cpp.Llama):
         )  # fmt: skip
         unknown = sorted(name for name in kwargs if name.startswith("kv_") and name != "kv_overrides")
         if unknown:  # upstream takes any name and ignores it
-            raise ArgumentError(f"expected the arguments {', '.join(self._kv_options)}, got {', '.join(unknown)}; mend the name")
+            raise ArgumentError(
+                f"expected the arguments {', '.join(self._kv_options)}, got {', '.join(unknown)}; mend the name"
+            )
         for name in ("n_threads", "n_threads_batch"):
             if isinstance(kwargs.get(name), int):
                 _cpu.warn_of_threads(kwargs[name], stacklevel=3)
         if kv_compress is None:
             unused = sorted(name for name, value in self._kv_options.items() if value != _INIT.parameters[name].default)
             if unused:
-                warnings.warn(f"{', '.join(unused)}: no use without kv_compress, the KV cache is llama.cpp's own; pass kv_compress=\"semanticache\" to compress it", stacklevel=2)
+                warnings.warn(
+                    f'{", ".join(unused)}: no use without kv_compress, the KV cache is llama.cpp\'s own; pass kv_compress="semanticache" to compress it',
+                    stacklevel=2,
+                )
             super().__init__(model_path, **kwargs)
             return
 
@@ -179,11 +189,16 @@ class Llama(llama_cpp.Llama):
             try:
                 setattr(params, name, value)
             except (TypeError, OverflowError) as error:
-                raise ArgumentError(f"kv_params: expected an integer for {name}, got {value!r} ({error}); see semcache.h") from error
+                raise ArgumentError(
+                    f"kv_params: expected an integer for {name}, got {value!r} ({error}); see semcache.h"
+                ) from error
         keep = []  # the strings that params points to
         profile_file = self._profile_file(model_path, kwargs)
         if profile_file is not None:
-            keep = [_ffi.new("char[]", os.fsencode(profile_file)), _ffi.new("char[]", profile.model_id(model_path).encode())]
+            keep = [
+                _ffi.new("char[]", os.fsencode(profile_file)),
+                _ffi.new("char[]", profile.model_id(model_path).encode()),
+            ]
             params.profile_path, params.model_id = keep
         # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their window
         kwargs.setdefault("swa_full", False)
@@ -221,7 +236,9 @@ class Llama(llama_cpp.Llama):
             return profile.ensure(model_path, kwargs.get("verbose", True), kwargs.get("n_threads_batch"))
         path = Path(choice).expanduser()
         if not path.is_file():
-            raise ProfileError(f'kv_profile: expected "auto", None or a file, got {path}, which is none; run `llama-semanticache profile`')
+            raise ProfileError(
+                f'kv_profile: expected "auto", None or a file, got {path}, which is none; run `llama-semanticache profile`'
+            )
         return path
 
     def _native_stats(self) -> Any:
@@ -233,7 +250,14 @@ class Llama(llama_cpp.Llama):
         """Contents and size of the KV cache now."""
         kv_bytes = _native.count(_lib.semcache_kv_bytes(_native.context(self)))
         if self.kv_compress is None:
-            return KVStats(kv_compress=None, n_ctx=self._n_ctx, n_tokens=self.n_tokens, n_tokens_stage=self.n_tokens, other_bytes=kv_bytes, full_bytes=kv_bytes)
+            return KVStats(
+                kv_compress=None,
+                n_ctx=self._n_ctx,
+                n_tokens=self.n_tokens,
+                n_tokens_stage=self.n_tokens,
+                other_bytes=kv_bytes,
+                full_bytes=kv_bytes,
+            )
         s = self._native_stats()
         other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes
         return KVStats(
@@ -330,18 +354,24 @@ class Llama(llama_cpp.Llama):
         if self.kv_compress is None:
             return super().load_state(state)
         if state.n_tokens > self._n_ctx:
-            raise StateError(f"state: expected at most n_ctx = {self._n_ctx} tokens, got {state.n_tokens}; use the n_ctx it was saved with")
+            raise StateError(
+                f"state: expected at most n_ctx = {self._n_ctx} tokens, got {state.n_tokens}; use the n_ctx it was saved with"
+            )
         if not 0 < state.llama_state_size <= len(state.llama_state):
             raise StateError(
                 f"state: expected {state.llama_state_size} bytes, more than none, got {len(state.llama_state)}; the state is damaged, "
                 "the cache is as it was"
             )
         if state.scores.shape[1] != self._n_vocab:
-            raise StateError(f"state: expected one of a model of {self._n_vocab} tokens, got one of {state.scores.shape[1]}; load it into the model it was saved from, the cache is as it was")
+            raise StateError(
+                f"state: expected one of a model of {self._n_vocab} tokens, got one of {state.scores.shape[1]}; load it into the model it was saved from, the cache is as it was"
+            )
         # llama.cpp writes the architecture first, and would tell a wrong one from a damaged state only in its log
         arch = self.metadata["general.architecture"].encode()
         if not bytes(state.llama_state).startswith(struct.pack("<I", len(arch)) + arch):
-            raise StateError(f"state: expected one of a {arch.decode()} model, got another; load it into the model it was saved from, the cache is as it was")
+            raise StateError(
+                f"state: expected one of a {arch.decode()} model, got another; load it into the model it was saved from, the cache is as it was"
+            )
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         _native.clear_error()
         if llama_cpp.llama_state_set_data(self._ctx.ctx, data, state.llama_state_size) != state.llama_state_size:
@@ -349,7 +379,11 @@ class Llama(llama_cpp.Llama):
             if error is not None and _lib.semcache_last_status() == _lib.SEMCACHE_ERR_STATE:
                 raise error  # of other settings: refused before anything was read
             self.reset()
-            reason = f"{error}" if error else "state: expected one that save_state() of this model and these settings returned, got another"
+            reason = (
+                f"{error}"
+                if error
+                else "state: expected one that save_state() of this model and these settings returned, got another"
+            )
             raise StateError(f"{reason}; the cache holds 0 tokens now")
         rows = min(state.scores.shape[0], self.scores.shape[0])
         self.scores[:rows, :] = state.scores[:rows]
@@ -371,17 +405,23 @@ _INIT = inspect.signature(Llama.__init__)
 def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """What can be said about the arguments before the model is read; the rest is checked by the library."""
     if options["kv_compress"] not in METHODS:
-        raise ArgumentError(f"kv_compress: expected None or one of {', '.join(METHODS)}, got {options['kv_compress']!r}; pass one of these")
+        raise ArgumentError(
+            f"kv_compress: expected None or one of {', '.join(METHODS)}, got {options['kv_compress']!r}; pass one of these"
+        )
     ratio = options["kv_ratio"]
     if not isinstance(ratio, numbers.Real) or not 0 < ratio <= 1:
         raise ArgumentError(f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows")
     for name in ("kv_type_k", "kv_type_v"):
         if options[name] not in ROW_TYPES:
-            raise ArgumentError(f"{name}: expected one of {', '.join(ROW_TYPES)}, got {options[name]!r}; pass one of these")
+            raise ArgumentError(
+                f"{name}: expected one of {', '.join(ROW_TYPES)}, got {options[name]!r}; pass one of these"
+            )
     low = {"kv_sink": 0, "kv_window": 1, "kv_stage": 2}
     for name, least in low.items():
         if not isinstance(options[name], numbers.Integral) or not least <= options[name] < 2**31:
-            raise ArgumentError(f"{name}: expected an integer of at least {least}, got {options[name]!r}; the default fits most uses")
+            raise ArgumentError(
+                f"{name}: expected an integer of at least {least}, got {options[name]!r}; the default fits most uses"
+            )
     if options["kv_stage"] <= options["kv_window"] + options["kv_sink"]:
         raise ArgumentError(
             f"kv_stage: expected more than kv_window + kv_sink = {options['kv_window'] + options['kv_sink']}, got {options['kv_stage']}; "
@@ -389,18 +429,28 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
         )
     unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "distinct", "seed", "calibrate"}
     if unknown:
-        raise ArgumentError(f"kv_params: expected n_horizon, n_chunk, merge, distinct or seed, got {', '.join(sorted(unknown))}; see semcache.h")
+        raise ArgumentError(
+            f"kv_params: expected n_horizon, n_chunk, merge, distinct or seed, got {', '.join(sorted(unknown))}; see semcache.h"
+        )
     n_ctx = kwargs.get("n_ctx", 512)
     if not isinstance(n_ctx, numbers.Integral):
         raise ArgumentError(f"n_ctx: expected an integer, got {n_ctx!r}; 0 takes the model's own")
     if 0 < n_ctx < options["kv_stage"]:
-        raise ArgumentError(f"n_ctx: expected at least kv_stage = {options['kv_stage']}, got {n_ctx}; raise n_ctx or lower kv_stage")
+        raise ArgumentError(
+            f"n_ctx: expected at least kv_stage = {options['kv_stage']}, got {n_ctx}; raise n_ctx or lower kv_stage"
+        )
     if kwargs.get("embedding"):
-        raise UnsupportedModelError("expected text generation, got embedding=True; leave kv_compress out for embeddings")
-    if isinstance(kwargs.get("chat_handler"), (llama_chat_format.Llava15ChatHandler, llama_chat_format.MTMDChatHandler)):
+        raise UnsupportedModelError(
+            "expected text generation, got embedding=True; leave kv_compress out for embeddings"
+        )
+    if isinstance(
+        kwargs.get("chat_handler"), (llama_chat_format.Llava15ChatHandler, llama_chat_format.MTMDChatHandler)
+    ):
         raise UnsupportedModelError("expected text, got a chat_handler for images; leave kv_compress out for images")
     if kwargs.get("vocab_only"):
         raise ArgumentError("expected a model with weights, got vocab_only=True; leave kv_compress out")
     for name in ("type_k", "type_v"):
         if kwargs.get(name) not in (None, llama_cpp.GGML_TYPE_F16):
-            raise ArgumentError(f"{name}: expected None or f16 with kv_compress, got ggml type {kwargs[name]}; leave {name} out")
+            raise ArgumentError(
+                f"{name}: expected None or f16 with kv_compress, got ggml type {kwargs[name]}; leave {name} out"
+            )

@@ -164,7 +164,10 @@ def estimate(
             cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window - kv_sink)))
         n_head_kv = sum(layer.n_head_kv for layer in full)
         kv_type_k, kv_type_v = _row_type(full, kv_type_k, "k"), _row_type(full, kv_type_v, "v")
-        core = round(rows * (_plain_bytes(full, 1, kv_type_k, "k") + _plain_bytes(full, 1, kv_type_v, "v") + _BIAS_BYTES * n_head_kv))
+        core = round(
+            rows
+            * (_plain_bytes(full, 1, kv_type_k, "k") + _plain_bytes(full, 1, kv_type_v, "v") + _BIAS_BYTES * n_head_kv)
+        )
         meta = round((rows * _META_BYTES + kv_stage * _VOTES_BYTES) * n_head_kv)
         stage = _plain_bytes(full, kv_stage, "f16")
         n_ring = kv_stage - kv_window if kv_compress in _ASK_QUERIES else 0
@@ -227,7 +230,9 @@ def _plain_bytes(layers: Sequence[LayerShape], cells: int, cache: str, parts: st
     return total
 
 
-def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_stage: int, kv_window: int, kv_sink: int, n_chunk: int) -> float:
+def _check_budget(
+    full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_stage: int, kv_window: int, kv_sink: int, n_chunk: int
+) -> float:
     """Rows per kv head, on average."""
     if not 0 < kv_ratio <= 1:
         raise ArgumentError(f"expected 0 < kv_ratio <= 1, got {kv_ratio}")
@@ -236,7 +241,9 @@ def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_st
             f"expected 0 < kv_stage <= n_ctx, got kv_stage {kv_stage} and n_ctx {cells}; lower --kv-stage"
         )
     if kv_sink < 0 or kv_window < 1:
-        raise ArgumentError(f"expected kv_sink >= 0 and kv_window >= 1, got {kv_sink} and {kv_window}; the defaults fit most uses")
+        raise ArgumentError(
+            f"expected kv_sink >= 0 and kv_window >= 1, got {kv_sink} and {kv_window}; the defaults fit most uses"
+        )
     if kv_stage <= kv_window + kv_sink:
         raise ArgumentError(
             f"expected kv_stage > kv_window + {kv_sink} sinks = {kv_window + kv_sink}, got kv_stage {kv_stage}; "
@@ -245,7 +252,9 @@ def _check_budget(full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_st
     if not 1 <= n_chunk <= 255:
         raise ArgumentError(f"expected n_chunk of 1 to 255, got {n_chunk}; the default is 32")
     if kv_stage - kv_window > _MAX_ROOM:
-        raise ArgumentError(f"expected kv_stage <= kv_window + {_MAX_ROOM}, got kv_stage {kv_stage} and kv_window {kv_window}; raise --kv-window or lower --kv-stage")
+        raise ArgumentError(
+            f"expected kv_stage <= kv_window + {_MAX_ROOM}, got kv_stage {kv_stage} and kv_window {kv_window}; raise --kv-window or lower --kv-stage"
+        )
     n_head_kv = sum(layer.n_head_kv for layer in full)
     rows = round(kv_ratio * cells * n_head_kv)
     least = min(cells, kv_sink + n_chunk) * n_head_kv

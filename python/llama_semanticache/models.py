@@ -128,7 +128,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"{path}: expected a text in UTF-8, got {error}; convert it, for example with iconv") from error
+        raise ArgumentError(
+            f"{path}: expected a text in UTF-8, got {error}; convert it, for example with iconv"
+        ) from error
 
 
 def fetch(name: str, progress: bool = True) -> Path:
@@ -161,7 +163,9 @@ def fetch(name: str, progress: bool = True) -> Path:
         return entry.path
     folder = entry.path.parent
     if progress:
-        print(f"Fetching {entry.name} ({entry.size_bytes / 2**20:.0f} MiB, {entry.licence}) to {folder}", file=sys.stderr)
+        print(
+            f"Fetching {entry.name} ({entry.size_bytes / 2**20:.0f} MiB, {entry.licence}) to {folder}", file=sys.stderr
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{entry.name}-") as scratch:

@@ -133,7 +133,9 @@ def calibrate(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArgumentError(f"out: expected a folder to write {path.name} to, got {error}; name another or set {models.CACHE_VARIABLE}") from error
+        raise ArgumentError(
+            f"out: expected a folder to write {path.name} to, got {error}; name another or set {models.CACHE_VARIABLE}"
+        ) from error
     texts = read_texts() if texts is None else list(texts)
     n_ctx_train = read_shape(model_path).n_ctx_train or n_ctx
     if n_ctx_train < N_LEAST:

@@ -18,7 +18,19 @@ _ENCODERS = ("t5", "t5encoder", "eagle3", "dflash")
 _SHARED_KV = ("gemma3n", "gemma4")
 _NOT_CAUSAL = ("dream", "gemma-embedding", "llada", "llada-moe", "rnd1")
 # A cache, a softcap or a place of RoPE in the head of their own.
-_UNUSUAL = ("grok", "minimax-m3", "glm-dsa", "deepseek32", "deepseek4", "glm5-next", "hy_v4", "dots3note", "minicpm3", "plm", "deepseek2")
+_UNUSUAL = (
+    "grok",
+    "minimax-m3",
+    "glm-dsa",
+    "deepseek32",
+    "deepseek4",
+    "glm5-next",
+    "hy_v4",
+    "dots3note",
+    "minicpm3",
+    "plm",
+    "deepseek2",
+)
 # Every how many layers one has full attention, where the file does not say it; negative: the first of them, else the
 # last.
 _SWA_PERIOD = {

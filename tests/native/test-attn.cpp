@@ -12,7 +12,7 @@ using sc_test::rng;
 
 namespace {
 
-constexpr f16    F16_NAN = 0x7e00, F16_NEG_INF = 0xfc00;
+constexpr f16 F16_NAN = 0x7e00, F16_NEG_INF = 0xfc00;
 constexpr double U = 0x1p-24; // rounding of a float32
 
 enum mask_type { MASK_F32, MASK_F16 };
@@ -20,39 +20,40 @@ enum mask_type { MASK_F32, MASK_F16 };
 struct spec {
     int32_t d_k = 64, d_v = 64, n_gqa = 2, n_tokens = 1, n_kv = 100;
     std::vector<int32_t> cores = { 90, 0 }; // rows in use of every kv head
-    float     softcap  = 0.0f;
-    bool      sinks    = false;
-    mask_type mask     = MASK_F16;
-    row_type  k_type   = row_type::f16, v_type = row_type::f16; // of the cores
-    bool      v_trans  = false; // values lie along the cells
-    bool      q_heads  = false; // a head's queries lie together, not a token's
-    bool      outliers = false; // large channels and single rows of q, k, v and bias
-    bool      biased   = false; // the mask holds other values than 0 and -inf
-    int32_t   blind    = -1;    // a token that sees no cell
-    uint64_t  seed     = 1;
+    float softcap = 0.0f;
+    bool sinks = false;
+    mask_type mask = MASK_F16;
+    row_type k_type = row_type::f16, v_type = row_type::f16; // of the cores
+    bool v_trans = false;                                    // values lie along the cells
+    bool q_heads = false;                                    // a head's queries lie together, not a token's
+    bool outliers = false;                                   // large channels and single rows of q, k, v and bias
+    bool biased = false;                                     // the mask holds other values than 0 and -inf
+    int32_t blind = -1;                                      // a token that sees no cell
+    uint64_t seed = 1;
 };
 
 // Tensors of a call. What may not be read is NaN, what may be read but must not count is large.
 struct tensors {
     spec s;
     int32_t n_head_kv, n_head, mask_ld;
-    std::vector<float>   q, mask_f32, sinks, bias;
-    std::vector<f16>     k, v, mask_f16;
+    std::vector<float> q, mask_f32, sinks, bias;
+    std::vector<f16> k, v, mask_f16;
     std::vector<uint8_t> k_core, v_core;
     std::vector<int32_t> row_first, row_count;
     attn_args a;
 
-    explicit tensors(const spec & spec) : s(spec), n_head_kv((int32_t) spec.cores.size()), n_head(n_head_kv*spec.n_gqa) {
+    explicit tensors(const spec & spec) :
+        s(spec), n_head_kv((int32_t) spec.cores.size()), n_head(n_head_kv * spec.n_gqa) {
         rng r(s.seed);
-        auto normal = [&](double scale) { return (float) (scale*r.normal()); };
+        auto normal = [&](double scale) { return (float) (scale * r.normal()); };
         const int32_t n_cell = s.n_kv + 5; // the cache is larger than the part of it that the mask covers
 
-        q.resize((size_t) s.n_tokens*n_head*s.d_k);
+        q.resize((size_t) s.n_tokens * n_head * s.d_k);
         for (float & x : q) {
             x = normal(1.2);
         }
-        k.resize((size_t) n_cell*n_head_kv*s.d_k);
-        v.resize((size_t) n_cell*n_head_kv*s.d_v);
+        k.resize((size_t) n_cell * n_head_kv * s.d_k);
+        v.resize((size_t) n_cell * n_head_kv * s.d_v);
         for (f16 & x : k) {
             x = f32_to_f16(normal(1.0));
         }
@@ -65,8 +66,8 @@ struct tensors {
             row_count.push_back(n);
             n_row += n + 2;
         }
-        k_core.assign(n_row*row_size(s.k_type, s.d_k), 0xff); // a NaN in every type
-        v_core.assign(n_row*row_size(s.v_type, s.d_v), 0xff);
+        k_core.assign(n_row * row_size(s.k_type, s.d_k), 0xff); // a NaN in every type
+        v_core.assign(n_row * row_size(s.v_type, s.d_v), 0xff);
         bias.assign(n_row, NAN);
         for (int32_t h = 0; h < n_head_kv; ++h) {
             for (int32_t i = row_first[h]; i < row_first[h] + row_count[h]; ++i) {
@@ -83,13 +84,13 @@ struct tensors {
                 sinks.push_back(h == 1 ? 30.0f : h == 2 ? -1000.0f : normal(2.0));
             }
         }
-        const float scale = 1.0f/std::sqrt((float) s.d_k);
-        a = { s.d_k, s.d_v, n_head, n_head_kv, s.n_tokens, s.n_kv, scale, s.softcap,
-              q.data(), s.q_heads ? (int64_t) s.d_k*s.n_tokens : s.d_k, s.q_heads ? s.d_k : (int64_t) s.d_k*n_head,
-              k.data(), s.d_k, (int64_t) s.d_k*n_head_kv,
-              v.data(), s.v_trans ? (int64_t) s.d_v*n_cell : s.d_v, s.v_trans ? 1 : (int64_t) s.d_v*n_head_kv, s.v_trans ? n_cell : 1,
-              nullptr, s.mask == MASK_F16, 0, s.sinks ? sinks.data() : nullptr,
-              k_core.data(), s.k_type, v_core.data(), s.v_type, bias.data(), row_first.data(), row_count.data() };
+        const float scale = 1.0f / std::sqrt((float) s.d_k);
+        a = { s.d_k, s.d_v, n_head, n_head_kv, s.n_tokens, s.n_kv, scale, s.softcap, q.data(),
+            s.q_heads ? (int64_t) s.d_k * s.n_tokens : s.d_k, s.q_heads ? s.d_k : (int64_t) s.d_k * n_head, k.data(),
+            s.d_k, (int64_t) s.d_k * n_head_kv, v.data(), s.v_trans ? (int64_t) s.d_v * n_cell : s.d_v,
+            s.v_trans ? 1 : (int64_t) s.d_v * n_head_kv, s.v_trans ? n_cell : 1, nullptr, s.mask == MASK_F16, 0,
+            s.sinks ? sinks.data() : nullptr, k_core.data(), s.k_type, v_core.data(), s.v_type, bias.data(),
+            row_first.data(), row_count.data() };
         if (s.outliers) {
             plant_outliers(r);
         }
@@ -98,30 +99,34 @@ struct tensors {
 
     std::vector<float> key_of(int32_t row) const {
         std::vector<float> x(s.d_k);
-        load_row(s.k_type, k_core.data() + row*row_size(s.k_type, s.d_k), x.data(), s.d_k);
+        load_row(s.k_type, k_core.data() + row * row_size(s.k_type, s.d_k), x.data(), s.d_k);
         return x;
     }
 
     std::vector<float> val_of(int32_t row) const {
         std::vector<float> x(s.d_v);
-        load_row(s.v_type, v_core.data() + row*row_size(s.v_type, s.d_v), x.data(), s.d_v);
+        load_row(s.v_type, v_core.data() + row * row_size(s.v_type, s.d_v), x.data(), s.d_v);
         return x;
     }
 
-    void set_key(int32_t row, std::vector<float> x) { store_row(s.k_type, x.data(), k_core.data() + row*row_size(s.k_type, s.d_k), s.d_k); }
-    void set_val(int32_t row, std::vector<float> x) { store_row(s.v_type, x.data(), v_core.data() + row*row_size(s.v_type, s.d_v), s.d_v); }
+    void set_key(int32_t row, std::vector<float> x) {
+        store_row(s.k_type, x.data(), k_core.data() + row * row_size(s.k_type, s.d_k), s.d_k);
+    }
+    void set_val(int32_t row, std::vector<float> x) {
+        store_row(s.v_type, x.data(), v_core.data() + row * row_size(s.v_type, s.d_v), s.d_v);
+    }
 
-    float & q_at(int32_t t, int32_t h, int32_t e)      { return q[t*a.q_token + h*a.q_head + e]; }
-    f16   & k_at(int32_t cell, int32_t h, int32_t e)   { return k[h*a.k_head + cell*a.k_cell + e]; }
-    f16   & v_at(int32_t cell, int32_t h, int32_t e)   { return v[h*a.v_head + cell*a.v_cell + e*a.v_elem]; }
+    float & q_at(int32_t t, int32_t h, int32_t e) { return q[t * a.q_token + h * a.q_head + e]; }
+    f16 & k_at(int32_t cell, int32_t h, int32_t e) { return k[h * a.k_head + cell * a.k_cell + e]; }
+    f16 & v_at(int32_t cell, int32_t h, int32_t e) { return v[h * a.v_head + cell * a.v_cell + e * a.v_elem]; }
 
     float mask_at(int32_t t, int32_t cell) const {
-        const int64_t i = t*a.mask_token + cell;
+        const int64_t i = t * a.mask_token + cell;
         return s.mask == MASK_F16 ? f16_to_f32(mask_f16[i]) : mask_f32[i];
     }
 
     void plant_outliers(rng & r) {
-        auto grow = [](f16 & x, float by) { x = f32_to_f16(f16_to_f32(x)*by); };
+        auto grow = [](f16 & x, float by) { x = f32_to_f16(f16_to_f32(x) * by); };
         for (int32_t h = 0; h < n_head_kv; ++h) {
             for (int32_t cell = 0; cell < s.n_kv; ++cell) { // a channel that is large in every key, as models have
                 k_at(cell, h, 5) = f32_to_f16(20.0f);
@@ -129,7 +134,7 @@ struct tensors {
             }
             for (int32_t i = row_first[h]; i < row_first[h] + row_count[h]; ++i) {
                 std::vector<float> key = key_of(i), val = val_of(i);
-                key[5]  = 20.0f;
+                key[5] = 20.0f;
                 val[3] *= 50.0f;
                 set_key(i, key);
                 set_val(i, val);
@@ -154,17 +159,20 @@ struct tensors {
         }
     }
 
-    // The tokens are in the last cells; cells [64, 128) belong to nobody when there are enough others, and so do some at random.
+    // The tokens are in the last cells; cells [64, 128) belong to nobody when there are enough others, and so do some
+    // at random.
     void fill_mask(rng & r) {
         mask_ld = s.n_kv + 7;
-        std::vector<float> mask((size_t) s.n_tokens*mask_ld, NAN);
+        std::vector<float> mask((size_t) s.n_tokens * mask_ld, NAN);
         const int32_t first = s.n_kv - s.n_tokens;
         for (int32_t cell = 0; cell < s.n_kv; ++cell) {
             const bool own = cell >= first;
             const bool nobody = (s.n_kv >= 200 && cell >= 64 && cell < 128) || (!own && r.below(8) == 0);
             for (int32_t t = 0; t < s.n_tokens; ++t) {
                 const bool visible = !nobody && t != s.blind && (!own || cell <= first + t);
-                mask[(size_t) t*mask_ld + cell] = !visible ? -INFINITY : s.biased ? f16_to_f32(f32_to_f16(-2.0f*(float) r.uniform())) : 0.0f;
+                mask[(size_t) t * mask_ld + cell] = !visible   ? -INFINITY
+                                                    : s.biased ? f16_to_f32(f32_to_f16(-2.0f * (float) r.uniform()))
+                                                               : 0.0f;
             }
             for (int32_t h = 0; nobody && h < n_head_kv; ++h) {
                 std::generate_n(&k_at(cell, h, 0), s.d_k, [&]() { return f32_to_f16(r.below(2) ? 3e4f : -3e4f); });
@@ -176,16 +184,16 @@ struct tensors {
         for (float x : mask) {
             mask_f16.push_back(x == -INFINITY ? F16_NEG_INF : f32_to_f16(x));
         }
-        mask_f32     = mask;
-        a.mask       = s.mask == MASK_F16 ? (const void *) mask_f16.data() : mask_f32.data();
+        mask_f32 = mask;
+        a.mask = s.mask == MASK_F16 ? (const void *) mask_f16.data() : mask_f32.data();
         a.mask_token = mask_ld;
     }
 
-    size_t n_out() const { return (size_t) s.d_v*n_head*s.n_tokens; }
+    size_t n_out() const { return (size_t) s.d_v * n_head * s.n_tokens; }
 };
 
-// Attention with the work in nth shares. Scratch holds what an earlier call may have left, the result NaN, so that a place
-// that nobody writes is found.
+// Attention with the work in nth shares. Scratch holds what an earlier call may have left, the result NaN, so that a
+// place that nobody writes is found.
 std::vector<float> run(const tensors & x, int nth, bool threads = false) {
     auto each = [&](auto && f) {
         std::vector<std::thread> pool;
@@ -214,14 +222,14 @@ std::vector<float> run(const tensors & x, int nth, bool threads = false) {
 
 // Output of one token and query head, and how much float32 may err on it.
 //
-// A logit is a sum of d_k products and errs by about sqrt(d_k) u A, A the sum of their magnitudes; the bias and the softcap c
-// add 2 u (|x| + c). An error dx of the logits changes every p_i by a factor within exp(+-2 dx), so the output, whose terms
-// have the magnitude V = sum p_i |v_i|, by 2 dx V. exp itself errs by 3e-7, once in p_i and once in their sum, the
-// rescalings of the running softmax by about as much together, and the sum over n rows by sqrt(n) u. With rotated rows the
-// magnitudes are those of any rotation: |q| |k| for A and |v| for |v_i|.
+// A logit is a sum of d_k products and errs by about sqrt(d_k) u A, A the sum of their magnitudes; the bias and the
+// softcap c add 2 u (|x| + c). An error dx of the logits changes every p_i by a factor within exp(+-2 dx), so the
+// output, whose terms have the magnitude V = sum p_i |v_i|, by 2 dx V. exp itself errs by 3e-7, once in p_i and once in
+// their sum, the rescalings of the running softmax by about as much together, and the sum over n rows by sqrt(n) u.
+// With rotated rows the magnitudes are those of any rotation: |q| |k| for A and |v| for |v_i|.
 void reference(tensors & x, int32_t t, int32_t head, std::vector<double> & out, std::vector<double> & tol) {
     const attn_args & a = x.a;
-    const int32_t h = head/x.s.n_gqa;
+    const int32_t h = head / x.s.n_gqa;
     std::vector<double> logit;
     std::vector<std::vector<double>> value;
     double biggest = 0.0, largest = 0.0;
@@ -229,19 +237,19 @@ void reference(tensors & x, int32_t t, int32_t head, std::vector<double> & out, 
     auto add = [&](auto && key, auto && val, double b, bool k_rotated, bool v_rotated) {
         double y = 0.0, mag = 0.0, qq = 0.0, kk = 0.0, vv = 0.0;
         for (int32_t e = 0; e < a.n_embd_head_k; ++e) {
-            const double q = (double) a.scale*x.q_at(t, head, e), k = key(e);
-            y   += q*k;
-            mag += std::fabs(q*k);
-            qq  += q*q;
-            kk  += k*k;
+            const double q = (double) a.scale * x.q_at(t, head, e), k = key(e);
+            y += q * k;
+            mag += std::fabs(q * k);
+            qq += q * q;
+            kk += k * k;
         }
-        mag = k_rotated ? std::max(mag, std::sqrt(qq*kk)) : mag;
-        y = a.softcap > 0.0f ? a.softcap*std::tanh(y/a.softcap) : y;
+        mag = k_rotated ? std::max(mag, std::sqrt(qq * kk)) : mag;
+        y = a.softcap > 0.0f ? a.softcap * std::tanh(y / a.softcap) : y;
         logit.push_back(y + b);
         value.emplace_back();
         for (int32_t e = 0; e < a.n_embd_head_v; ++e) {
             value.back().push_back(val(e));
-            vv += (double) val(e)*val(e);
+            vv += (double) val(e) * val(e);
         }
         size.push_back(v_rotated ? std::sqrt(vv) : 0.0);
         biggest = std::max(biggest, mag);
@@ -249,12 +257,14 @@ void reference(tensors & x, int32_t t, int32_t head, std::vector<double> & out, 
     };
     for (int32_t i = x.row_first[h]; i < x.row_first[h] + x.row_count[h]; ++i) {
         const std::vector<float> key = x.key_of(i), val = x.val_of(i);
-        add([&](int32_t e) { return key[e]; }, [&](int32_t e) { return val[e]; }, x.bias[i], a.k_type != row_type::f16, a.v_type != row_type::f16);
+        add([&](int32_t e) { return key[e]; }, [&](int32_t e) { return val[e]; }, x.bias[i], a.k_type != row_type::f16,
+            a.v_type != row_type::f16);
     }
     for (int32_t cell = 0; cell < a.n_kv; ++cell) {
         const float m = x.mask_at(t, cell);
         if (m != -INFINITY) {
-            add([&](int32_t e) { return f16_to_f32(x.k_at(cell, h, e)); }, [&](int32_t e) { return f16_to_f32(x.v_at(cell, h, e)); }, m, false, false);
+            add([&](int32_t e) { return f16_to_f32(x.k_at(cell, h, e)); },
+                [&](int32_t e) { return f16_to_f32(x.v_at(cell, h, e)); }, m, false, false);
         }
     }
     double top = a.sinks ? a.sinks[head] : -INFINITY;
@@ -265,19 +275,19 @@ void reference(tensors & x, int32_t t, int32_t head, std::vector<double> & out, 
     for (double l : logit) {
         sum += std::exp(l - top);
     }
-    const double n  = (double) logit.size();
-    const double dx = U*(std::sqrt((double) a.n_embd_head_k)*biggest + 2.0*(largest + a.softcap));
+    const double n = (double) logit.size();
+    const double dx = U * (std::sqrt((double) a.n_embd_head_k) * biggest + 2.0 * (largest + a.softcap));
     out.assign(a.n_embd_head_v, 0.0);
     tol.assign(a.n_embd_head_v, 0.0);
     for (size_t i = 0; i < logit.size(); ++i) {
-        const double p = std::exp(logit[i] - top)/sum;
+        const double p = std::exp(logit[i] - top) / sum;
         for (int32_t e = 0; e < a.n_embd_head_v; ++e) {
-            out[e] += p*value[i][e];
-            tol[e] += p*std::max(std::fabs(value[i][e]), size[i]);
+            out[e] += p * value[i][e];
+            tol[e] += p * std::max(std::fabs(value[i][e]), size[i]);
         }
     }
     for (double & e : tol) {
-        e = e*(2.0*dx + 3.0*3e-7 + std::sqrt(n)*U) + 1e-37;
+        e = e * (2.0 * dx + 3.0 * 3e-7 + std::sqrt(n) * U) + 1e-37;
     }
 }
 
@@ -286,7 +296,7 @@ double worst_error = 0.0; // of all cases, as a part of the tolerance
 // The whole case: every share of the work gives the same bits, and these are right.
 void check(const spec & s) {
     CASE("d " + std::to_string(s.d_k) + "/" + std::to_string(s.d_v) + ", gqa " + std::to_string(s.n_gqa) + ", tokens " +
-        std::to_string(s.n_tokens) + ", n_kv " + std::to_string(s.n_kv) + ", seed " + std::to_string(s.seed));
+         std::to_string(s.n_tokens) + ", n_kv " + std::to_string(s.n_kv) + ", seed " + std::to_string(s.seed));
     tensors x(s);
     const std::vector<float> got = run(x, 1);
     for (int nth : { 2, 3, 5 }) {
@@ -306,16 +316,17 @@ void check(const spec & s) {
                 continue;
             }
             reference(x, t, h, want, tol);
-            const float * o = got.data() + ((size_t) t*x.n_head + h)*s.d_v;
+            const float * o = got.data() + ((size_t) t * x.n_head + h) * s.d_v;
             double worst = 0.0;
             for (int32_t e = 0; e < s.d_v; ++e) {
-                const double err = std::fabs(o[e] - want[e])/tol[e];
+                const double err = std::fabs(o[e] - want[e]) / tol[e];
                 worst = std::isnan(err) ? INFINITY : std::max(worst, err);
             }
             worst_error = std::max(worst_error, worst);
             if (worst > 1.0) {
-                sc_test::report(false, __FILE__, __LINE__, "token " + std::to_string(t) + ", head " + std::to_string(h) + ": " +
-                    sc_test::text(worst) + " times the tolerance");
+                sc_test::report(false, __FILE__, __LINE__,
+                    "token " + std::to_string(t) + ", head " + std::to_string(h) + ": " + sc_test::text(worst) +
+                        " times the tolerance");
             }
         }
     }
@@ -324,32 +335,32 @@ void check(const spec & s) {
 
 void test_shapes() {
     const int32_t all_tokens[] = { 1, 2, 8, 9, 64, 300 };
-    const int32_t all_gqa[]    = { 1, 2, 3, 7, 8, 16 };
+    const int32_t all_gqa[] = { 1, 2, 3, 7, 8, 16 };
     const std::vector<int32_t> ragged[] = { { 130, 0, 37 }, { 64 }, { 1, 200 }, { 0 }, { 65, 3 }, { 0, 0, 129 } };
     int n = 0;
     auto one = [&](int32_t d_k, int32_t d_v, int32_t n_gqa, int32_t n_tokens) {
         spec s;
-        s.d_k      = d_k;
-        s.d_v      = d_v;
-        s.n_gqa    = n_gqa;
+        s.d_k = d_k;
+        s.d_v = d_v;
+        s.n_gqa = n_gqa;
         s.n_tokens = n_tokens;
-        s.cores    = ragged[n % 6];
+        s.cores = ragged[n % 6];
         if (n_gqa >= 7 && n_tokens >= 64) {
             s.cores.resize(1);
         }
         rng r(100 + n);
-        s.n_kv     = n_tokens + (r.below(3) ? 200 + r.below(60) : r.below(60));
-        s.softcap  = r.below(3) == 0 ? 15.0f : 0.0f;
-        s.sinks    = r.below(2);
-        s.mask     = r.below(2) ? MASK_F16 : MASK_F32;
-        s.v_trans  = r.below(2);
-        s.q_heads  = r.below(2);
+        s.n_kv = n_tokens + (r.below(3) ? 200 + r.below(60) : r.below(60));
+        s.softcap = r.below(3) == 0 ? 15.0f : 0.0f;
+        s.sinks = r.below(2);
+        s.mask = r.below(2) ? MASK_F16 : MASK_F32;
+        s.v_trans = r.below(2);
+        s.q_heads = r.below(2);
         s.outliers = r.below(3) == 0;
-        s.biased   = r.below(3) == 0;
-        s.blind    = n_tokens > 1 ? n_tokens/2 : -1;
-        s.seed     = ++n;
+        s.biased = r.below(3) == 0;
+        s.blind = n_tokens > 1 ? n_tokens / 2 : -1;
+        s.seed = ++n;
         const row_type types[] = { row_type::f16, row_type::q8_0, row_type::q4_0 };
-        if (d_k%Q_BLOCK == 0 && d_v%Q_BLOCK == 0) {
+        if (d_k % Q_BLOCK == 0 && d_v % Q_BLOCK == 0) {
             s.k_type = types[r.below(3)];
             s.v_type = types[r.below(3)];
         }
@@ -358,7 +369,8 @@ void test_shapes() {
         }
         check(s);
     };
-    const int32_t sizes[][2] = { { 64, 64 }, { 80, 80 }, { 96, 96 }, { 128, 128 }, { 256, 256 }, { 96, 64 }, { 64, 112 } };
+    const int32_t sizes[][2] = { { 64, 64 }, { 80, 80 }, { 96, 96 }, { 128, 128 }, { 256, 256 }, { 96, 64 },
+        { 64, 112 } };
     for (const auto & d : sizes) {
         for (int32_t n_tokens : all_tokens) {
             one(d[0], d[1], all_gqa[n % 4], n_tokens);
@@ -376,15 +388,25 @@ void test_properties() {
     for (int32_t n_tokens : { 1, 5, 40 }) {
         spec s;
         s.n_tokens = n_tokens;
-        s.n_gqa    = 3;
-        s.cores    = { 70, 0, 200 };
-        s.n_kv     = 210;
+        s.n_gqa = 3;
+        s.cores = { 70, 0, 200 };
+        s.n_kv = 210;
         check(s);
-        spec t = s; t.softcap  = 5.0f;             check(t);
-        t = s;      t.sinks    = true;             check(t);
-        t = s;      t.mask     = MASK_F32;         check(t);
-        t = s;      t.v_trans  = true;             check(t);
-        t = s;      t.q_heads  = true;             check(t);
+        spec t = s;
+        t.softcap = 5.0f;
+        check(t);
+        t = s;
+        t.sinks = true;
+        check(t);
+        t = s;
+        t.mask = MASK_F32;
+        check(t);
+        t = s;
+        t.v_trans = true;
+        check(t);
+        t = s;
+        t.q_heads = true;
+        check(t);
         for (row_type k_type : { row_type::f16, row_type::q8_0, row_type::q4_0 }) {
             for (row_type v_type : { row_type::q8_0, row_type::q4_0 }) {
                 t = s;
@@ -398,13 +420,31 @@ void test_properties() {
                 check(t);
             }
         }
-        t = s;      t.outliers = true;             check(t);
-        t = s;      t.biased   = true;             check(t);
-        t = s;      t.sinks    = true; t.blind = n_tokens - 1; check(t);
-        t = s;      t.cores    = { 3, 1, 2 };      t.blind = n_tokens - 1; check(t); // cores alone
-        t = s;      t.cores    = { 0, 0, 0 };      check(t); // no pass has been yet
-        t = s;      t.cores    = { 2 };            t.n_kv = n_tokens; check(t); // fewer rows than parts
-        t = s;      t.cores    = { 40, 3 };        t.n_kv = 0; check(t);
+        t = s;
+        t.outliers = true;
+        check(t);
+        t = s;
+        t.biased = true;
+        check(t);
+        t = s;
+        t.sinks = true;
+        t.blind = n_tokens - 1;
+        check(t);
+        t = s;
+        t.cores = { 3, 1, 2 };
+        t.blind = n_tokens - 1;
+        check(t); // cores alone
+        t = s;
+        t.cores = { 0, 0, 0 };
+        check(t); // no pass has been yet
+        t = s;
+        t.cores = { 2 };
+        t.n_kv = n_tokens;
+        check(t); // fewer rows than parts
+        t = s;
+        t.cores = { 40, 3 };
+        t.n_kv = 0;
+        check(t);
     }
 }
 
@@ -415,29 +455,29 @@ void test_nothing_visible() {
             CASE("nothing visible");
             spec s;
             s.n_tokens = n_tokens;
-            s.n_kv     = 90;
-            s.cores    = { 0, 40 };
-            s.sinks    = sinks;
-            s.blind    = 1;
+            s.n_kv = 90;
+            s.cores = { 0, 40 };
+            s.sinks = sinks;
+            s.blind = 1;
             const tensors x(s);
             const std::vector<float> got = run(x, 2);
-            for (int32_t i = 0; i < s.n_gqa*s.d_v; ++i) {
-                CHECK_EQ(got[(size_t) 1*x.n_head*s.d_v + i], 0.0f);
+            for (int32_t i = 0; i < s.n_gqa * s.d_v; ++i) {
+                CHECK_EQ(got[(size_t) 1 * x.n_head * s.d_v + i], 0.0f);
             }
         }
     }
 }
 
-// A core with bias log n is n cells with the same key and value. Adding the same number n times rounds the same way often, so
-// that sum errs by up to n u of values up to 4; all other errors are those of 20 roundings at most.
+// A core with bias log n is n cells with the same key and value. Adding the same number n times rounds the same way
+// often, so that sum errs by up to n u of values up to 4; all other errors are those of 20 roundings at most.
 void test_log_n() {
     for (int32_t n_tokens : { 1, 16 }) {
         for (int32_t n : { 1, 2, 5, 32, 255 }) {
             CASE("log " + std::to_string(n));
             spec s;
             s.n_tokens = n_tokens;
-            s.n_kv     = n_tokens + 300;
-            s.cores    = { 1, 1 };
+            s.n_kv = n_tokens + 300;
+            s.cores = { 1, 1 };
             tensors x(s), y(s);
             y.row_count = { 0, 0 };
             for (int32_t h = 0; h < 2; ++h) {
@@ -449,12 +489,12 @@ void test_log_n() {
             }
             for (int32_t t = 0; t < n_tokens; ++t) {
                 for (int32_t i = 0; i < n; ++i) {
-                    x.mask_f16[(size_t) t*x.mask_ld + i] = F16_NEG_INF;
-                    y.mask_f16[(size_t) t*y.mask_ld + i] = 0;
+                    x.mask_f16[(size_t) t * x.mask_ld + i] = F16_NEG_INF;
+                    y.mask_f16[(size_t) t * y.mask_ld + i] = 0;
                 }
             }
             const std::vector<float> a = run(x, 1), b = run(y, 1);
-            CHECK_CLOSE(a.data(), b.data(), (int64_t) a.size(), 0.0, 4.0*(n + 20)*U);
+            CHECK_CLOSE(a.data(), b.data(), (int64_t) a.size(), 0.0, 4.0 * (n + 20) * U);
         }
     }
 }

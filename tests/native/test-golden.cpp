@@ -15,17 +15,17 @@ using namespace sc_test;
 
 namespace {
 
-// The reference computes in float64, the core in float32 (u = 6e-8). The error of a logit, of the order of sqrt(d_k) u times
-// its largest terms (9 * 6e-8 * 40 = 2e-5 with the outliers), is the relative error of a probability; 2e-6 was seen. Below
-// PROB_FLOOR the core may take a probability as 0.
+// The reference computes in float64, the core in float32 (u = 6e-8). The error of a logit, of the order of sqrt(d_k) u
+// times its largest terms (9 * 6e-8 * 40 = 2e-5 with the outliers), is the relative error of a probability; 2e-6 was
+// seen. Below PROB_FLOOR the core may take a probability as 0.
 constexpr double SCORE_RTOL = 2e-5;
 constexpr double PROB_FLOOR = 1e-12;
 constexpr double EVICT_ATOL = 1e-6; // cosines near 0
-constexpr double BIAS_ATOL  = 1e-5; // a mean of many logits' errors; 3e-7 was seen
-// A merged row is stored as f16, half a unit in the last place is 2^-11 = 4.88e-4 of it. Before that it is a mean of values up
-// to 40 in float32 with weights that err as above; 1e-5 of them is what a value near 0 may show.
-constexpr double ROW_RTOL   = 4.95e-4;
-constexpr double ROW_ATOL   = 2e-5;
+constexpr double BIAS_ATOL = 1e-5;  // a mean of many logits' errors; 3e-7 was seen
+// A merged row is stored as f16, half a unit in the last place is 2^-11 = 4.88e-4 of it. Before that it is a mean of
+// values up to 40 in float32 with weights that err as above; 1e-5 of them is what a value near 0 may show.
+constexpr double ROW_RTOL = 4.95e-4;
+constexpr double ROW_ATOL = 2e-5;
 
 std::string golden_dir;
 
@@ -36,14 +36,16 @@ std::string read_file(const std::string & path) {
 }
 
 struct golden {
-    int32_t how, d_k, d_v, gqa, n_rot, neox, n_sink, n_core, n_new, n_win, n_past, n_horizon, budget, merge, n_out, n_merged, n_dropped, n_q, n_ahead, n_full, distinct;
+    int32_t how, d_k, d_v, gqa, n_rot, neox, n_sink, n_core, n_new, n_win, n_past, n_horizon, budget, merge, n_out,
+        n_merged, n_dropped, n_q, n_ahead, n_full, distinct;
     uint64_t seed;
     float scale, softcap;
     std::vector<int32_t> pos_q, chunk, n_tok, votes_n, u, winner, member_of, out_chunk, out_n_tok;
-    std::vector<float>   inv_freq, s_use, bias, k, v, q, votes_p4, votes_p, score_s_use, score_s_dev, score_w, taken_p4, taken_p;
-    std::vector<float>   out_s_use, out_bias, out_k, out_v;
+    std::vector<float> inv_freq, s_use, bias, k, v, q, votes_p4, votes_p, score_s_use, score_s_dev, score_w, taken_p4,
+        taken_p;
+    std::vector<float> out_s_use, out_bias, out_k, out_v;
 
-    int32_t n_cand()  const { return n_core + n_new; }
+    int32_t n_cand() const { return n_core + n_new; }
     int32_t n_stage() const { return n_new + n_win; }
 
     bool read(const std::string & path) {
@@ -51,10 +53,10 @@ struct golden {
         size_t at = 0;
         auto words = [&](auto & out, size_t n) {
             out.resize(n);
-            if (n > 0 && at + 4*n <= bytes.size()) {
-                memcpy(out.data(), bytes.data() + at, 4*n);
+            if (n > 0 && at + 4 * n <= bytes.size()) {
+                memcpy(out.data(), bytes.data() + at, 4 * n);
             }
-            at += 4*n;
+            at += 4 * n;
         };
         std::vector<uint32_t> h;
         words(h, 32);
@@ -63,35 +65,36 @@ struct golden {
         if (h[0] != 0x43474353u || h[1] != 5) {
             return false;
         }
-        int32_t * const fields[] = { &how, &d_k, &d_v, &gqa, &n_rot, &neox, &n_sink, &n_core, &n_new, &n_win, &n_past, &n_horizon };
+        int32_t * const fields[] = { &how, &d_k, &d_v, &gqa, &n_rot, &neox, &n_sink, &n_core, &n_new, &n_win, &n_past,
+            &n_horizon };
         for (size_t i = 0; i < 12; ++i) {
             *fields[i] = (int32_t) h[2 + i];
         }
-        seed      = h[14] | (uint64_t) h[15] << 32;
-        budget    = (int32_t) h[16];
-        merge     = (int32_t) h[17];
-        n_out     = (int32_t) h[18];
-        n_merged  = (int32_t) h[19];
+        seed = h[14] | (uint64_t) h[15] << 32;
+        budget = (int32_t) h[16];
+        merge = (int32_t) h[17];
+        n_out = (int32_t) h[18];
+        n_merged = (int32_t) h[19];
         n_dropped = (int32_t) h[20];
-        n_q       = (int32_t) h[22];
-        n_ahead   = (int32_t) h[23];
-        n_full    = (int32_t) h[24];
-        distinct  = (int32_t) h[25];
+        n_q = (int32_t) h[22];
+        n_ahead = (int32_t) h[23];
+        n_full = (int32_t) h[24];
+        distinct = (int32_t) h[25];
 
         std::vector<float> two;
         const size_t n_rows = n_sink + n_cand() + n_win;
         words(two, 2);
-        scale   = two[0];
+        scale = two[0];
         softcap = two[1];
-        words(inv_freq, n_rot/2);
+        words(inv_freq, n_rot / 2);
         words(pos_q, n_q);
         words(chunk, n_cand());
         words(n_tok, n_core);
         words(s_use, n_core);
         words(bias, n_rows);
-        words(k, n_rows*d_k);
-        words(v, n_rows*d_v);
-        words(q, (size_t) n_q*gqa*d_k);
+        words(k, n_rows * d_k);
+        words(v, n_rows * d_v);
+        words(q, (size_t) n_q * gqa * d_k);
         words(votes_n, n_stage());
         words(votes_p4, n_stage());
         words(votes_p, n_stage());
@@ -107,8 +110,8 @@ struct golden {
         words(out_n_tok, n_out);
         words(out_s_use, n_out);
         words(out_bias, n_out);
-        words(out_k, (size_t) n_out*d_k);
-        words(out_v, (size_t) n_out*d_v);
+        words(out_k, (size_t) n_out * d_k);
+        words(out_v, (size_t) n_out * d_v);
         CHECK_EQ(bytes.size(), at);
         return bytes.size() == at;
     }
@@ -121,12 +124,12 @@ head_store head_of(const golden & g, const head_shape & shape, bool first) {
     h.n_sink = first ? 0 : g.n_sink;
     h.n_used = n;
     const std::vector<f16> k = to_f16(g.k), v = to_f16(g.v);
-    std::copy_n(k.begin(), (size_t) n*g.d_k, h.key(0));
-    std::copy_n(v.begin(), (size_t) n*g.d_v, h.val(0));
+    std::copy_n(k.begin(), (size_t) n * g.d_k, h.key(0));
+    std::copy_n(v.begin(), (size_t) n * g.d_v, h.val(0));
     std::copy_n(g.bias.begin(), n, h.bias.begin());
     for (int32_t i = 0; i < n; ++i) {
         const int32_t c = i - g.n_sink;
-        h.meta[i] = c < 0 ? core_meta {} : core_meta { g.s_use[c], (uint32_t) g.chunk[c], (uint32_t) g.n_tok[c] };
+        h.meta[i] = c < 0 ? core_meta{} : core_meta{ g.s_use[c], (uint32_t) g.chunk[c], (uint32_t) g.n_tok[c] };
     }
     return h;
 }
@@ -135,14 +138,14 @@ bool evicts(const golden & g) { return semcache::evicts((method) g.how); }
 
 tokens stage_of(const golden & g, const rope & r, bool first) {
     tokens t;
-    t.n_sink   = first ? g.n_sink : 0;
-    t.n_new    = g.n_new;
+    t.n_sink = first ? g.n_sink : 0;
+    t.n_new = g.n_new;
     t.n_window = g.n_win;
-    t.n_full   = g.n_full;
+    t.n_full = g.n_full;
     const size_t skip = first ? 0 : g.n_sink + g.n_core; // rows of the file that are in the head
-    t.k = to_f16({ g.k.begin() + skip*g.d_k, g.k.end() });
-    t.v = to_f16({ g.v.begin() + skip*g.d_v, g.v.end() });
-    t.q   = to_f16(g.q);
+    t.k = to_f16({ g.k.begin() + skip * g.d_k, g.k.end() });
+    t.v = to_f16({ g.v.begin() + skip * g.d_v, g.v.end() });
+    t.q = to_f16(g.q);
     t.n_q = g.n_q;
     t.votes.resize(t.n_sink);
     t.n_voted.resize(t.n_sink);
@@ -153,7 +156,8 @@ tokens stage_of(const golden & g, const rope & r, bool first) {
     t.chunk.assign(g.chunk.begin() + g.n_core, g.chunk.end());
     std::vector<int64_t> delta(g.n_q);
     for (int32_t i = 0; i < g.n_q; ++i) {
-        delta[i] = evicts(g) ? 0 : (int64_t) g.n_past + g.n_ahead + look_ahead(g.seed, g.pos_q[i], g.n_horizon) - g.pos_q[i];
+        delta[i] =
+            evicts(g) ? 0 : (int64_t) g.n_past + g.n_ahead + look_ahead(g.seed, g.pos_q[i], g.n_horizon) - g.pos_q[i];
         t.token.push_back(t.n() - (g.n_past - g.pos_q[i]));
     }
     r.table(delta, t.cs);
@@ -162,8 +166,8 @@ tokens stage_of(const golden & g, const rope & r, bool first) {
 
 void check_case(const golden & g, const std::string & name, bool first, const layout & l) {
     CASE(name + (first ? ", first" : "") + (l.v_trans ? ", transposed" : "") + (l.shuffle ? ", shuffled" : ""));
-    const head_shape  shape  = { g.d_k, g.d_v, g.gqa, g.scale, g.softcap };
-    const rope        r      = { g.inv_freq, g.neox != 0 };
+    const head_shape shape = { g.d_k, g.d_v, g.gqa, g.scale, g.softcap };
+    const rope r = { g.inv_freq, g.neox != 0 };
     const pass_params params = { (method) g.how, g.merge != 0, g.distinct };
     head_store h = head_of(g, shape, first);
     const tokens t = stage_of(g, r, first);
@@ -175,12 +179,12 @@ void check_case(const golden & g, const std::string & name, bool first, const la
         CHECK_EQ(score_head(h.rows(), fresh.rows(), fresh.queries(), shape, r, false, ws), g.n_cand());
         for (int32_t i = 0; i < g.n_stage(); ++i) {
             const token_votes got = fresh.votes_of(t.n_sink + i);
-            CHECK_CLOSE(&got.p4, &g.taken_p4[i], 1, 4*SCORE_RTOL, std::pow(PROB_FLOOR, 4));
-            CHECK_CLOSE(&got.p,  &g.taken_p[i],  1, SCORE_RTOL, PROB_FLOOR);
+            CHECK_CLOSE(&got.p4, &g.taken_p4[i], 1, 4 * SCORE_RTOL, std::pow(PROB_FLOOR, 4));
+            CHECK_CLOSE(&got.p, &g.taken_p[i], 1, SCORE_RTOL, PROB_FLOOR);
         }
         CHECK_CLOSE(ws.s_use.data(), g.score_s_use.data(), g.n_cand(), SCORE_RTOL, PROB_FLOOR);
         CHECK_CLOSE(ws.s_dev.data(), g.score_s_dev.data(), g.n_cand(), SCORE_RTOL, 0.0);
-        CHECK_CLOSE(ws.w.data(),     g.score_w.data(),     g.n_cand(), SCORE_RTOL, PROB_FLOOR);
+        CHECK_CLOSE(ws.w.data(), g.score_w.data(), g.n_cand(), SCORE_RTOL, PROB_FLOOR);
     }
 
     stage_store stage(t, shape, l);
@@ -189,7 +193,7 @@ void check_case(const golden & g, const std::string & name, bool first, const la
         const token_votes got = stage.votes_of(t.n_sink + i);
         CHECK_CLOSE(&got.p, &g.taken_p[i], 1, SCORE_RTOL, EVICT_ATOL);
     }
-    CHECK_EQ(res.n_merged,  g.n_merged);
+    CHECK_EQ(res.n_merged, g.n_merged);
     CHECK_EQ(res.n_dropped, g.n_dropped);
     CHECK_EQ(h.n_sink, g.n_sink);
     CHECK_EQ(h.n_used, g.n_sink + g.n_out);
@@ -199,13 +203,13 @@ void check_case(const golden & g, const std::string & name, bool first, const la
     }
 
     const std::vector<f16> k = to_f16(g.k), v = to_f16(g.v); // before the pass
-    CHECK_BITS(h.key(0),      k.data(),      (int64_t) g.n_sink*g.d_k);
-    CHECK_BITS(h.val(0),      v.data(),      (int64_t) g.n_sink*g.d_v);
+    CHECK_BITS(h.key(0), k.data(), (int64_t) g.n_sink * g.d_k);
+    CHECK_BITS(h.val(0), v.data(), (int64_t) g.n_sink * g.d_v);
     CHECK_BITS(h.bias.data(), g.bias.data(), g.n_sink);
 
     const int32_t s = g.n_sink;
     std::vector<int32_t> chunk, n_tok;
-    std::vector<float>   s_use;
+    std::vector<float> s_use;
     for (int32_t i = s; i < h.n_used; ++i) {
         chunk.push_back((int32_t) h.meta[i].chunk);
         n_tok.push_back((int32_t) h.meta[i].n_tok);
@@ -217,13 +221,13 @@ void check_case(const golden & g, const std::string & name, bool first, const la
     if (params.how == method::semantic || evicts(g)) { // the others do not read scores
         CHECK_CLOSE(s_use.data(), g.out_s_use.data(), g.n_out, SCORE_RTOL, evicts(g) ? EVICT_ATOL : PROB_FLOOR);
     }
-    const auto out_k = to_f32(h.key(s), (size_t) g.n_out*g.d_k), out_v = to_f32(h.val(s), (size_t) g.n_out*g.d_v);
-    CHECK_CLOSE(out_k.data(), g.out_k.data(), (int64_t) g.n_out*g.d_k, ROW_RTOL, ROW_ATOL);
-    CHECK_CLOSE(out_v.data(), g.out_v.data(), (int64_t) g.n_out*g.d_v, ROW_RTOL, ROW_ATOL);
+    const auto out_k = to_f32(h.key(s), (size_t) g.n_out * g.d_k), out_v = to_f32(h.val(s), (size_t) g.n_out * g.d_v);
+    CHECK_CLOSE(out_k.data(), g.out_k.data(), (int64_t) g.n_out * g.d_k, ROW_RTOL, ROW_ATOL);
+    CHECK_CLOSE(out_v.data(), g.out_v.data(), (int64_t) g.n_out * g.d_v, ROW_RTOL, ROW_ATOL);
     for (int32_t j = 0; j < g.n_out; ++j) { // a row on its own is not touched
         if (std::count(g.member_of.begin(), g.member_of.end(), j) == 1) {
-            CHECK_BITS(h.key(s + j), k.data() + (int64_t) (s + g.winner[j])*g.d_k, g.d_k);
-            CHECK_BITS(h.val(s + j), v.data() + (int64_t) (s + g.winner[j])*g.d_v, g.d_v);
+            CHECK_BITS(h.key(s + j), k.data() + (int64_t) (s + g.winner[j]) * g.d_k, g.d_k);
+            CHECK_BITS(h.val(s + j), v.data() + (int64_t) (s + g.winner[j]) * g.d_v, g.d_v);
         }
     }
 }
@@ -242,7 +246,8 @@ void test_cases() {
                 CHECK_EQ(look_ahead(g.seed, g.pos_q[i], g.n_horizon), g.u[i]);
             }
         }
-        for (const layout & l : { layout {}, layout { 3, 1, false, 17, 5 }, layout { 2, 1, true, 9, 6 }, layout { 1, 0, true, 0, 0 } }) {
+        for (const layout & l :
+            { layout{}, layout{ 3, 1, false, 17, 5 }, layout{ 2, 1, true, 9, 6 }, layout{ 1, 0, true, 0, 0 } }) {
             check_case(g, name, false, l);
             if (g.n_core == 0 && g.n_new > 0) {
                 check_case(g, name, true, l);
@@ -259,7 +264,8 @@ void test_cases() {
 template <typename F> void check_errors(std::istream & in, F && many) {
     int32_t n_sink, n_past, n_window, n_probe, d_k, d_v, n_gqa, n_part;
     calibrate_params cp;
-    in >> n_sink >> n_past >> n_window >> n_probe >> cp.n_pass >> cp.n_skip >> cp.n_horizon >> cp.seed >> d_k >> d_v >> n_gqa >> n_part;
+    in >> n_sink >> n_past >> n_window >> n_probe >> cp.n_pass >> cp.n_skip >> cp.n_horizon >> cp.seed >> d_k >> d_v >>
+        n_gqa >> n_part;
     cp.n_window = n_window;
     const int32_t n = n_past + n_window + n_probe;
     auto as = [&](size_t count, auto convert) {
@@ -272,30 +278,40 @@ template <typename F> void check_errors(std::istream & in, F && many) {
     auto half = [](double x) { return f32_to_f16((float) x); };
     const std::vector<double> parts = many(n_part);
     const auto chunk = as(n_past - n_sink, [](double x) { return (int32_t) x; });
-    const auto k = as((size_t) n*d_k, half), v = as((size_t) n*d_v, half), q = as((size_t) n*n_gqa*d_k, half);
+    const auto k = as((size_t) n * d_k, half), v = as((size_t) n * d_v, half), q = as((size_t) n * n_gqa * d_k, half);
     const std::vector<double> want = many(n_part);
 
     std::vector<int32_t> cell(n);
     std::iota(cell.begin(), cell.end(), 0);
     text_rows text = {};
-    text.pos     = cell.data();
+    text.pos = cell.data();
     text.n_probe = n_probe;
     stage_rows & s = text.rows;
-    s.k = k.data(); s.k_cell = d_k;
-    s.v = v.data(); s.v_cell = d_v; s.v_elem = 1;
-    s.cell = cell.data(); s.chunk = chunk.data();
-    s.n_sink = n_sink; s.n_new = n_past - n_sink; s.n_window = n_window + n_probe;
+    s.k = k.data();
+    s.k_cell = d_k;
+    s.v = v.data();
+    s.v_cell = d_v;
+    s.v_elem = 1;
+    s.cell = cell.data();
+    s.chunk = chunk.data();
+    s.n_sink = n_sink;
+    s.n_new = n_past - n_sink;
+    s.n_window = n_window + n_probe;
     query_rows & rows = text.queries;
-    rows.q = q.data(); rows.q_row = n_gqa*d_k; rows.row = cell.data(); rows.n = n;
-    const head_shape shape = { d_k, d_v, n_gqa, 1.0f/std::sqrt((float) d_k), 0.0f };
+    rows.q = q.data();
+    rows.q_row = n_gqa * d_k;
+    rows.row = cell.data();
+    rows.n = n;
+    const head_shape shape = { d_k, d_v, n_gqa, 1.0f / std::sqrt((float) d_k), 0.0f };
     rope r;
-    for (int32_t i = 0; i < d_k/2; ++i) {
+    for (int32_t i = 0; i < d_k / 2; ++i) {
         r.inv_freq.push_back(std::ldexp(1.0f, -i));
     }
     pass_workspace ws;
     const std::vector<double> got = output_errors(text, shape, r, cp, parts, ws);
     CHECK_EQ(got.size(), want.size());
-    CHECK_CLOSE(got.data(), want.data(), (int64_t) want.size(), 1e-3, 0.0); // merged rows are rounded to f16 after every pass
+    CHECK_CLOSE(
+        got.data(), want.data(), (int64_t) want.size(), 1e-3, 0.0); // merged rows are rounded to f16 after every pass
 }
 
 void check_table(const std::string & line, const profile & p, std::istream & in, const std::string & what) {
@@ -316,8 +332,8 @@ void check_table(const std::string & line, const profile & p, std::istream & in,
         }
     } else if (what == "horizon") {
         uint64_t seed;
-        int32_t  n_horizon, want;
-        int64_t  pos;
+        int32_t n_horizon, want;
+        int64_t pos;
         in >> seed >> n_horizon >> pos >> want;
         CHECK_EQ(look_ahead(seed, pos, n_horizon), want);
     } else if (what == "delimiter") {
@@ -343,14 +359,15 @@ void check_table(const std::string & line, const profile & p, std::istream & in,
         CHECK_CLOSE(ids.data(), want.data(), n, 0.0, 0.0);
         CHECK_EQ(c.next_id, n ? ids.back() + 1 : first_id);
     } else if (what == "budgets" || what == "equal") {
-        double  ratio;
+        double ratio;
         int32_t n_head = (int32_t) p.heads.size(), n_ctx, n_sink, n_chunk;
         if (what == "equal") {
             in >> n_head;
         }
         in >> ratio >> n_ctx >> n_sink >> n_chunk;
-        const std::vector<double>  want = many(n_head);
-        const std::vector<int32_t> got  = what == "equal" ? equal_budgets(n_head, ratio, n_ctx, n_sink + n_chunk) : p.budgets(ratio, n_ctx, n_sink + n_chunk);
+        const std::vector<double> want = many(n_head);
+        const std::vector<int32_t> got = what == "equal" ? equal_budgets(n_head, ratio, n_ctx, n_sink + n_chunk)
+                                                         : p.budgets(ratio, n_ctx, n_sink + n_chunk);
         CHECK_EQ(got.size(), want.size());
         CHECK_CLOSE(got.data(), want.data(), (int64_t) std::min(want.size(), got.size()), 0.0, 0.0);
     } else if (what == "errors") {
@@ -390,21 +407,23 @@ void test_budgets() {
         profile p;
         p.parts = profile_parts();
         for (int32_t h = 0, n = 1 + r.below(40); h < n; ++h) {
-            const double size = std::pow(10.0, -4.0*r.uniform()), slope = -2.0*r.uniform();
+            const double size = std::pow(10.0, -4.0 * r.uniform()), slope = -2.0 * r.uniform();
             p.heads.push_back({ 0, h, {} });
             for (double x : p.parts) {
-                p.heads.back().error.push_back(r.below(20) ? size*std::pow(x, slope)*(0.8 + 0.4*r.uniform()) : 0.0);
+                p.heads.back().error.push_back(
+                    r.below(20) ? size * std::pow(x, slope) * (0.8 + 0.4 * r.uniform()) : 0.0);
             }
         }
         const int32_t n_ctx = 64 + r.below(5000);
-        const double  ratio = 0.05 + 0.95*r.uniform();
-        const int32_t lo    = std::min(36, n_ctx);
-        const int64_t total = (int64_t) std::floor(ratio*n_ctx*(double) p.heads.size() + 0.5);
+        const double ratio = 0.05 + 0.95 * r.uniform();
+        const int32_t lo = std::min(36, n_ctx);
+        const int64_t total = (int64_t) std::floor(ratio * n_ctx * (double) p.heads.size() + 0.5);
         const std::vector<int32_t> rows = p.budgets(ratio, n_ctx, lo);
-        CHECK_EQ(rows.empty(), (int64_t) (lo*p.heads.size()) > total);
+        CHECK_EQ(rows.empty(), (int64_t) (lo * p.heads.size()) > total);
         if (!rows.empty()) {
             CHECK_EQ(std::accumulate(rows.begin(), rows.end(), (int64_t) 0), total);
-            CHECK(*std::min_element(rows.begin(), rows.end()) >= lo && *std::max_element(rows.begin(), rows.end()) <= n_ctx);
+            CHECK(*std::min_element(rows.begin(), rows.end()) >= lo &&
+                  *std::max_element(rows.begin(), rows.end()) <= n_ctx);
         }
     }
 
@@ -414,7 +433,7 @@ void test_budgets() {
     for (int32_t h = 0; h < 5; ++h) {
         p.heads.push_back({ 0, h, {} });
         for (double x : p.parts) {
-            p.heads[h].error.push_back((h + 1)*(1.0 - x)/x);
+            p.heads[h].error.push_back((h + 1) * (1.0 - x) / x);
         }
     }
     const std::vector<int32_t> rows = p.budgets(0.2, 4096, 36);
@@ -446,7 +465,7 @@ void write_file(const std::string & path, const std::string & content) {
 
 void test_profile() {
     CASE("profile");
-    std::string folder = (std::filesystem::temp_directory_path()/"semcache-XXXXXX").string();
+    std::string folder = (std::filesystem::temp_directory_path() / "semcache-XXXXXX").string();
     if (!mkdtemp(folder.data())) {
         CHECK(!"no temporary folder");
         return;
@@ -477,17 +496,46 @@ void test_profile() {
     CHECK(error.find(folder + "/none.txt") != std::string::npos);
 
     // one line of the golden file replaced, or the file cut off before it
-    struct { int line; const char * text; } const bad[] = {
-        { 1, "" }, { 1, "semcache-profile 1" }, { 1, "semcache-profile 3\r" }, { 1, nullptr },
-        { 2, "model_id" }, { 2, "model_id " }, { 2, "name x" }, { 2, nullptr },
-        { 3, "n_text 0" }, { 3, "n_text -1" }, { 3, "n_text" }, { 3, "n_text four" }, { 3, "n_text 4 texts" }, { 3, nullptr },
-        { 4, "parts" }, { 4, "parts 0.1 0.1 0.2 0.3 0.4 0.5 0.6" }, { 4, "parts 0.2 0.1 0.3 0.4 0.5 0.6 0.7" },
-        { 4, "parts 0.1 0.2 0.3 0.4 0.5 0.6 1" }, { 4, "parts 0 0.2 0.3 0.4 0.5 0.6 0.7" }, { 4, "parts 0.1 nan 0.3 0.4 0.5 0.6 0.7" },
-        { 4, "parts 0.1 0.2 0.3 0.4 0.5 0.6 x" }, { 4, nullptr },
-        { 5, nullptr }, { 6, "" }, { 6, "head 0" }, { 6, "head 0 x 1 1 1 1 1 1 1" }, { 6, "row 0 1 1 1 1 1 1 1 1" },
-        { 6, "head 0 1 1 1 1 1 1 1" }, { 6, "head 0 1 1 1 1 1 1 1 1 1" }, { 6, "head 0 1 1 1 1 1 1 1 inf" },
-        { 6, "head 0 1 1 1 -0.1 1 1 1 1" }, { 6, "head 0 1 1 nan 1 1 1 1 1" }, { 6, "head 0 1 1 1 1 1 1 1 1 x" },
-        { 6, "head 0 0 1 1 1 1 1 1 1" }, { 8, "head 0 1 1 1 1 1 1 1 1" }, { 10, "head -1 2 1 1 1 1 1 1 1" },
+    struct {
+        int line;
+        const char * text;
+    } const bad[] = {
+        { 1, "" },
+        { 1, "semcache-profile 1" },
+        { 1, "semcache-profile 3\r" },
+        { 1, nullptr },
+        { 2, "model_id" },
+        { 2, "model_id " },
+        { 2, "name x" },
+        { 2, nullptr },
+        { 3, "n_text 0" },
+        { 3, "n_text -1" },
+        { 3, "n_text" },
+        { 3, "n_text four" },
+        { 3, "n_text 4 texts" },
+        { 3, nullptr },
+        { 4, "parts" },
+        { 4, "parts 0.1 0.1 0.2 0.3 0.4 0.5 0.6" },
+        { 4, "parts 0.2 0.1 0.3 0.4 0.5 0.6 0.7" },
+        { 4, "parts 0.1 0.2 0.3 0.4 0.5 0.6 1" },
+        { 4, "parts 0 0.2 0.3 0.4 0.5 0.6 0.7" },
+        { 4, "parts 0.1 nan 0.3 0.4 0.5 0.6 0.7" },
+        { 4, "parts 0.1 0.2 0.3 0.4 0.5 0.6 x" },
+        { 4, nullptr },
+        { 5, nullptr },
+        { 6, "" },
+        { 6, "head 0" },
+        { 6, "head 0 x 1 1 1 1 1 1 1" },
+        { 6, "row 0 1 1 1 1 1 1 1 1" },
+        { 6, "head 0 1 1 1 1 1 1 1" },
+        { 6, "head 0 1 1 1 1 1 1 1 1 1" },
+        { 6, "head 0 1 1 1 1 1 1 1 inf" },
+        { 6, "head 0 1 1 1 -0.1 1 1 1 1" },
+        { 6, "head 0 1 1 nan 1 1 1 1 1" },
+        { 6, "head 0 1 1 1 1 1 1 1 1 x" },
+        { 6, "head 0 0 1 1 1 1 1 1 1" },
+        { 8, "head 0 1 1 1 1 1 1 1 1" },
+        { 10, "head -1 2 1 1 1 1 1 1 1" },
     };
     for (const auto & b : bad) {
         std::istringstream in(golden);

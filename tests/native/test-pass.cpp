@@ -12,57 +12,58 @@ namespace {
 constexpr int32_t N_SINK = 4;
 
 // A text that goes through one head: passes, and what the next stage is drawn from.
-constexpr method ALL_METHODS[] = { method::semantic, method::paper, method::streaming, method::keydiff, method::knorm, method::snapkv, method::tova, method::h2o };
+constexpr method ALL_METHODS[] = { method::semantic, method::paper, method::streaming, method::keydiff, method::knorm,
+    method::snapkv, method::tova, method::h2o };
 
 struct spec {
-    method  how     = method::semantic;
-    bool    merge   = true;
+    method how = method::semantic;
+    bool merge = true;
     int32_t distinct = DISTINCT;
-    int32_t d_k     = 64, d_v = 48, n_gqa = 3, n_rot = 64;
-    bool    neox    = true;
-    float   softcap = 0.0f;
+    int32_t d_k = 64, d_v = 48, n_gqa = 3, n_rot = 64;
+    bool neox = true;
+    float softcap = 0.0f;
     int32_t n_alloc = 44, n_new = 60, n_window = 9, n_chunk = 16;
-    int32_t n_sink  = N_SINK;
-    bool    voted   = false; // the stage has votes of earlier passes
+    int32_t n_sink = N_SINK;
+    bool voted = false; // the stage has votes of earlier passes
 };
 
 // Exact in f16, and small beside the rest of a key.
-float chunk_mark(int32_t chunk) { return (float) (chunk + 1)/256.0f; }
+float chunk_mark(int32_t chunk) { return (float) (chunk + 1) / 256.0f; }
 
 struct text_source {
-    spec       s;
-    rng        r;
+    spec s;
+    rng r;
     head_shape shape;
-    rope       rp;
-    int32_t    n_past = 0, next_chunk = 0;
+    rope rp;
+    int32_t n_past = 0, next_chunk = 0;
     std::map<int32_t, int32_t> chunk_len; // tokens of every chunk that was given out
 
     text_source(const spec & s, uint64_t seed) : s(s), r(seed) {
-        shape = { s.d_k, s.d_v, s.n_gqa, 1.0f/std::sqrt((float) s.d_k), s.softcap };
-        for (int32_t i = 0; i < s.n_rot/2; ++i) {
-            rp.inv_freq.push_back(std::pow(10000.0f, -2.0f*(float) i/(float) s.n_rot));
+        shape = { s.d_k, s.d_v, s.n_gqa, 1.0f / std::sqrt((float) s.d_k), s.softcap };
+        for (int32_t i = 0; i < s.n_rot / 2; ++i) {
+            rp.inv_freq.push_back(std::pow(10000.0f, -2.0f * (float) i / (float) s.n_rot));
         }
         rp.neox = s.neox;
     }
 
-    f16 normal(double scale, double mean = 0.0) { return f32_to_f16((float) (mean + scale*r.normal())); }
+    f16 normal(double scale, double mean = 0.0) { return f32_to_f16((float) (mean + scale * r.normal())); }
 
-    // Tokens of a chunk have like keys that end with the number of the chunk, the same in all of them, so a row that mixes two
-    // chunks shows it. Queries are 0 there, and where RoPE would turn something to it.
+    // Tokens of a chunk have like keys that end with the number of the chunk, the same in all of them, so a row that
+    // mixes two chunks shows it. Queries are 0 there, and where RoPE would turn something to it.
     tokens draw(bool first, int32_t n_new) {
         tokens t;
-        t.n_sink   = first ? s.n_sink : 0;
-        t.n_new    = n_new;
+        t.n_sink = first ? s.n_sink : 0;
+        t.n_new = n_new;
         t.n_window = s.n_window;
         std::vector<double> mean(s.d_k);
         int32_t left = 0, chunk = -1;
         for (int32_t i = 0; i < t.n(); ++i) {
             const bool cand = i >= t.n_sink && i < t.n_sink + n_new;
             if (cand && left == 0) {
-                left  = 1 + r.below(s.n_chunk);
+                left = 1 + r.below(s.n_chunk);
                 chunk = next_chunk++;
                 for (double & m : mean) {
-                    m = 0.7*r.normal();
+                    m = 0.7 * r.normal();
                 }
             }
             if (cand) {
@@ -70,23 +71,25 @@ struct text_source {
                 --left;
             }
             for (int32_t e = 0; e < s.d_k; ++e) {
-                t.k.push_back(cand && e == s.d_k - 1 ? f32_to_f16(chunk_mark(chunk)) : normal(1.0, cand ? mean[e] : 0.0));
+                t.k.push_back(
+                    cand && e == s.d_k - 1 ? f32_to_f16(chunk_mark(chunk)) : normal(1.0, cand ? mean[e] : 0.0));
             }
             for (int32_t e = 0; e < s.d_v; ++e) {
                 t.v.push_back(normal(1.0));
             }
-            for (int32_t e = 0; i >= t.n_sink && e < s.n_gqa*s.d_k; ++e) {
-                const int32_t at = e%s.d_k;
-                const f16     x  = normal(1.5);
-                t.q.push_back(at >= s.d_k - 2 || at == s.d_k/2 - 1 ? f32_to_f16(0.0f) : x);
+            for (int32_t e = 0; i >= t.n_sink && e < s.n_gqa * s.d_k; ++e) {
+                const int32_t at = e % s.d_k;
+                const f16 x = normal(1.5);
+                t.q.push_back(at >= s.d_k - 2 || at == s.d_k / 2 - 1 ? f32_to_f16(0.0f) : x);
             }
         }
         std::vector<int64_t> delta;
         const int32_t now = n_past + t.n();
         t.n_q = n_new + s.n_window;
         for (int32_t i = 0; s.voted && i < t.n(); ++i) {
-            t.n_voted.push_back(r.below(4)*20);
-            t.votes.push_back({ (float) (t.n_voted.back()*s.n_gqa*1e-6*r.uniform()), (float) (t.n_voted.back()*s.n_gqa*0.03*r.uniform()) });
+            t.n_voted.push_back(r.below(4) * 20);
+            t.votes.push_back({ (float) (t.n_voted.back() * s.n_gqa * 1e-6 * r.uniform()),
+                (float) (t.n_voted.back() * s.n_gqa * 0.03 * r.uniform()) });
         }
         for (int32_t i = 0; i < t.n_q; ++i) {
             t.token.push_back(t.n() - t.n_q + i);
@@ -112,22 +115,26 @@ struct text_source {
 
 struct slow_row {
     std::vector<double> k, v;
-    double   bias, s_use;
+    double bias, s_use;
     uint32_t chunk, n_tok;
-    bool     stored; // as it was before, so to the last bit
-    int64_t  source; // candidate
+    bool stored;    // as it was before, so to the last bit
+    int64_t source; // candidate
 };
 
 struct slow_result {
     std::vector<slow_row> rows;
     int64_t n_merged = 0, n_dropped = 0;
-    double  margin = 1.0; // least relative distance of a decision's best from its runner-up
+    double margin = 1.0; // least relative distance of a decision's best from its runner-up
 };
 
 slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, const pass_params & params) {
     const head_shape & sh = h.shape;
     const int32_t d_k = sh.n_embd_head_k, d_v = sh.n_embd_head_v;
-    struct row { std::vector<float> k, v; double bias; core_meta meta; };
+    struct row {
+        std::vector<float> k, v;
+        double bias;
+        core_meta meta;
+    };
     std::vector<row> cand, rest;
     for (int32_t i = 0; i < h.n_used; ++i) {
         (i < h.n_sink ? rest : cand).push_back({ to_f32(h.key(i), d_k), to_f32(h.val(i), d_v), h.bias[i], h.meta[i] });
@@ -136,23 +143,24 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
     for (int32_t i = 0; i < t.n(); ++i) {
         const int32_t c = i - t.n_sink;
         const bool is_cand = c >= 0 && c < t.n_new;
-        (is_cand ? cand : rest).push_back({ to_f32(t.k.data() + (int64_t) i*d_k, d_k), to_f32(t.v.data() + (int64_t) i*d_v, d_v), 0.0,
-            { 0.0f, is_cand ? (uint32_t) t.chunk[c] : 0, 1 } });
+        (is_cand ? cand : rest)
+            .push_back({ to_f32(t.k.data() + (int64_t) i * d_k, d_k), to_f32(t.v.data() + (int64_t) i * d_v, d_v), 0.0,
+                { 0.0f, is_cand ? (uint32_t) t.chunk[c] : 0, 1 } });
     }
     const size_t n = cand.size(), budget = h.n_alloc - (h.n_sink + t.n_sink);
 
     std::vector<std::vector<double>> q; // turned and scaled
     for (int32_t i = 0; i < t.n_q; ++i) {
         for (int32_t g = 0; g < sh.n_gqa; ++g) {
-            const auto src = to_f32(t.q.data() + ((int64_t) i*sh.n_gqa + g)*d_k, d_k);
+            const auto src = to_f32(t.q.data() + ((int64_t) i * sh.n_gqa + g) * d_k, d_k);
             std::vector<double> x(src.begin(), src.end());
             const size_t n_rot = rp.inv_freq.size();
             for (size_t a = 0; a < n_rot; ++a) {
-                const double cos = t.cs[(i*n_rot + a)*2], sin = t.cs[(i*n_rot + a)*2 + 1];
-                const size_t e0 = rp.neox ? a : 2*a, e1 = rp.neox ? a + n_rot : 2*a + 1;
+                const double cos = t.cs[(i * n_rot + a) * 2], sin = t.cs[(i * n_rot + a) * 2 + 1];
+                const size_t e0 = rp.neox ? a : 2 * a, e1 = rp.neox ? a + n_rot : 2 * a + 1;
                 const double x0 = x[e0], x1 = x[e1];
-                x[e0] = x0*cos - x1*sin;
-                x[e1] = x0*sin + x1*cos;
+                x[e0] = x0 * cos - x1 * sin;
+                x[e1] = x0 * sin + x1 * cos;
             }
             for (double & e : x) {
                 e *= sh.scale;
@@ -163,11 +171,11 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
     auto dot64 = [&](const std::vector<double> & x, const auto & k) {
         double s = 0.0;
         for (int32_t e = 0; e < d_k; ++e) {
-            s += x[e]*k[e];
+            s += x[e] * k[e];
         }
         return s;
     };
-    auto capped = [&](double y) { return sh.softcap > 0.0f ? sh.softcap*std::tanh(y/sh.softcap) : y; };
+    auto capped = [&](double y) { return sh.softcap > 0.0f ? sh.softcap * std::tanh(y / sh.softcap) : y; };
 
     std::vector<std::vector<double>> raw(q.size()), p(q.size());
     std::vector<double> z(q.size()), s_use(n), w(n);
@@ -186,39 +194,39 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         }
         z[i] = std::log(sum);
         for (size_t j = 0; j < n; ++j) {
-            p[i].push_back(std::exp(x[j])/sum);
-            s_use[j] += std::pow(p[i][j], 4)/(double) q.size();
-            w[j]     += p[i][j]/(double) q.size();
+            p[i].push_back(std::exp(x[j]) / sum);
+            s_use[j] += std::pow(p[i][j], 4) / (double) q.size();
+            w[j] += p[i][j] / (double) q.size();
         }
     }
     std::vector<double> score(n), mean(d_v);
     for (const row & c : cand) {
         for (int32_t e = 0; e < d_v; ++e) {
-            mean[e] += c.v[e]/(double) n;
+            mean[e] += c.v[e] / (double) n;
         }
     }
     for (size_t j = 0; j < n; ++j) {
         double distance = 0.0; // its unit does not change the order
         for (int32_t e = 0; e < d_v; ++e) {
-            distance += (cand[j].v[e] - mean[e])*(cand[j].v[e] - mean[e]);
+            distance += (cand[j].v[e] - mean[e]) * (cand[j].v[e] - mean[e]);
         }
         const size_t t_j = t.n_sink + j - n_core;
         if (j >= n_core && !t.votes.empty() && t.n_voted[t_j] > 0) {
-            const double n_now = (double) q.size(), n_all = n_now + (double) t.n_voted[t_j]*sh.n_gqa;
-            s_use[j] = (s_use[j]*n_now + t.votes[t_j].p4)/n_all;
-            w[j]     = (w[j]*n_now + t.votes[t_j].p)/n_all;
+            const double n_now = (double) q.size(), n_all = n_now + (double) t.n_voted[t_j] * sh.n_gqa;
+            s_use[j] = (s_use[j] * n_now + t.votes[t_j].p4) / n_all;
+            w[j] = (w[j] * n_now + t.votes[t_j].p) / n_all;
         }
         s_use[j] = std::pow(s_use[j], 0.25);
         if (j < n_core) {
             s_use[j] = std::max<double>(s_use[j], cand[j].meta.s_use);
         }
-        score[j] = s_use[j]*std::sqrt(distance);
+        score[j] = s_use[j] * std::sqrt(distance);
     }
 
-    const size_t stride = std::max<size_t>(1, t.n_q/N_FIT);
+    const size_t stride = std::max<size_t>(1, t.n_q / N_FIT);
     slow_result res;
     std::vector<std::vector<size_t>> members_of; // of res.rows
-    std::vector<int64_t> goes(n, -1); // winner that a candidate becomes a part of
+    std::vector<int64_t> goes(n, -1);            // winner that a candidate becomes a part of
     if (n <= budget) {
         std::iota(goes.begin(), goes.end(), 0);
     } else {
@@ -239,9 +247,9 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
             }
         }
         for (size_t j = 0; j < n; ++j) {
-            unlike[j] = -dot64(unit(cand[j]), all)/std::sqrt(dot64(all, all));
+            unlike[j] = -dot64(unit(cand[j]), all) / std::sqrt(dot64(all, all));
         }
-        if (const size_t n_distinct = budget*params.distinct/100; n_distinct > 0) {
+        if (const size_t n_distinct = budget * params.distinct / 100; n_distinct > 0) {
             sorted = unlike;
             std::sort(sorted.rbegin(), sorted.rend());
             res.margin = sorted[n_distinct - 1] - sorted[n_distinct];
@@ -251,7 +259,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         }
         sorted = score;
         std::sort(sorted.rbegin(), sorted.rend());
-        res.margin = std::min(res.margin, 1.0 - sorted[budget]/sorted[budget - 1]);
+        res.margin = std::min(res.margin, 1.0 - sorted[budget] / sorted[budget - 1]);
         for (size_t j = 0; j < n; ++j) {
             goes[j] = score[j] >= sorted[budget - 1] ? (int64_t) j : -1;
         }
@@ -263,19 +271,19 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
                 }
                 double dist = 0.0;
                 for (size_t i = 0; i < q.size(); ++i) {
-                    if (i/sh.n_gqa % stride != 0) {
+                    if (i / sh.n_gqa % stride != 0) {
                         continue;
                     }
-                    dist += (raw[i][j] - raw[i][o])*(raw[i][j] - raw[i][o]);
+                    dist += (raw[i][j] - raw[i][o]) * (raw[i][j] - raw[i][o]);
                 }
                 next = std::min(next, std::max(best, dist));
                 if (dist < best) {
-                    best    = dist;
+                    best = dist;
                     goes[j] = (int64_t) o;
                 }
             }
             if (next < INFINITY) {
-                res.margin = std::min(res.margin, 1.0 - best/next);
+                res.margin = std::min(res.margin, 1.0 - best / next);
             }
         }
     }
@@ -285,29 +293,30 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
             ++(goes[j] < 0 ? res.n_dropped : res.n_merged);
             continue;
         }
-        slow_row out = { std::vector<double>(d_k), std::vector<double>(d_v), cand[j].bias, s_use[j], cand[j].meta.chunk, 0, true, (int64_t) j };
+        slow_row out = { std::vector<double>(d_k), std::vector<double>(d_v), cand[j].bias, s_use[j], cand[j].meta.chunk,
+            0, true, (int64_t) j };
         std::vector<size_t> members;
         double weight = 0.0;
         for (size_t i = 0; i < n; ++i) {
             if (goes[i] == (int64_t) j) {
                 members.push_back(i);
                 out.n_tok += cand[i].meta.n_tok;
-                weight    += w[i] + 1e-9;
+                weight += w[i] + 1e-9;
             }
         }
         for (size_t i : members) {
             for (int32_t e = 0; e < d_k; ++e) {
-                out.k[e] += (w[i] + 1e-9)/weight*cand[i].k[e];
+                out.k[e] += (w[i] + 1e-9) / weight * cand[i].k[e];
             }
             for (int32_t e = 0; e < d_v; ++e) {
-                out.v[e] += (w[i] + 1e-9)/weight*cand[i].v[e];
+                out.v[e] += (w[i] + 1e-9) / weight * cand[i].v[e];
             }
         }
         if (members.size() > 1) {
             double sum = 0.0;
             size_t n_fit = 0;
             for (size_t i = 0; i < q.size(); ++i) {
-                if (i/sh.n_gqa % stride == 0) {
+                if (i / sh.n_gqa % stride == 0) {
                     double mass = 0.0;
                     for (size_t m : members) {
                         mass += p[i][m];
@@ -316,7 +325,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
                     ++n_fit;
                 }
             }
-            out.bias   = std::min(8.0, std::max(-6.0, sum/(double) n_fit));
+            out.bias = std::min(8.0, std::max(-6.0, sum / (double) n_fit));
             out.stored = false;
         }
         res.rows.push_back(out);
@@ -332,7 +341,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
             merged.push_back(j);
             for (size_t i : members_of[j]) {
                 for (int32_t e = 0; e < d_v; ++e) {
-                    scatter += (cand[i].v[e] - res.rows[j].v[e])*(cand[i].v[e] - res.rows[j].v[e]);
+                    scatter += (cand[i].v[e] - res.rows[j].v[e]) * (cand[i].v[e] - res.rows[j].v[e]);
                 }
                 ++n_member;
             }
@@ -345,14 +354,14 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
     std::vector<std::vector<double>> normal(m, std::vector<double>(m + d_v)); // [A'A + ridge I | A'r]
     size_t n_fit = 0;
     for (size_t i = 0; i < q.size(); ++i) {
-        if (i/sh.n_gqa % stride != 0) {
+        if (i / sh.n_gqa % stride != 0) {
             continue;
         }
         std::vector<double> before(d_v), after(d_v), share;
         double sum = 0.0;
         auto add = [&](std::vector<double> & to, double x, const auto & v) {
             for (int32_t e = 0; e < d_v; ++e) {
-                to[e] += x*v[e];
+                to[e] += x * v[e];
             }
         };
         for (const row & c : rest) {
@@ -375,31 +384,31 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         }
         for (size_t a = 0; a < m; ++a) {
             for (size_t b = 0; b < m; ++b) {
-                normal[a][b] += share[a]*share[b]/(sum*sum);
+                normal[a][b] += share[a] * share[b] / (sum * sum);
             }
             for (int32_t e = 0; e < d_v; ++e) {
-                normal[a][m + e] += share[a]/sum*(before[e] - after[e]/sum);
+                normal[a][m + e] += share[a] / sum * (before[e] - after[e] / sum);
             }
         }
         for (int32_t e = 0; e < d_v; ++e) {
-            missing += (before[e] - after[e]/sum)*(before[e] - after[e]/sum);
+            missing += (before[e] - after[e] / sum) * (before[e] - after[e] / sum);
         }
         ++n_fit;
     }
     for (size_t a = 0; a < m; ++a) {
-        normal[a][a] += 10.0*(missing/(double) n_fit)/(scatter/(double) n_member);
+        normal[a][a] += 10.0 * (missing / (double) n_fit) / (scatter / (double) n_member);
     }
     for (size_t a = 0; a < m; ++a) { // Gauss and Jordan; positive definite, so no pivots
         for (size_t b = 0; b < m; ++b) {
-            const double f = normal[b][a]/normal[a][a];
+            const double f = normal[b][a] / normal[a][a];
             for (size_t c = a; b != a && c < m + d_v; ++c) {
-                normal[b][c] -= f*normal[a][c];
+                normal[b][c] -= f * normal[a][c];
             }
         }
     }
     for (size_t a = 0; a < m; ++a) {
         for (int32_t e = 0; e < d_v; ++e) {
-            res.rows[merged[a]].v[e] += normal[a][m + e]/normal[a][a];
+            res.rows[merged[a]].v[e] += normal[a][m + e] / normal[a][a];
         }
     }
     return res;
@@ -407,7 +416,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
 
 // The errors are those of test-golden.cpp.
 void check_against(const slow_result & want, const head_store & h, const pass_result & res) {
-    CHECK_EQ(res.n_merged,  want.n_merged);
+    CHECK_EQ(res.n_merged, want.n_merged);
     CHECK_EQ(res.n_dropped, want.n_dropped);
     CHECK_EQ(h.n_used - h.n_sink, (int32_t) want.rows.size());
     if (h.n_used - h.n_sink != (int32_t) want.rows.size()) {
@@ -415,12 +424,12 @@ void check_against(const slow_result & want, const head_store & h, const pass_re
     }
     for (size_t j = 0; j < want.rows.size(); ++j) {
         const slow_row & x = want.rows[j];
-        const int32_t    i = h.n_sink + (int32_t) j;
-        const double  tiny = x.stored ? 0.0 : 1.0; // float64 holds a row that was only moved exactly
+        const int32_t i = h.n_sink + (int32_t) j;
+        const double tiny = x.stored ? 0.0 : 1.0; // float64 holds a row that was only moved exactly
         const auto k = to_f32(h.key(i), x.k.size()), v = to_f32(h.val(i), x.v.size());
-        CHECK_CLOSE(k.data(), x.k.data(), (int64_t) k.size(), tiny*4.95e-4, tiny*2e-5 + 1e-12);
-        CHECK_CLOSE(v.data(), x.v.data(), (int64_t) v.size(), tiny*4.95e-4, tiny*2e-5 + 1e-12);
-        CHECK_CLOSE(&h.bias[i], &x.bias, 1, 0.0, tiny*2e-5 + 1e-12);
+        CHECK_CLOSE(k.data(), x.k.data(), (int64_t) k.size(), tiny * 4.95e-4, tiny * 2e-5 + 1e-12);
+        CHECK_CLOSE(v.data(), x.v.data(), (int64_t) v.size(), tiny * 4.95e-4, tiny * 2e-5 + 1e-12);
+        CHECK_CLOSE(&h.bias[i], &x.bias, 1, 0.0, tiny * 2e-5 + 1e-12);
         CHECK_CLOSE(&h.meta[i].s_use, &x.s_use, 1, 2e-5, 1e-12);
         CHECK_EQ((uint32_t) h.meta[i].chunk, x.chunk);
         CHECK_EQ((uint32_t) h.meta[i].n_tok, x.n_tok);
@@ -432,8 +441,9 @@ void check_against(const slow_result & want, const head_store & h, const pass_re
 struct sinks {
     std::vector<f16> k, v;
 
-    sinks(const tokens & t, const head_shape & s)
-        : k(t.k.begin(), t.k.begin() + (int64_t) t.n_sink*s.n_embd_head_k), v(t.v.begin(), t.v.begin() + (int64_t) t.n_sink*s.n_embd_head_v) {}
+    sinks(const tokens & t, const head_shape & s) :
+        k(t.k.begin(), t.k.begin() + (int64_t) t.n_sink * s.n_embd_head_k),
+        v(t.v.begin(), t.v.begin() + (int64_t) t.n_sink * s.n_embd_head_v) {}
 };
 
 void check_invariants(const text_source & text, const head_store & h, const sinks & first, int64_t n_dropped_tok) {
@@ -480,11 +490,27 @@ void test_long_text() {
     specs[1].merge = false;
     specs[2].how = method::paper;
     specs[3].how = method::streaming;
-    specs[4].d_k = 80; specs[4].d_v = 80; specs[4].n_gqa = 1; specs[4].n_rot = 32; specs[4].softcap = 20.0f;
-    specs[5].d_k = 32; specs[5].d_v = 32; specs[5].n_gqa = 7; specs[5].n_rot = 32; specs[5].neox = false; specs[5].n_alloc = 20;
-    specs[6].n_rot = 0; specs[6].n_alloc = 200; specs[6].n_new = 250; specs[6].n_window = 40; // fits look at every third query
-    specs[7].n_sink = 0; specs[7].n_alloc = 5; specs[7].n_window = 1; specs[7].n_chunk = 40;
-    specs[8].how = method::paper; specs[8].n_alloc = 9; // fewer rows than chunks
+    specs[4].d_k = 80;
+    specs[4].d_v = 80;
+    specs[4].n_gqa = 1;
+    specs[4].n_rot = 32;
+    specs[4].softcap = 20.0f;
+    specs[5].d_k = 32;
+    specs[5].d_v = 32;
+    specs[5].n_gqa = 7;
+    specs[5].n_rot = 32;
+    specs[5].neox = false;
+    specs[5].n_alloc = 20;
+    specs[6].n_rot = 0;
+    specs[6].n_alloc = 200;
+    specs[6].n_new = 250;
+    specs[6].n_window = 40; // fits look at every third query
+    specs[7].n_sink = 0;
+    specs[7].n_alloc = 5;
+    specs[7].n_window = 1;
+    specs[7].n_chunk = 40;
+    specs[8].how = method::paper;
+    specs[8].n_alloc = 9; // fewer rows than chunks
     specs[9].voted = true;
     specs[10].distinct = 0;
     specs[11].distinct = 100;
@@ -498,7 +524,7 @@ void test_long_text() {
         int64_t n_dropped_tok = 0;
         for (int pass = 0; pass < 10; ++pass) {
             CASE("text " + std::to_string(c) + ", pass " + std::to_string(pass));
-            const int32_t n_new = pass == 0 || pass % 3 ? s.n_new : s.n_new/2;
+            const int32_t n_new = pass == 0 || pass % 3 ? s.n_new : s.n_new / 2;
             slow_result want;
             tokens t;
             for (int attempt = 0; attempt < 50; ++attempt) { // until float32 must come to the same decisions
@@ -520,7 +546,8 @@ void test_long_text() {
             const int64_t before = tokens_in(h) + n_new;
             const int32_t n_cand = h.n_used - h.n_sink + n_new;
             reserve(ws, h, t);
-            const pass_result res = run_pass(h, t, text.rp, text.params(), ws, { 2, pass % 2, pass % 3 == 1, 10, (uint64_t) pass });
+            const pass_result res =
+                run_pass(h, t, text.rp, text.params(), ws, { 2, pass % 2, pass % 3 == 1, 10, (uint64_t) pass });
             CHECK_EQ(res.n_merged + res.n_dropped + h.n_used - h.n_sink, (int64_t) n_cand);
             if (s.how == method::semantic) {
                 CHECK(want.margin > 1e-4);
@@ -556,10 +583,10 @@ void test_streaming() {
     CHECK_EQ(res.n_dropped, 30 + 25 - (s.n_alloc - N_SINK));
     CHECK_EQ(res.n_merged, 0);
     const int32_t kept = s.n_alloc - N_SINK - 25; // of a
-    CHECK_BITS(h.key(N_SINK), a.k.data() + (int64_t) (N_SINK + 30 - kept)*s.d_k, (int64_t) kept*s.d_k);
-    CHECK_BITS(h.val(N_SINK), a.v.data() + (int64_t) (N_SINK + 30 - kept)*s.d_v, (int64_t) kept*s.d_v);
-    CHECK_BITS(h.key(N_SINK + kept), b.k.data(), 25*s.d_k);
-    CHECK_BITS(h.val(N_SINK + kept), b.v.data(), 25*s.d_v);
+    CHECK_BITS(h.key(N_SINK), a.k.data() + (int64_t) (N_SINK + 30 - kept) * s.d_k, (int64_t) kept * s.d_k);
+    CHECK_BITS(h.val(N_SINK), a.v.data() + (int64_t) (N_SINK + 30 - kept) * s.d_v, (int64_t) kept * s.d_v);
+    CHECK_BITS(h.key(N_SINK + kept), b.k.data(), 25 * s.d_k);
+    CHECK_BITS(h.val(N_SINK + kept), b.v.data(), 25 * s.d_v);
 }
 
 // With room for all, nothing changes to the last bit; only the scores are new.
@@ -578,11 +605,11 @@ void test_below_budget() {
             CHECK_EQ(res.n_merged, 0);
             CHECK_EQ(res.n_dropped, 0);
             CHECK_EQ(h.n_used, at + n);
-            CHECK_BITS(h.key(0), old.key(0), (int64_t) at*s.d_k);
-            CHECK_BITS(h.val(0), old.val(0), (int64_t) at*s.d_v);
+            CHECK_BITS(h.key(0), old.key(0), (int64_t) at * s.d_k);
+            CHECK_BITS(h.val(0), old.val(0), (int64_t) at * s.d_v);
             CHECK_BITS(h.bias.data(), old.bias.data(), at);
-            CHECK_BITS(h.key(at), t.k.data(), (int64_t) n*s.d_k);
-            CHECK_BITS(h.val(at), t.v.data(), (int64_t) n*s.d_v);
+            CHECK_BITS(h.key(at), t.k.data(), (int64_t) n * s.d_k);
+            CHECK_BITS(h.val(at), t.v.data(), (int64_t) n * s.d_v);
             for (int32_t i = at; i < h.n_used; ++i) {
                 CHECK_EQ(h.bias[i], 0.0f);
                 CHECK(i < N_SINK || h.meta[i].n_tok == 1);
@@ -592,13 +619,18 @@ void test_below_budget() {
     }
 }
 
-// Same input, same bits: with a workspace of just the size, a larger one, one that another head has used, and rubbish in it.
+// Same input, same bits: with a workspace of just the size, a larger one, one that another head has used, and rubbish
+// in it.
 void test_workspaces() {
     for (method how : ALL_METHODS) {
         CASE("workspaces, method " + std::to_string((int) how));
         spec s, big;
         s.how = big.how = how;
-        big.d_k = 96; big.d_v = 128; big.n_gqa = 7; big.n_new = 150; big.softcap = 30.0f;
+        big.d_k = 96;
+        big.d_v = 128;
+        big.n_gqa = 7;
+        big.n_new = 150;
+        big.softcap = 30.0f;
         text_source text(s, 6), other(big, 7);
         const tokens t0 = text.draw(true, 50), t1 = text.draw(false, 60), o = other.draw(true, 150);
 
@@ -618,23 +650,29 @@ void test_workspaces() {
         CHECK_SAME_ROWS(both(same, []() {}), want); // again in the same one
         large.reserve(other.shape, 1000, 500, 3000);
         CHECK_SAME_ROWS(both(large, []() {}), want);
-        CHECK_SAME_ROWS(both(used, [&]() {
-            head_store h(other.shape, 60);
-            reserve(used, h, o);
-            run_pass(h, o, other.rp, other.params(), used);
-        }), want);
+        CHECK_SAME_ROWS(both(used,
+                            [&]() {
+                                head_store h(other.shape, 60);
+                                reserve(used, h, o);
+                                run_pass(h, o, other.rp, other.params(), used);
+                            }),
+            want);
         dirty.reserve(other.shape, 1000, 500, 3000);
-        CHECK_SAME_ROWS(both(dirty, [&]() {
-            for (auto * v : { &dirty.k, &dirty.panels, &dirty.q, &dirty.x, &dirty.bias, &dirty.s_use, &dirty.s_dev, &dirty.w, &dirty.z,
-                    &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new, &dirty.bias_new, &dirty.v, &dirty.v_mean, &dirty.out, &dirty.v_gone,
-                    &dirty.bias_gone, &dirty.s_gone, &dirty.shares, &dirty.r, &dirty.normal, &dirty.move }) {
-                std::fill(v->begin(), v->end(), NAN);
-            }
-            for (auto * v : { &dirty.order, &dirty.rank, &dirty.winner, &dirty.merged, &dirty.count }) {
-                std::fill(v->begin(), v->end(), 0x7fffffff);
-            }
-            std::fill(dirty.meta.begin(), dirty.meta.end(), core_meta { NAN, 0xffffff, 0xff });
-        }), want);
+        CHECK_SAME_ROWS(
+            both(dirty,
+                [&]() {
+                    for (auto * v : { &dirty.k, &dirty.panels, &dirty.q, &dirty.x, &dirty.bias, &dirty.s_use,
+                             &dirty.s_dev, &dirty.w, &dirty.z, &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new,
+                             &dirty.bias_new, &dirty.v, &dirty.v_mean, &dirty.out, &dirty.v_gone, &dirty.bias_gone,
+                             &dirty.s_gone, &dirty.shares, &dirty.r, &dirty.normal, &dirty.move }) {
+                        std::fill(v->begin(), v->end(), NAN);
+                    }
+                    for (auto * v : { &dirty.order, &dirty.rank, &dirty.winner, &dirty.merged, &dirty.count }) {
+                        std::fill(v->begin(), v->end(), 0x7fffffff);
+                    }
+                    std::fill(dirty.meta.begin(), dirty.meta.end(), core_meta{ NAN, 0xffffff, 0xff });
+                }),
+            want);
     }
 }
 
@@ -643,10 +681,10 @@ std::vector<float> attend(const head_store & h, const tokens & t, const std::vec
     const head_shape & s = h.shape;
     const int32_t first = 0, count = h.n_used;
     const std::vector<float> mask(t.n(), 0.0f);
-    attn_args a = { s.n_embd_head_k, s.n_embd_head_v, s.n_gqa, 1, 1, t.n(), s.scale, s.softcap,
-        q.data(), s.n_embd_head_k, 0, t.k.data(), 0, s.n_embd_head_k, t.v.data(), 0, s.n_embd_head_v, 1,
-        mask.data(), false, t.n(), nullptr, h.k.data(), h.type, h.v.data(), h.type, h.bias.data(), &first, &count };
-    std::vector<float> work(attn_work_size(a, 1)), out((size_t) s.n_gqa*s.n_embd_head_v);
+    attn_args a = { s.n_embd_head_k, s.n_embd_head_v, s.n_gqa, 1, 1, t.n(), s.scale, s.softcap, q.data(),
+        s.n_embd_head_k, 0, t.k.data(), 0, s.n_embd_head_k, t.v.data(), 0, s.n_embd_head_v, 1, mask.data(), false,
+        t.n(), nullptr, h.k.data(), h.type, h.v.data(), h.type, h.bias.data(), &first, &count };
+    std::vector<float> work(attn_work_size(a, 1)), out((size_t) s.n_gqa * s.n_embd_head_v);
     attn_part(a, work.data(), out.data(), 0, 1);
     attn_reduce(a, work.data(), out.data(), 0, 1);
     return out;
@@ -659,24 +697,24 @@ void test_equal_tokens() {
             for (int32_t n_group : { 1, 5 }) {
                 CASE("equal tokens, method " + std::to_string((int) how) + ", " + std::to_string(n_group) + " chunks");
                 spec s;
-                s.how     = how;
+                s.how = how;
                 s.softcap = softcap;
                 text_source text(s, 9);
-                tokens t = text.draw(true, 12*n_group);
+                tokens t = text.draw(true, 12 * n_group);
                 for (int32_t i = 0; i < t.n_new; ++i) {
-                    const int32_t g = i/12, from = t.n_sink + g*12, to = t.n_sink + i;
+                    const int32_t g = i / 12, from = t.n_sink + g * 12, to = t.n_sink + i;
                     t.chunk[i] = g;
-                    std::copy_n(t.k.begin() + (int64_t) from*s.d_k, s.d_k, t.k.begin() + (int64_t) to*s.d_k);
-                    std::copy_n(t.v.begin() + (int64_t) from*s.d_v, s.d_v, t.v.begin() + (int64_t) to*s.d_v);
+                    std::copy_n(t.k.begin() + (int64_t) from * s.d_k, s.d_k, t.k.begin() + (int64_t) to * s.d_k);
+                    std::copy_n(t.v.begin() + (int64_t) from * s.d_v, s.d_v, t.v.begin() + (int64_t) to * s.d_v);
                 }
-                head_store h(text.shape, N_SINK + (n_group == 1 ? 1 : 3*n_group));
+                head_store h(text.shape, N_SINK + (n_group == 1 ? 1 : 3 * n_group));
                 const pass_result res = run_pass(h, t, text.rp, text.params());
                 CHECK(res.n_merged > 0);
                 for (int32_t i = N_SINK; i < h.n_used; ++i) {
-                    const int64_t from = N_SINK + (int64_t) h.meta[i].chunk*12;
+                    const int64_t from = N_SINK + (int64_t) h.meta[i].chunk * 12;
                     CHECK(std::fabs(h.bias[i] - std::log((double) h.meta[i].n_tok)) < 5e-6);
-                    CHECK_BITS(h.key(i), t.k.data() + from*s.d_k, s.d_k); // a mean of equal rows is that row
-                    CHECK_BITS(h.val(i), t.v.data() + from*s.d_v, s.d_v);
+                    CHECK_BITS(h.key(i), t.k.data() + from * s.d_k, s.d_k); // a mean of equal rows is that row
+                    CHECK_BITS(h.val(i), t.v.data() + from * s.d_v, s.d_v);
                     const bool first = i == N_SINK || h.meta[i - 1].chunk != h.meta[i].chunk;
                     CHECK(first || h.meta[i].n_tok == 1); // of equally near winners the first takes all
                 }
@@ -688,13 +726,13 @@ void test_equal_tokens() {
 
                 tokens window = t; // what stays in the stage
                 window.n_new = window.n_sink = 0;
-                window.k.erase(window.k.begin(), window.k.begin() + (int64_t) (t.n_sink + t.n_new)*s.d_k);
-                window.v.erase(window.v.begin(), window.v.begin() + (int64_t) (t.n_sink + t.n_new)*s.d_v);
+                window.k.erase(window.k.begin(), window.k.begin() + (int64_t) (t.n_sink + t.n_new) * s.d_k);
+                window.v.erase(window.v.begin(), window.v.begin() + (int64_t) (t.n_sink + t.n_new) * s.d_v);
                 const head_store empty(text.shape, 0);
                 for (int n = 0; n < 20; ++n) {
-                    std::vector<float> q((size_t) s.n_gqa*s.d_k);
+                    std::vector<float> q((size_t) s.n_gqa * s.d_k);
                     for (float & e : q) {
-                        e = (float) (1.5*text.r.normal());
+                        e = (float) (1.5 * text.r.normal());
                     }
                     // the bias errs by up to 5e-6, which moves the shares, and with them values up to 4, by as much
                     const std::vector<float> before = attend(empty, t, q), after = attend(h, window, q);
@@ -713,7 +751,7 @@ void test_not_finite() {
             for (int where = 0; where < 8; ++where) {
                 CASE("method " + std::to_string((int) how) + ", " + text(x) + " in place " + std::to_string(where));
                 spec s;
-                s.how     = how;
+                s.how = how;
                 s.softcap = where == 7 ? 20.0f : 0.0f;
                 text_source source(s, 20 + where);
                 head_store h(source.shape, s.n_alloc);
@@ -724,18 +762,23 @@ void test_not_finite() {
                     if (pass == 0) {
                         first.emplace_back(t, source.shape);
                     }
-                    const f16     b = f32_to_f16(x);
+                    const f16 b = f32_to_f16(x);
                     const int32_t token = t.n_sink + source.r.below(t.n_new), e = source.r.below(s.d_k);
                     if (pass == 1 || pass == 2) {
                         switch (where) {
-                            case 0: t.k[(size_t) token*s.d_k + e] = b; break;                                   // one number
-                            case 1: std::fill_n(t.k.begin() + (size_t) token*s.d_k, s.d_k, b); break;           // one key
-                            case 2: std::fill_n(t.k.begin() + (size_t) t.n_sink*s.d_k, t.n_new*s.d_k/2, b); break; // half of them
+                            case 0: t.k[(size_t) token * s.d_k + e] = b; break;                         // one number
+                            case 1: std::fill_n(t.k.begin() + (size_t) token * s.d_k, s.d_k, b); break; // one key
+                            case 2:
+                                std::fill_n(t.k.begin() + (size_t) t.n_sink * s.d_k, t.n_new * s.d_k / 2, b);
+                                break; // half of them
                             case 3: std::fill(t.k.begin(), t.k.end(), b); break;
-                            case 4: t.q[((size_t) (token - t.n_sink)*s.n_gqa + 1)*s.d_k + e] = b; break;
+                            case 4: t.q[((size_t) (token - t.n_sink) * s.n_gqa + 1) * s.d_k + e] = b; break;
                             case 5: std::fill(t.q.begin(), t.q.end(), b); break;
                             case 6: std::fill(t.v.begin(), t.v.end(), b); break;
-                            case 7: std::fill(t.k.begin(), t.k.end(), b); std::fill(t.q.begin(), t.q.end(), b); break;
+                            case 7:
+                                std::fill(t.k.begin(), t.k.end(), b);
+                                std::fill(t.q.begin(), t.q.end(), b);
+                                break;
                         }
                     }
                     const pass_result res = run_pass(h, t, source.rp, source.params());
@@ -746,7 +789,8 @@ void test_not_finite() {
                     CHECK_BITS(h.val(0), first[0].v.data(), (int64_t) first[0].v.size());
                     for (int32_t i = h.n_sink; i < std::min(h.n_used, h.n_alloc); ++i) {
                         CHECK(i == h.n_sink || h.meta[i].chunk >= h.meta[i - 1].chunk);
-                        CHECK(h.meta[i].n_tok >= 1 && (int32_t) h.meta[i].n_tok <= source.chunk_len[(int32_t) h.meta[i].chunk]);
+                        CHECK(h.meta[i].n_tok >= 1 &&
+                              (int32_t) h.meta[i].n_tok <= source.chunk_len[(int32_t) h.meta[i].chunk]);
                     }
                     if (h.n_used > h.n_alloc) {
                         break;
@@ -769,7 +813,7 @@ void test_zero_keys() {
             tokens t = text.draw(pass == 0, s.n_new);
             text.accept(t);
             for (int32_t i = t.n_sink; i < t.n_sink + t.n_new; i += 1 + pass) {
-                std::fill_n(t.k.begin() + (size_t) i*s.d_k, s.d_k, (f16) 0);
+                std::fill_n(t.k.begin() + (size_t) i * s.d_k, s.d_k, (f16) 0);
             }
             run_pass(h, t, text.rp, text.params());
             CHECK(h.guards_hold());
@@ -783,13 +827,14 @@ void test_zero_keys() {
     spec s;
     s.how = method::paper;
     text_source text(s, 32);
-    tokens t = text.draw(true, 8); // one chunk of 0 0 a a a a 0 b for 5 rows: the equal ones merge, then there is room for the rest
+    tokens t = text.draw(
+        true, 8); // one chunk of 0 0 a a a a 0 b for 5 rows: the equal ones merge, then there is room for the rest
     std::fill(t.chunk.begin(), t.chunk.end(), 0);
     for (int32_t i : { 0, 1, 6 }) {
-        std::fill_n(t.k.begin() + (size_t) (N_SINK + i)*s.d_k, s.d_k, (f16) 0);
+        std::fill_n(t.k.begin() + (size_t) (N_SINK + i) * s.d_k, s.d_k, (f16) 0);
     }
     for (int32_t i : { 3, 4, 5 }) {
-        std::copy_n(t.k.begin() + (size_t) (N_SINK + 2)*s.d_k, s.d_k, t.k.begin() + (size_t) (N_SINK + i)*s.d_k);
+        std::copy_n(t.k.begin() + (size_t) (N_SINK + 2) * s.d_k, s.d_k, t.k.begin() + (size_t) (N_SINK + i) * s.d_k);
     }
     head_store h(text.shape, N_SINK + 5);
     const pass_result res = run_pass(h, t, text.rp, text.params());
@@ -803,9 +848,10 @@ void test_extremes() {
     for (method how : ALL_METHODS) {
         for (int32_t budget : { 0, 1, 2 }) {
             for (int32_t n_new : { 0, 1, 2, 3 }) {
-                CASE("method " + std::to_string((int) how) + ", " + std::to_string(n_new) + " tokens for " + std::to_string(budget) + " rows");
+                CASE("method " + std::to_string((int) how) + ", " + std::to_string(n_new) + " tokens for " +
+                     std::to_string(budget) + " rows");
                 spec s;
-                s.how      = how;
+                s.how = how;
                 s.n_window = 1;
                 text_source text(s, 50);
                 head_store h(text.shape, N_SINK + budget);
@@ -831,32 +877,32 @@ void test_q8_queries() {
         s.d_k = d_k;
         s.n_rot = 32;
         text_source text(s, 60 + d_k);
-        const int32_t n_head_kv = 4, ih = 1, n_group = s.n_gqa*d_k;
+        const int32_t n_head_kv = 4, ih = 1, n_group = s.n_gqa * d_k;
         head_store a(text.shape, 40), b(text.shape, 40);
         for (int pass = 0; pass < 2; ++pass) {
             tokens t = text.draw(pass == 0, 60);
             text.accept(t);
-            const int32_t n_blocks = n_head_kv*n_group/Q_BLOCK;
-            std::vector<q8_block> ring(t.n_q*n_blocks);
+            const int32_t n_blocks = n_head_kv * n_group / Q_BLOCK;
+            std::vector<q8_block> ring(t.n_q * n_blocks);
             for (auto & block : ring) {
                 block.d = f32_to_f16(0.0625f);
                 std::fill_n(block.qs, Q_BLOCK, 127);
             }
             for (int32_t i = 0; i < t.n_q; ++i) {
                 for (int32_t e = 0; e < n_group; ++e) {
-                    const int32_t code = text.r.below(255) - 127, at = ih*n_group + e;
-                    t.q[(size_t) i*n_group + e] = f32_to_f16(0.0625f*(float) code);
-                    ring[i*n_blocks + at/Q_BLOCK].qs[at%Q_BLOCK] = (int8_t) code;
+                    const int32_t code = text.r.below(255) - 127, at = ih * n_group + e;
+                    t.q[(size_t) i * n_group + e] = f32_to_f16(0.0625f * (float) code);
+                    ring[i * n_blocks + at / Q_BLOCK].qs[at % Q_BLOCK] = (int8_t) code;
                 }
             }
             run_pass(a, t, text.rp, text.params());
 
             stage_store stage(t, b.shape, {});
             query_rows queries = stage.queries();
-            queries.q  = nullptr;
+            queries.q = nullptr;
             queries.q8 = ring.data();
-            queries.q8_row   = n_blocks;
-            queries.q8_first = ih*n_group;
+            queries.q8_row = n_blocks;
+            queries.q8_first = ih * n_group;
             pass_workspace ws;
             reserve(ws, b, t);
             head_rows h = b.rows();
@@ -873,8 +919,8 @@ void test_q8_queries() {
     }
 }
 
-// Quantized rows: the pass reads and writes what f16 rows hold, but for half a step of the rotated row; a row that stays keeps
-// its bytes, however many passes it sees.
+// Quantized rows: the pass reads and writes what f16 rows hold, but for half a step of the rotated row; a row that
+// stays keeps its bytes, however many passes it sees.
 void test_quantized_rows() {
     for (row_type type : { row_type::q8_0, row_type::q4_0 }) {
         CASE("rows of type " + std::to_string((int) type));
@@ -889,8 +935,8 @@ void test_quantized_rows() {
             head_store twin(text.shape, s.n_alloc); // what the quantized rows say, in f16
             twin.n_sink = h.n_sink;
             twin.n_used = h.n_used;
-            twin.bias   = h.bias;
-            twin.meta   = h.meta;
+            twin.bias = h.bias;
+            twin.meta = h.meta;
             for (int32_t i = 0; i < h.n_used; ++i) {
                 f32_to_f16_row(h.key_f32(i).data(), twin.key(i), s.d_k);
                 f32_to_f16_row(h.val_f32(i).data(), twin.val(i), s.d_v);
@@ -903,19 +949,22 @@ void test_quantized_rows() {
             for (int32_t i = 0; i < std::min(h.n_used, twin.n_used); ++i) {
                 CHECK_EQ((uint32_t) h.meta[i].chunk, (uint32_t) twin.meta[i].chunk);
                 const auto k = h.key_f32(i), want_k = twin.key_f32(i), v = h.val_f32(i), want_v = twin.val_f32(i);
-                // half a step for every rotated value, a whole one at the far end of q4_0's codes; the rounding of f16 adds a little
+                // half a step for every rotated value, a whole one at the far end of q4_0's codes; the rounding of f16
+                // adds a little
                 auto bound = [type](std::vector<float> x) {
                     hadamard(x.data(), (int32_t) x.size());
                     float amax = 0.0f;
                     for (float e : x) {
                         amax = std::max(amax, std::fabs(e));
                     }
-                    return amax*(type == row_type::q8_0 ? 0.5f/127.0f : 1.0f/8.0f)*std::sqrt((float) x.size()) + 2e-2f;
+                    return amax * (type == row_type::q8_0 ? 0.5f / 127.0f : 1.0f / 8.0f) * std::sqrt((float) x.size()) +
+                           2e-2f;
                 };
                 CHECK(std::sqrt(distance2(k.data(), want_k.data(), s.d_k)) < bound(want_k));
                 CHECK(std::sqrt(distance2(v.data(), want_v.data(), s.d_v)) < bound(want_v));
                 for (int32_t j = 0; j < before.n_used; ++j) {
-                    kept += std::equal(h.k.begin() + i*h.size_k(), h.k.begin() + (i + 1)*h.size_k(), before.k.begin() + j*h.size_k());
+                    kept += std::equal(h.k.begin() + i * h.size_k(), h.k.begin() + (i + 1) * h.size_k(),
+                        before.k.begin() + j * h.size_k());
                 }
             }
             CHECK(pass == 0 || kept >= N_SINK + 5);

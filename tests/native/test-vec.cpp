@@ -21,15 +21,16 @@ float exp1(float x) { return vexp(vset(x))[VL - 1]; }
 float log1(float x) { return vlog(vset(x))[0]; }
 
 // Largest error of f over [lo, hi] in relative and in absolute terms; VL different numbers at a time.
-template <typename F, typename R> void worst_of(F f, R ref, double lo, double hi, bool by_bits, double & rel, double & abs) {
+template <typename F, typename R>
+void worst_of(F f, R ref, double lo, double hi, bool by_bits, double & rel, double & abs) {
     rng r(3);
     rel = abs = 0.0;
-    for (int i = 0; i < 200000/VL; ++i) {
+    for (int i = 0; i < 200000 / VL; ++i) {
         float x[VL], y[VL];
         for (float & e : x) {
-            e = (float) (lo + (hi - lo)*r.uniform());
+            e = (float) (lo + (hi - lo) * r.uniform());
             if (by_bits) { // every exponent alike
-                e = (float) std::exp2(std::log2(lo) + (std::log2(hi) - std::log2(lo))*r.uniform());
+                e = (float) std::exp2(std::log2(lo) + (std::log2(hi) - std::log2(lo)) * r.uniform());
             }
             e = std::min(std::max(e, (float) lo), (float) hi);
         }
@@ -37,7 +38,7 @@ template <typename F, typename R> void worst_of(F f, R ref, double lo, double hi
         for (int j = 0; j < VL; ++j) {
             const double want = ref((double) x[j]), err = std::fabs(y[j] - want);
             abs = std::max(abs, err);
-            rel = want != 0.0 ? std::max(rel, err/std::fabs(want)) : rel;
+            rel = want != 0.0 ? std::max(rel, err / std::fabs(want)) : rel;
         }
     }
 }
@@ -61,11 +62,11 @@ void test_exp_log() {
         CHECK_EQ(exp1(x), 0.0f);
     }
     for (float x : { 88.0f, 89.0f, 1e4f, 1e30f, INFINITY }) { // large and finite, so that a sum over lanes is no NaN
-        CHECK(std::fabs(exp1(x)/std::exp(88.0) - 1.0) < 3e-7);
+        CHECK(std::fabs(exp1(x) / std::exp(88.0) - 1.0) < 3e-7);
     }
     float x[VL], y[VL];
     for (int i = 0; i < VL; ++i) { // lanes are independent
-        x[i] = i % 3 == 0 ? -1e30f : i % 3 == 1 ? 500.0f : 0.25f*(float) i;
+        x[i] = i % 3 == 0 ? -1e30f : i % 3 == 1 ? 500.0f : 0.25f * (float) i;
     }
     vstore(y, vexp(vload(x)));
     for (int i = 0; i < VL; ++i) {
@@ -96,9 +97,9 @@ double slow_f16_to_f64(f16 h) {
     const int e = h >> 10 & 31, m = h & 1023;
     const double sign = h & 0x8000 ? -1.0 : 1.0;
     if (e == 31) {
-        return m ? NAN : sign*INFINITY;
+        return m ? NAN : sign * INFINITY;
     }
-    return sign*(e ? std::ldexp(1024.0 + m, e - 25) : std::ldexp((double) m, -24));
+    return sign * (e ? std::ldexp(1024.0 + m, e - 25) : std::ldexp((double) m, -24));
 }
 
 // Round to nearest even, by the values of the neighbours alone.
@@ -110,7 +111,7 @@ f16 slow_f64_to_f16(double x) {
     }
     uint32_t lo = 0, hi = 0x7bff; // the greatest h with value <= x
     while (lo < hi) {
-        const uint32_t mid = (lo + hi + 1)/2;
+        const uint32_t mid = (lo + hi + 1) / 2;
         if (slow_f16_to_f64((f16) mid) <= x) {
             lo = mid;
         } else {
@@ -154,7 +155,7 @@ void test_f16() {
 
     for (uint32_t h = 0; h < 0x7c00; ++h) { // halfway to the next number, and next to that
         const double a = slow_f16_to_f64((f16) h), b = h == 0x7bff ? 65536.0 : slow_f16_to_f64((f16) (h + 1));
-        const float mid = (float) (0.5*(a + b));
+        const float mid = (float) (0.5 * (a + b));
         for (float x : { mid, std::nextafter(mid, 0.0f), std::nextafter(mid, INFINITY) }) {
             check_f32_to_f16(x);
             check_f32_to_f16(-x);
@@ -162,12 +163,12 @@ void test_f16() {
     }
     rng r(1);
     for (int i = 0; i < 300000; ++i) {
-        check_f32_to_f16(bits_to_f32((uint32_t) r.next()));                    // anything
-        check_f32_to_f16((float) (r.normal()*std::exp2(32.0*r.uniform() - 26))); // in and around the range of f16
+        check_f32_to_f16(bits_to_f32((uint32_t) r.next()));                          // anything
+        check_f32_to_f16((float) (r.normal() * std::exp2(32.0 * r.uniform() - 26))); // in and around the range of f16
     }
     CASE("f16 limits");
-    for (float x : { 0.0f, 0x1p-24f, 0x1p-25f, 0x1.000002p-25f, 0x1p-26f, 0x1p-149f, 0x1.ffcp-15f, 0x1p-14f, 65504.0f, 65519.0f,
-            65519.99f, 65520.0f, 65536.0f, 1e30f, INFINITY, NAN }) {
+    for (float x : { 0.0f, 0x1p-24f, 0x1p-25f, 0x1.000002p-25f, 0x1p-26f, 0x1p-149f, 0x1.ffcp-15f, 0x1p-14f, 65504.0f,
+             65519.0f, 65519.99f, 65520.0f, 65536.0f, 1e30f, INFINITY, NAN }) {
         check_f32_to_f16(x);
         check_f32_to_f16(-x);
     }
@@ -179,11 +180,11 @@ void test_f16() {
         const float one = f16_to_f32((f16) h);
         CHECK(std::isnan(one) ? std::isnan(f[h]) : memcmp(&one, &f[h], sizeof(one)) == 0);
     }
-    for (int n = 0; n <= 3*VL + 1; ++n) { // every length, at odd addresses, and not one element further
+    for (int n = 0; n <= 3 * VL + 1; ++n) { // every length, at odd addresses, and not one element further
         std::vector<float> x(n + 2, 7.0f), y(n + 2, 7.0f);
-        std::vector<f16>   h(n + 2, 77);
+        std::vector<f16> h(n + 2, 77);
         for (int i = 0; i < n; ++i) {
-            x[1 + i] = (float) (r.normal()*std::exp2(8.0*r.normal()));
+            x[1 + i] = (float) (r.normal() * std::exp2(8.0 * r.normal()));
         }
         f32_to_f16_row(x.data() + 1, h.data() + 1, n);
         f16_to_f32_row(h.data() + 1, y.data() + 1, n);
@@ -217,13 +218,13 @@ void test_reductions() {
         CHECK_EQ(vsum(vload(x.data())), sum);
         CHECK_EQ(vmax_lanes(vload(x.data())), *std::max_element(x.begin(), x.end()));
     }
-    for (int n = 0; n <= 5*VL + 3; ++n) {
+    for (int n = 0; n <= 5 * VL + 3; ++n) {
         const std::vector<float> a = integers(r, n + 1), b = integers(r, n + 1);
         std::vector<float> y = integers(r, n + 1), want = y;
         float sum = 0.0f;
         for (int i = 0; i < n; ++i) {
-            sum     += a[i]*b[i];
-            want[i] += 3.0f*a[i];
+            sum += a[i] * b[i];
+            want[i] += 3.0f * a[i];
         }
         CHECK_EQ(dot(a.data(), b.data(), n), sum);
         axpy(3.0f, a.data(), y.data(), n);
@@ -236,10 +237,10 @@ void test_reductions() {
 
 void check_gemm(rng & r, int n_m, int n, int n_k, int lda_more, int ldx_more) {
     CASE("gemm " + std::to_string(n_m) + "x" + std::to_string(n) + "x" + std::to_string(n_k));
-    const int     n_n = (int) pad_to(n, NR);
+    const int n_n = (int) pad_to(n, NR);
     const int64_t lda = n_k + lda_more, ldx = n_k + ldx_more, ldc = n_n + 3;
-    const std::vector<float> a = integers(r, n_m*lda), x = integers(r, n*ldx);
-    std::vector<float> panels((size_t) n_n*n_k + 1, 7.0f), c(n_m*ldc, 7.0f), want = c;
+    const std::vector<float> a = integers(r, n_m * lda), x = integers(r, n * ldx);
+    std::vector<float> panels((size_t) n_n * n_k + 1, 7.0f), c(n_m * ldc, 7.0f), want = c;
     pack_panels(x.data(), ldx, n, n_k, panels.data());
     CHECK_EQ(panels.back(), 7.0f);
     gemm_panels(a.data(), lda, n_m, panels.data(), n_k, n_n, c.data(), ldc);
@@ -247,9 +248,9 @@ void check_gemm(rng & r, int n_m, int n, int n_k, int lda_more, int ldx_more) {
         for (int j = 0; j < n_n; ++j) {
             float sum = 0.0f;
             for (int k = 0; k < n_k && j < n; ++k) {
-                sum += a[m*lda + k]*x[j*ldx + k];
+                sum += a[m * lda + k] * x[j * ldx + k];
             }
-            want[m*ldc + j] = sum; // 0 in the columns that fill the panel
+            want[m * ldc + j] = sum; // 0 in the columns that fill the panel
         }
     }
     CHECK_CLOSE(c.data(), want.data(), (int64_t) c.size(), 0.0, 0.0);
@@ -257,8 +258,8 @@ void check_gemm(rng & r, int n_m, int n, int n_k, int lda_more, int ldx_more) {
 
 void test_gemm() {
     rng r(4);
-    for (int n_m = 1; n_m <= 2*MR + 5; ++n_m) {
-        for (int n : { 1, NR - 1, NR, NR + 1, 3*NR + 5 }) {
+    for (int n_m = 1; n_m <= 2 * MR + 5; ++n_m) {
+        for (int n : { 1, NR - 1, NR, NR + 1, 3 * NR + 5 }) {
             check_gemm(r, n_m, n, 1 + r.below(9), r.below(3), r.below(3));
         }
     }
@@ -266,17 +267,17 @@ void test_gemm() {
         check_gemm(r, MR + 4, NR + 3, n_k, 0, 0);
     }
 
-    for (int n_m : { 1, 2, MR, MR + 5, 2*MR + 3 }) {
+    for (int n_m : { 1, 2, MR, MR + 5, 2 * MR + 3 }) {
         CASE("gemm_cols " + std::to_string(n_m));
-        const int n_k = 11, n_n = 2*NR, lda = 2*MR + 4, ldb = n_n + 1, ldc = n_n + 2;
-        const std::vector<float> a = integers(r, n_k*lda), b = integers(r, n_k*ldb);
-        std::vector<float> c((size_t) n_m*ldc, 7.0f), want = c;
+        const int n_k = 11, n_n = 2 * NR, lda = 2 * MR + 4, ldb = n_n + 1, ldc = n_n + 2;
+        const std::vector<float> a = integers(r, n_k * lda), b = integers(r, n_k * ldb);
+        std::vector<float> c((size_t) n_m * ldc, 7.0f), want = c;
         gemm_cols(a.data(), lda, n_m, b.data(), ldb, n_k, n_n, c.data(), ldc);
         for (int m = 0; m < n_m; ++m) {
             for (int j = 0; j < n_n; ++j) {
-                want[m*ldc + j] = 0.0f;
+                want[m * ldc + j] = 0.0f;
                 for (int k = 0; k < n_k; ++k) {
-                    want[m*ldc + j] += a[k*lda + m]*b[k*ldb + j];
+                    want[m * ldc + j] += a[k * lda + m] * b[k * ldb + j];
                 }
             }
         }
@@ -285,13 +286,13 @@ void test_gemm() {
 
     CASE("gemm_tile");
     const int n_k = 37, ldb = NR + 5, lda = 40, ldc = NR + 2; // rows, not panels; added to what is there
-    const std::vector<float> a = integers(r, 3*lda), b = integers(r, n_k*ldb);
-    std::vector<float> c = integers(r, 3*ldc), want = c;
+    const std::vector<float> a = integers(r, 3 * lda), b = integers(r, n_k * ldb);
+    std::vector<float> c = integers(r, 3 * ldc), want = c;
     gemm_tile<3>(a.data(), lda, 1, b.data(), ldb, n_k, c.data(), ldc, true);
     for (int m = 0; m < 3; ++m) {
         for (int j = 0; j < NR; ++j) {
             for (int k = 0; k < n_k; ++k) {
-                want[m*ldc + j] += a[m*lda + k]*b[k*ldb + j];
+                want[m * ldc + j] += a[m * lda + k] * b[k * ldb + j];
             }
         }
     }

@@ -81,7 +81,9 @@ def loader(tree: Path) -> str:
 def config_arrives(tree: Path, load: str, level: str, folder: Path) -> bool:
     """Whether the 64 bytes at the address that reaches `ldtilecfg` are the configuration."""
     (folder / "amx.cpp").write_text(PROGRAM.format(load=load, source=loader(tree)), encoding="utf-8")
-    subprocess.run([compiler(), "-std=c++17", level, "-mamx-tile", "-S", "amx.cpp", "-o", "amx.s"], cwd=folder, check=True)
+    subprocess.run(
+        [compiler(), "-std=c++17", level, "-mamx-tile", "-S", "amx.cpp", "-o", "amx.s"], cwd=folder, check=True
+    )
     assembly, n = re.subn(
         r"(?m)^\s*ldtilecfg\s+(.+)$",
         lambda m: f"\tleaq {m[1]}, %rdi\n\tandq $-64, %rsp\n\tsubq $4096, %rsp\n\tcall check_config",
@@ -106,7 +108,9 @@ def test_the_check_sees_bytes_that_are_lost(trees, tmp_path):
 
 
 def test_the_check_sees_the_fault_of_upstream(trees, tmp_path):
-    macros = subprocess.run([compiler(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True).stdout
+    macros = subprocess.run(
+        [compiler(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+    ).stdout
     if "__clang__" in macros:
         pytest.skip("Clang takes an asm operand to read all that it points to")
     assert not config_arrives(trees["clean"], READS_8_BYTES, "-O3", tmp_path)

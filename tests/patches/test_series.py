@@ -42,7 +42,10 @@ def test_series_applies_inside_our_own_repository(stock, llama_cpp, tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     made = tmp_path / "build" / "llama.cpp"
     patchctl.apply(llama_cpp, made, stock=stock)
-    assert patchctl.tree_id(patchctl.read_blobs(made)) == patchctl.read_upstream()["stock_tree" if stock else "patched_tree"]
+    assert (
+        patchctl.tree_id(patchctl.read_blobs(made))
+        == patchctl.read_upstream()["stock_tree" if stock else "patched_tree"]
+    )
     for patch in patchctl.load_patches():
         if stock and patch.fields["Kind"] != "backport":
             continue

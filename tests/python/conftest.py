@@ -17,7 +17,9 @@ from llama_semanticache import Llama, models
 # ggml's threads spin while they wait for each other: on a busy machine two are slower than one, by far for tiny models
 N_THREADS = 1
 EXACT = dict(kv_type_k="f16", kv_type_v="f16")  # rows that are not rounded
-PASSES = dict(kv_compress="semanticache", kv_stage=96, kv_window=12, kv_profile=None)  # batches of 80 tokens, a pass for each
+PASSES = dict(
+    kv_compress="semanticache", kv_stage=96, kv_window=12, kv_profile=None
+)  # batches of 80 tokens, a pass for each
 SMALL = dict(n_ctx=1024, **PASSES)
 
 # ---------------------------------------------------------------------------------------------- models
@@ -167,4 +169,6 @@ def check_stats(llm: Llama) -> None:
     # every token outside the stage is a row, went into one, or was dropped; cuts only take rows away
     assert s.rows_used + s.rows_merged + s.rows_dropped >= (s.n_tokens - s.n_tokens_stage) * len(rows)
     others = any(key.endswith(("attention.sliding_window", "shortconv.l_cache")) for key in llm.metadata)
-    assert (s.other_bytes > 0) == others, s  # what is in no other field is of layers with sliding windows or recurrent states
+    assert (s.other_bytes > 0) == others, (
+        s
+    )  # what is in no other field is of layers with sliding windows or recurrent states

@@ -10,7 +10,11 @@ from conftest import EXACT, SMALL, check_stats, continue_with, kl, last_logits, 
 from llama_semanticache import _native
 
 N_PROMPT, N_MORE = 600, 8
-FULL_ATTENTION = {"gemma2": {1}, "gemma3": {5}, "lfm2": {1, 3}}  # the other layers have sliding windows, or of lfm2 a recurrent state
+FULL_ATTENTION = {
+    "gemma2": {1},
+    "gemma3": {5},
+    "lfm2": {1, 3},
+}  # the other layers have sliding windows, or of lfm2 a recurrent state
 TOKENS = random_tokens(N_PROMPT + N_MORE)
 
 
@@ -42,7 +46,9 @@ def test_compressed_run(arch, tiny, load):
         assert np.corrcoef(logits.ravel(), uncompressed.ravel())[0, 1] > 0.3
 
 
-@pytest.mark.parametrize("arch, n_rot", [("llama", [16, 16]), ("phi3-longrope", [12, 12]), ("smollm3", [16, 16, 16, 0]), ("gemma3", [32])])
+@pytest.mark.parametrize(
+    "arch, n_rot", [("llama", [16, 16]), ("phi3-longrope", [12, 12]), ("smollm3", [16, 16, 16, 0]), ("gemma3", [32])]
+)
 def test_queries_are_turned_where_rope_turned_them(arch, n_rot, tiny, load):
     llm = load(tiny(arch), **SMALL)
     ffi, lib = _native.load()

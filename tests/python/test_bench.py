@@ -57,17 +57,40 @@ def test_speed_measures_every_setting_in_every_round(wide, tmp_path):
     text.write_text("the quick brown fox jumps over a lazy dog. " * 40)
     out = tmp_path / "speed.json"
     settings = ("stock:q8_0", "semanticache:0.25:equal:stage=96:window=12")
-    command = ["bench", "speed", wide, "--text", str(text), "--depth", "300", "--depth", "50", "--n-decode", "90", "--rounds", "2", "--threads", "1"]
+    command = [
+        "bench",
+        "speed",
+        wide,
+        "--text",
+        str(text),
+        "--depth",
+        "300",
+        "--depth",
+        "50",
+        "--n-decode",
+        "90",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+    ]
     command += ["--json", str(out), *(word for s in settings for word in ("--setting", s))]
-    assert os.environ.get(speed.STOCK_VARIABLE), f"expected {speed.STOCK_VARIABLE}, got nothing; run `make test`, which builds the unpatched library"
+    assert os.environ.get(speed.STOCK_VARIABLE), (
+        f"expected {speed.STOCK_VARIABLE}, got nothing; run `make test`, which builds the unpatched library"
+    )
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     records = speed.speed_records(json.loads(out.read_text()))
-    assert [(r["depth"], r["setting"]) for r in records] == [(d, s) for d in (50, 300) for s in ("stock:f16", *settings)]
+    assert [(r["depth"], r["setting"]) for r in records] == [
+        (d, s) for d in (50, 300) for s in ("stock:f16", *settings)
+    ]
     f16, q8_0, ours = records[3:]
     for record in records:
         assert min(record["resident_bytes"]) > record["kv_bytes"]
-        assert len(record["prefill_s"]) == len(record["decode_s"]) == 2 and min(record["prefill_s"] + record["decode_s"]) > 0
+        assert (
+            len(record["prefill_s"]) == len(record["decode_s"]) == 2
+            and min(record["prefill_s"] + record["decode_s"]) > 0
+        )
     assert ours["pass_s"] and 0 < sum(ours["pass_s"]) < sum(ours["prefill_s"]) and not f16["pass_s"]
     assert ours["decode_pass_s"] and 0 < sum(ours["decode_pass_s"]) < sum(ours["decode_s"]) and not f16["decode_pass_s"]
     assert f16["kv_bytes"] == 2 * 2 * 2 * 64 * 2 * 512  # layers, kv heads, K and V, head size, bytes, cells
@@ -90,7 +113,10 @@ def test_speed_needs_the_stock_library(tiny, tmp_path, monkeypatch):
 def test_speed_of_a_text_that_is_too_short(wide, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("short")
-    done = CliRunner().invoke(main, ["bench", "speed", wide, "--text", str(text), "--depth", "300", "--setting", "stock:q4_0", "--threads", "1"])
+    done = CliRunner().invoke(
+        main,
+        ["bench", "speed", wide, "--text", str(text), "--depth", "300", "--setting", "stock:q4_0", "--threads", "1"],
+    )
     assert done.exit_code == 1 and "expected at least 556 tokens" in done.output
 
 
@@ -106,19 +132,28 @@ def test_speed_of_a_text_that_is_too_short(wide, tmp_path):
 def test_speed_of_a_setting_that_cannot_be(setting, message, tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox. " * 100)
-    done = CliRunner().invoke(main, ["bench", "speed", tiny("llama"), "--text", str(text), "--depth", "50", "--setting", setting, "--threads", "1"])
+    done = CliRunner().invoke(
+        main,
+        ["bench", "speed", tiny("llama"), "--text", str(text), "--depth", "50", "--setting", setting, "--threads", "1"],
+    )
     assert done.exit_code == 1 and "Error: " in done.output
     assert message in done.output and "Traceback" not in done.output
 
 
 def test_a_process_that_ends_instead_of_answering():
-    with Worker("x:1", [sys.executable, "-c", "raise SystemExit(3)"]) as worker, pytest.raises(SemanticCacheError, match=r"x:1: expected a measurement, got .*status 3"):
+    with (
+        Worker("x:1", [sys.executable, "-c", "raise SystemExit(3)"]) as worker,
+        pytest.raises(SemanticCacheError, match=r"x:1: expected a measurement, got .*status 3"),
+    ):
         worker.ask(load={})
 
 
 def test_a_process_that_ends_between_two_orders():
     """The order stays in the pipe, which must not hide what is said."""
-    with pytest.raises(SemanticCacheError, match=r"x:1: expected a measurement, got .*status 0"), Worker("x:1", [sys.executable, "-c", ""]) as worker:
+    with (
+        pytest.raises(SemanticCacheError, match=r"x:1: expected a measurement, got .*status 0"),
+        Worker("x:1", [sys.executable, "-c", ""]) as worker,
+    ):
         worker.process.wait()
         worker.ask(load={})
 
@@ -142,10 +177,17 @@ def test_a_setting_that_cannot_be_is_named_before_anything_is_measured(tiny, tmp
     items, text, out = tmp_path / "items.jsonl", tmp_path / "text.txt", tmp_path / "run.json"
     items.write_text('{"task": "lcc", "id": 0, "prompt": "x", "gold": "y"}')
     text.write_text("the quick brown fox. " * 400)
-    for command in (("tasks", "--tasks", items), ("quality", "--text", text, "--n-tokens", 300), ("chat", "--text", text), ("memory",)):
+    for command in (
+        ("tasks", "--tasks", items),
+        ("quality", "--text", text, "--n-tokens", 300),
+        ("chat", "--text", text),
+        ("memory",),
+    ):
         words = [*map(str, command[1:]), "--n-ctx", "1024", "--setting", "semanticache:2", "--json", str(out)]
         done = CliRunner().invoke(main, ["bench", command[0], tiny("llama"), *words])
-        assert done.exit_code == 1 and "semanticache:2: expected 0 < kv_ratio" in done.output and not out.exists(), done.output
+        assert done.exit_code == 1 and "semanticache:2: expected 0 < kv_ratio" in done.output and not out.exists(), (
+            done.output
+        )
 
 
 def test_the_peak_is_seen_inside_a_call():
@@ -185,8 +227,33 @@ def test_quality(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over a lazy dog. " * 90)
     out = tmp_path / "quality.json"
-    command = ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "700", "--n-tokens", "900", "--facts", "ruler", "--cases", "2", "--threads", "1"]
-    command += ["--n-following", "40", "--setting", "semanticache:0.25:equal:stage=96:window=12", "--setting", "semanticache:1:equal:stage=96:window=12", "--json", str(out)]
+    command = [
+        "bench",
+        "quality",
+        tiny("llama"),
+        "--text",
+        str(text),
+        "--n-tokens",
+        "700",
+        "--n-tokens",
+        "900",
+        "--facts",
+        "ruler",
+        "--cases",
+        "2",
+        "--threads",
+        "1",
+    ]
+    command += [
+        "--n-following",
+        "40",
+        "--setting",
+        "semanticache:0.25:equal:stage=96:window=12",
+        "--setting",
+        "semanticache:1:equal:stage=96:window=12",
+        "--json",
+        str(out),
+    ]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     run = json.loads(out.read_text())
@@ -245,19 +312,57 @@ def test_kvpress_that_cannot_be(setting, message, tiny, tmp_path):
 def test_quality_of_a_text_that_is_too_short(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("short")
-    done = CliRunner().invoke(main, ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "800", "--setting", "streaming:0.5"])
+    done = CliRunner().invoke(
+        main,
+        ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "800", "--setting", "streaming:0.5"],
+    )
     assert done.exit_code == 1 and "text: expected more than" in done.output
-    done = CliRunner().invoke(main, ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "800", "--n-ctx", "1024", "--n-following", "300"])
+    done = CliRunner().invoke(
+        main,
+        [
+            "bench",
+            "quality",
+            tiny("llama"),
+            "--text",
+            str(text),
+            "--n-tokens",
+            "800",
+            "--n-ctx",
+            "1024",
+            "--n-following",
+            "300",
+        ],
+    )
     assert done.exit_code == 1 and "--n-ctx: expected at least 1100" in done.output
     text.write_bytes("Grüße".encode("latin-1"))
-    done = CliRunner().invoke(main, ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "800", "--setting", "streaming:0.5"])
+    done = CliRunner().invoke(
+        main,
+        ["bench", "quality", tiny("llama"), "--text", str(text), "--n-tokens", "800", "--setting", "streaming:0.5"],
+    )
     assert done.exit_code == 1 and "expected a text in UTF-8" in done.output and "Traceback" not in done.output
 
 
 def test_a_conversation_that_does_not_fit(smollm2, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over a lazy dog and runs into the dark wood. " * 90)
-    done = CliRunner().invoke(main, ["bench", "chat", smollm2, "--text", str(text), "--turns", "24", "--n-answer", "50", "--chats", "1", "--n-ctx", "1024"])
+    done = CliRunner().invoke(
+        main,
+        [
+            "bench",
+            "chat",
+            smollm2,
+            "--text",
+            str(text),
+            "--turns",
+            "24",
+            "--n-answer",
+            "50",
+            "--chats",
+            "1",
+            "--n-ctx",
+            "1024",
+        ],
+    )
     assert done.exit_code == 1 and "--n-ctx: expected at least" in done.output and "Traceback" not in done.output
 
 
@@ -265,12 +370,31 @@ def test_a_package_of_the_extra_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     (tmp_path / "x.json").write_text("{}")
     done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
-    assert done.exit_code == 1 and "expected the package jinja2" in done.output and "llama-semanticache[bench]" in done.output
+    assert (
+        done.exit_code == 1
+        and "expected the package jinja2" in done.output
+        and "llama-semanticache[bench]" in done.output
+    )
 
 
 def test_a_run_names_files_and_not_where_they_lie(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(tmp_path), "bench", str(tmp_path / "none"), "a b", "streaming:0.3", f"x:1:profile={tmp_path / 'p'}", f"--json={tmp_path}/"])
-    assert Run(None, "speed", {}).data["command"] == f"{tmp_path.name} bench none 'a b' streaming:0.3 x:1:profile=p --json={tmp_path.name}/"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            str(tmp_path),
+            "bench",
+            str(tmp_path / "none"),
+            "a b",
+            "streaming:0.3",
+            f"x:1:profile={tmp_path / 'p'}",
+            f"--json={tmp_path}/",
+        ],
+    )
+    assert (
+        Run(None, "speed", {}).data["command"]
+        == f"{tmp_path.name} bench none 'a b' streaming:0.3 x:1:profile=p --json={tmp_path.name}/"
+    )
 
 
 def test_a_file_that_is_no_run(tmp_path):
@@ -297,19 +421,34 @@ def run_command(*words):
 
 
 def test_task_metrics_by_hand():
-    assert tasks.score("hotpotqa", "The red house!", ["a red car", "Red house"]) == 1.0  # articles, case and punctuation do not count
+    assert (
+        tasks.score("hotpotqa", "The red house!", ["a red car", "Red house"]) == 1.0
+    )  # articles, case and punctuation do not count
     assert tasks.score("hotpotqa", "red house", ["red car"]) == 0.5
     assert tasks.score("hotpotqa", "", ["red car"]) == 0.0
     assert tasks.score("multifieldqa_zh", "北京。", ["北京市"]) == pytest.approx(4 / 5)
-    assert tasks.score("gov_report", "the cat sat", ["the cat ran off"]) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert tasks.score("gov_report", "the cat sat", ["the cat ran off"]) == pytest.approx(
+        2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)
+    )
     assert tasks.score("multifieldqa_zh", "2031年", ["2013年"]) == 0.5  # a number is one word
-    assert tasks.score("gov_report", "Taxes fell. The budget rose.", ["The budget rose. Taxes fell."]) == pytest.approx(1)  # sentence by sentence
-    assert tasks.score("gov_report", "no no no no", ["no"]) == pytest.approx(1) and tasks.score("gov_report", ".", ["no"]) == tasks.score("samsum", "", ["no"]) == 0.0
+    assert tasks.score("gov_report", "Taxes fell. The budget rose.", ["The budget rose. Taxes fell."]) == pytest.approx(
+        1
+    )  # sentence by sentence
+    assert (
+        tasks.score("gov_report", "no no no no", ["no"]) == pytest.approx(1)
+        and tasks.score("gov_report", ".", ["no"]) == tasks.score("samsum", "", ["no"]) == 0.0
+    )
     assert tasks.score("vcsum", "甲乙丁", ["甲乙丙"]) == pytest.approx(2 / 3)
     classes = ["Other location", "City", "location", "Location"]
     assert tasks.score("trec", "\nDescription of a thing\nQuestion: Location", ["Location"], classes) == 0.0
-    assert tasks.score("trec", "Location of it", ["Location"], classes) == 1.0 and tasks.score("trec", "the location", ["Location"], classes) == 0.0
-    assert tasks.score("trec", "City or Location", ["Location"], classes) == 0.5 and tasks.score("trec", "Other location", ["Other location"], classes) == 1.0
+    assert (
+        tasks.score("trec", "Location of it", ["Location"], classes) == 1.0
+        and tasks.score("trec", "the location", ["Location"], classes) == 0.0
+    )
+    assert (
+        tasks.score("trec", "City or Location", ["Location"], classes) == 0.5
+        and tasks.score("trec", "Other location", ["Other location"], classes) == 1.0
+    )
     assert tasks.score("trec", "City", ["Location"], classes) == 0.0
     assert tasks.score("passage_retrieval_en", "Paragraph 7, not 8", ["Paragraph 7"]) == 0.5
     assert tasks.score("passage_count", "none", ["3"]) == 0.0
@@ -320,9 +459,25 @@ def test_task_metrics_by_hand():
 
 def test_tasks(tiny, tmp_path):
     items, out = tmp_path / "items.jsonl", tmp_path / "tasks.json"
-    lines = [{"task": "hotpotqa", "id": i, "prompt": "the quick brown fox. " * n, "gold": "fox"} for i, n in enumerate((20, 400))]
+    lines = [
+        {"task": "hotpotqa", "id": i, "prompt": "the quick brown fox. " * n, "gold": "fox"}
+        for i, n in enumerate((20, 400))
+    ]
     items.write_text("\n".join(map(json.dumps, lines)))
-    command = ("tasks", tiny("llama"), "--tasks", items, "--n-ctx", 1024, "--threads", 1, "--setting", "h2o:0.5:stage=192:window=32", "--json", out)
+    command = (
+        "tasks",
+        tiny("llama"),
+        "--tasks",
+        items,
+        "--n-ctx",
+        1024,
+        "--threads",
+        1,
+        "--setting",
+        "h2o:0.5:stage=192:window=32",
+        "--json",
+        out,
+    )
     assert "all items" in run_command(*command)
     records = json.loads(out.read_text())["records"]
     assert len(records) == 4 and {r["tokens"] for r in records.values()} >= {1024 - 32}  # the long one lost its middle
@@ -348,12 +503,17 @@ def test_tasks(tiny, tmp_path):
     run_command(*command[:-1], tmp_path / "together.json", "--jobs", 3)
 
     def answers(part: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
-        return {name: {key: value for key, value in record.items() if not key.endswith("_s")} for name, record in part.items()}
+        return {
+            name: {key: value for key, value in record.items() if not key.endswith("_s")}
+            for name, record in part.items()
+        }
 
     assert answers(json.loads((tmp_path / "together.json").read_text())["records"]) == answers(records)
     shown = run_command(*command[:-1], tmp_path / "alone.json", "--without-base", "--min-tokens", 900)
     assert "all items" in shown and "of uncompressed" not in shown and "stock:f16" not in shown
-    assert [name.split("|")[1] for name in json.loads((tmp_path / "alone.json").read_text())["records"]] == ["h2o:0.5:stage=192:window=32"]
+    assert [name.split("|")[1] for name in json.loads((tmp_path / "alone.json").read_text())["records"]] == [
+        "h2o:0.5:stage=192:window=32"
+    ]
     done = CliRunner().invoke(main, ["bench", *map(str, command[:-2]), "--min-tokens", "5000"])
     assert done.exit_code == 1 and "have at least 5000 tokens, got none of 2" in done.output
 
@@ -369,23 +529,42 @@ def test_a_share_of_the_uncompressed_score_has_an_interval():
 
 def test_runs_of_tasks_together():
     def part(item, score, *more):
-        records = {f"task|{s}|lcc|{item}": {"score": score * share, "kv_bytes": 2**20, "tokens": 2000} for s, share in (("stock:f16", 1), ("x:1", 0.5))}
-        return {"kind": "tasks", "asked": {"settings": ["stock:f16", "x:1", *more]}, "records": records, "machine": "m", "date": "d", "upstream_commit": "0" * 40, "command": "c"}
+        records = {
+            f"task|{s}|lcc|{item}": {"score": score * share, "kv_bytes": 2**20, "tokens": 2000}
+            for s, share in (("stock:f16", 1), ("x:1", 0.5))
+        }
+        return {
+            "kind": "tasks",
+            "asked": {"settings": ["stock:f16", "x:1", *more]},
+            "records": records,
+            "machine": "m",
+            "date": "d",
+            "upstream_commit": "0" * 40,
+            "command": "c",
+        }
 
     together, *each = report.show([part(0, 1.0, "y:1"), part(1, 0.5)])
-    assert "| all items" in together["markdown"] and [cell.strip() for cell in together["markdown"].split("| all items")[1].split("|")[1:4]] == ["2", "75.0", "37.5"]
-    assert [run["where"] for run in each] == ["m; d; llama.cpp 000000000"] * 2 and together["where"] == "2 runs together"
+    assert "| all items" in together["markdown"] and [
+        cell.strip() for cell in together["markdown"].split("| all items")[1].split("|")[1:4]
+    ] == ["2", "75.0", "37.5"]
+    assert [run["where"] for run in each] == ["m; d; llama.cpp 000000000"] * 2 and together[
+        "where"
+    ] == "2 runs together"
     assert len(report.show([part(0, 1.0)])) == 1
     base, ours = part(0, 1.0), part(0, 1.0)
     base["asked"]["settings"], ours["asked"]["settings"] = ["stock:f16"], ["x:1"]
     for run in (base, ours):
-        run["records"] = {name: record for name, record in run["records"].items() if run["asked"]["settings"][0] in name}
+        run["records"] = {
+            name: record for name, record in run["records"].items() if run["asked"]["settings"][0] in name
+        }
     assert "50.0%" in report.show([base, ours])[0]["markdown"]  # one run has the uncompressed cache, the other the rest
 
 
 def test_a_run_on_a_card_is_another_subject():
     asked = {"model": "m", "settings": ["stock:f16"], "threads": 2}
-    on_cpu, on_card, before = ({"kind": "tasks", "asked": {**asked, **more}} for more in ({"n_gpu_layers": 0}, {"n_gpu_layers": -1}, {}))
+    on_cpu, on_card, before = (
+        {"kind": "tasks", "asked": {**asked, **more}} for more in ({"n_gpu_layers": 0}, {"n_gpu_layers": -1}, {})
+    )
     assert report.subject(on_cpu) == report.subject(before) != report.subject(on_card)
 
 
@@ -398,7 +577,11 @@ def test_cards(monkeypatch):
 
     nvml = types.ModuleType("pynvml")
     nvml.NVMLError, nvml.nvmlInit, nvml.nvmlDeviceGetCount = NVMLError, lambda: None, lambda: 2
-    nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetName, nvml.nvmlDeviceGetMemoryInfo = lambda i: i, lambda card: f"card {card}", lambda card: Memory
+    nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetName, nvml.nvmlDeviceGetMemoryInfo = (
+        lambda i: i,
+        lambda card: f"card {card}",
+        lambda card: Memory,
+    )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert cards.card_bytes() == 6 << 20 and "CPUs, card 0, card 1, " in machine()
 
@@ -413,25 +596,52 @@ def test_cards(monkeypatch):
 
 def test_runs_of_chats_together():
     def part(setting, number, got):
-        records = {f"chat|{setting}|{number}": {"kv_bytes": 2**20, "answers": [{"turn": 1, "want": "Turin", "got": got}]}}
+        records = {
+            f"chat|{setting}|{number}": {"kv_bytes": 2**20, "answers": [{"turn": 1, "want": "Turin", "got": got}]}
+        }
         asked = {"model": "m", "n_facts": 1, "first_chat": number, "n_chats": 1, "settings": [setting]}
-        return {"kind": "chat", "asked": asked, "records": records, "machine": "m", "date": "d", "upstream_commit": "0" * 40, "command": "c"}
+        return {
+            "kind": "chat",
+            "asked": asked,
+            "records": records,
+            "machine": "m",
+            "date": "d",
+            "upstream_commit": "0" * 40,
+            "command": "c",
+        }
 
-    runs = [part("stock:f16", 0, " Turin"), part("stock:f16", 1, " Turin"), part("x:1", 0, " Turin"), part("x:1", 1, " Rome")]
+    runs = [
+        part("stock:f16", 0, " Turin"),
+        part("stock:f16", 1, " Turin"),
+        part("x:1", 0, " Turin"),
+        part("x:1", 1, " Rome"),
+    ]
     assert len(set(map(report.subject, runs))) == 1
     together = report.show(runs)[0]
     assert together["where"] == "4 runs together"
-    assert [cell.strip() for cell in together["markdown"].split("| x:1")[1].split("|")[1:3]] == ["1/2", "50%"]  # of what the other runs have uncompressed
+    assert [cell.strip() for cell in together["markdown"].split("| x:1")[1].split("|")[1:3]] == [
+        "1/2",
+        "50%",
+    ]  # of what the other runs have uncompressed
 
 
 def test_a_task_stands_in_the_chat_template(smollm2):
     with closing(Llama(smollm2, n_ctx=1024, verbose=False)) as llm:
-        items = [{"task": task, "prompt": "<|im_end|> " + "x y z " * n} for task, n in (("hotpotqa", 400), ("lcc", 400), ("qasper", 9))]
+        items = [
+            {"task": task, "prompt": "<|im_end|> " + "x y z " * n}
+            for task, n in (("hotpotqa", 400), ("lcc", 400), ("qasper", 9))
+        ]
         (short, a), (_, b), (_, c) = tasks.fit(llm, items, 512, whole=False)
         assert short["task"] == "qasper" and [len(b), len(c)] == [512 - 64, 512 - 32]
         text = llm.detokenize(a, special=True).decode()
-        assert text.startswith("<|im_start|>system") and text.endswith("<|im_end|>\n<|im_start|>assistant\n") and "user\n<|im_end|> x y z" in text
-        assert a.count(llm.tokenize(b"<|im_end|>", add_bos=False, special=True)[0]) == 2  # a prompt's own words end no message
+        assert (
+            text.startswith("<|im_start|>system")
+            and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+            and "user\n<|im_end|> x y z" in text
+        )
+        assert (
+            a.count(llm.tokenize(b"<|im_end|>", add_bos=False, special=True)[0]) == 2
+        )  # a prompt's own words end no message
         assert llm.detokenize(b, special=True).decode().startswith("<|im_end|> x y z")
         assert [len(tokens) for _, tokens in tasks.fit(llm, items, 512, whole=True)] == [len(a)]
 
@@ -454,7 +664,12 @@ def test_tasks_that_are_none(tiny, tmp_path):
     assert [(i["gold"], i["all_classes"]) for i in tasks.read_items(items)] == [(["y"], []), (["y"], ["x", "y"])]
     items.write_text(f"{json.dumps(good)}\n{{")
     done = CliRunner().invoke(main, ["bench", "tasks", tiny("llama"), "--tasks", str(items)])
-    assert done.exit_code == 1 and "line 2: expected a task of" in done.output and "no JSON object" in done.output and "Traceback" not in done.output
+    assert (
+        done.exit_code == 1
+        and "line 2: expected a task of" in done.output
+        and "no JSON object" in done.output
+        and "Traceback" not in done.output
+    )
 
 
 def test_chat(smollm2, tmp_path):
@@ -478,19 +693,32 @@ def test_chat(smollm2, tmp_path):
 
 def test_recall_by_hand():
     assert chat.has_words(" March 17th.", "17 March") and chat.has_words("Hector Penrose, of course", "Hector Penrose")
-    assert not chat.has_words(" Hector.", "Hector Penrose") and not chat.has_words(" 117 March", "17 March") and not chat.has_words(" 36741", "3674")
+    assert (
+        not chat.has_words(" Hector.", "Hector Penrose")
+        and not chat.has_words(" 117 March", "17 March")
+        and not chat.has_words(" 36741", "3674")
+    )
     run = {"asked": {"n_facts": 2}, "records": {
         f"chat|{setting}|0": {"kv_bytes": n << 20, "answers": [{"turn": 1, "want": "Turin", "got": got}, {"turn": 2, "want": "17 March", "got": " March 17th"}]}
         for setting, n, got in (("stock:f16", 4, " Turin"), ("x:1", 1, " Rome"))
     }}  # fmt: skip
-    assert chat.chat_table(run)[1] == [["stock:f16", "2/2", "100%", "1/1", "1/1", "4.0"], ["x:1", "1/2", "50%", "0/1", "1/1", "1.0"]]
+    assert chat.chat_table(run)[1] == [
+        ["stock:f16", "2/2", "100%", "1/1", "1/1", "4.0"],
+        ["x:1", "1/2", "50%", "0/1", "1/1", "1.0"],
+    ]
 
 
 def test_chat_that_cannot_be(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("short")
-    for more, message in ((("--setting", "shift:much"), "expected shift:RATIO"), ((), "text: expected at least"), (("--setting", "streaming:0.5:widow=2"), "no option of the name widow")):
-        done = CliRunner().invoke(main, ["bench", "chat", tiny("llama"), "--text", str(text), *more, "--setting", "streaming:0.5"])
+    for more, message in (
+        (("--setting", "shift:much"), "expected shift:RATIO"),
+        ((), "text: expected at least"),
+        (("--setting", "streaming:0.5:widow=2"), "no option of the name widow"),
+    ):
+        done = CliRunner().invoke(
+            main, ["bench", "chat", tiny("llama"), "--text", str(text), *more, "--setting", "streaming:0.5"]
+        )
         assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output
 
 
@@ -508,11 +736,30 @@ def test_context_shift_moves_the_newer_half_up(tiny, load):
 def test_memory(tiny, tmp_path):
     out = tmp_path / "memory.json"
     setting = "semanticache:0.25:equal:stage=192:window=32"
-    output = run_command("memory", tiny("llama"), "--n-ctx", 2048, "--setting", setting, "--fill", 0.5, "--gib", 1, "--threads", 1, "--json", out)
+    output = run_command(
+        "memory",
+        tiny("llama"),
+        "--n-ctx",
+        2048,
+        "--setting",
+        setting,
+        "--fill",
+        0.5,
+        "--gib",
+        1,
+        "--threads",
+        1,
+        "--json",
+        out,
+    )
     records = json.loads(out.read_text())["records"]
     f16, ours = records["memory|stock:f16|2048"], records[f"memory|{setting}|2048"]
     assert f16["kv_bytes"] == 2 * 2 * 2 * 16 * 2 * 2048  # layers, kv heads, K and V, head size, bytes, cells
-    assert ours["kv_bytes"] == ours["core_bytes"] + ours["stage_bytes"] + ours["query_bytes"] + ours["meta_bytes"] < f16["kv_bytes"]
+    assert (
+        ours["kv_bytes"]
+        == ours["core_bytes"] + ours["stage_bytes"] + ours["query_bytes"] + ours["meta_bytes"]
+        < f16["kv_bytes"]
+    )
     assert f16["n_tokens"] == ours["n_tokens"] == 1024 and ours["resident_peak"] >= ours["resident_steady"] > 0
     assert ours["largest"] == f16["largest"] == [4096]  # what the model was trained for
     assert "GiB" in output
@@ -526,7 +773,24 @@ def test_report(tiny, wide, tmp_path):
                 "--setting", ours, "--threads", 1, "--json", tmp_path / "q.json")  # fmt: skip
     run_command("quality", tiny("llama"), "--text", text, "--n-tokens", 400, "--n-tokens", 500, "--cases", 1, "--n-following", 20,
                 "--setting", "streaming:0.25:stage=96:window=12", "--threads", 1, "--json", tmp_path / "r.json")  # fmt: skip
-    run_command("speed", wide, "--text", text, "--depth", 50, "--n-decode", 3, "--rounds", 1, "--setting", ours, "--threads", 1, "--json", tmp_path / "s.json")
+    run_command(
+        "speed",
+        wide,
+        "--text",
+        text,
+        "--depth",
+        50,
+        "--n-decode",
+        3,
+        "--rounds",
+        1,
+        "--setting",
+        ours,
+        "--threads",
+        1,
+        "--json",
+        tmp_path / "s.json",
+    )
     assert "3 runs" in run_command("report", tmp_path)
     markdown, html = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
     assert ours in markdown and markdown.startswith("# Measurements\n") and "| stock:f16" in markdown
@@ -537,14 +801,20 @@ def test_report(tiny, wide, tmp_path):
     facts = (tmp_path / "plots" / "q-2.svg").read_text()
     assert "ours 0.25 equal" in facts and "streaming 0.25" in facts and "llama.cpp f16" in facts
     assert Path(tiny("llama")).name in facts and "pale" not in facts
-    assert html.count("<svg") == len(plots) and "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert html.count("<svg") == len(plots) and "http" not in html.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
     (tmp_path / "x.json").write_text("{}")
     done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
     assert done.exit_code == 1 and "x.json: expected the JSON of a bench run" in done.output
     (tmp_path / "x.json").unlink()
     Run(tmp_path / "x.json", "riddles", {"model": "m"}).record("x", dict)
     done = CliRunner().invoke(main, ["bench", "report", str(tmp_path)])
-    assert done.exit_code == 1 and "x.json: expected a run of bench quality, speed" in done.output and "Traceback" not in done.output
+    assert (
+        done.exit_code == 1
+        and "x.json: expected a run of bench quality, speed" in done.output
+        and "Traceback" not in done.output
+    )
 
 
 def run_of_quality(build, date, recalled, suite="single", heads=()):
@@ -559,15 +829,26 @@ def run_of_quality(build, date, recalled, suite="single", heads=()):
 
 
 def test_what_a_figure_shows():
-    run = run_of_quality("b", "2", [("number", 0.1, 7), ("name", 0.9, 8)], heads=[[0, 0, 10], [0, 1, 10], [2, 0, 30], [2, 1, 9]])
+    run = run_of_quality(
+        "b", "2", [("number", 0.1, 7), ("name", 0.9, 8)], heads=[[0, 0, 10], [0, 1, 10], [2, 0, 30], [2, 1, 9]]
+    )
     kl, facts, by_depth, budgets = report.quality_plots([run])
     (bars,) = kl.axes[0].containers
     assert np.allclose(bars.lines[0].get_xydata(), [[1, 0.25]])
     assert [tuple(c.lines[0].get_xydata()[0]) for c in facts.axes[0].containers] == [(1, 0.5), (1, 0.5)]
-    assert by_depth.axes[0].images[0].get_array().tolist() == [[1, 0], [1, 0]] and [t.get_text() for t in by_depth.axes[0].get_xticklabels()] == ["0.1", "0.9"]
-    assert budgets.axes[0].images[0].get_array().tolist() == [[10, 30], [10, 9]] and [t.get_text() for t in budgets.axes[0].get_xticklabels()] == ["0", "2"]
-    *_, by_kind = report.quality_plots([run_of_quality("b", "2", [("multikey", 0.1, 7), ("tracking", 0.9, 8)], "ruler", [[0, 0, 10], [0, 1, 9]])])
-    assert by_kind.axes[0].get_title() == "Facts by kind" and by_kind.axes[0].images[0].get_array().tolist() == [[1, 0], [1, 0]]
+    assert by_depth.axes[0].images[0].get_array().tolist() == [[1, 0], [1, 0]] and [
+        t.get_text() for t in by_depth.axes[0].get_xticklabels()
+    ] == ["0.1", "0.9"]
+    assert budgets.axes[0].images[0].get_array().tolist() == [[10, 30], [10, 9]] and [
+        t.get_text() for t in budgets.axes[0].get_xticklabels()
+    ] == ["0", "2"]
+    *_, by_kind = report.quality_plots(
+        [run_of_quality("b", "2", [("multikey", 0.1, 7), ("tracking", 0.9, 8)], "ruler", [[0, 0, 10], [0, 1, 9]])]
+    )
+    assert by_kind.axes[0].get_title() == "Facts by kind" and by_kind.axes[0].images[0].get_array().tolist() == [
+        [1, 0],
+        [1, 0],
+    ]
 
 
 def test_points_of_an_earlier_build_are_pale():
@@ -588,8 +869,16 @@ def test_speed_has_its_spread():
         return {"prefill_s": prefill, "decode_s": decode, "kv_bytes": 2**20}
 
     rounds = {"stock:f16": ((4, 4), (4, 6), (4, 8)), "x:1": ((2, 2), (2, 2), (2, 2))}
-    run = {"asked": {"settings": list(rounds)}, "records": {f"speed|{s}|50|{i}": record(*times) for s, some in rounds.items() for i, times in enumerate(some)}}
+    run = {
+        "asked": {"settings": list(rounds)},
+        "records": {f"speed|{s}|50|{i}": record(*times) for s, some in rounds.items() for i, times in enumerate(some)},
+    }
     decoding, prefill = report.speed_plots([run])
-    assert decoding.axes[0].get_title() == "Decoding by memory, depth 50" and prefill.axes[0].get_title() == "Prefill by memory, depth 50"
+    assert (
+        decoding.axes[0].get_title() == "Decoding by memory, depth 50"
+        and prefill.axes[0].get_title() == "Prefill by memory, depth 50"
+    )
     bars = decoding.axes[0].containers[1]
-    assert np.allclose(bars.lines[0].get_xydata(), [[1, 3]]) and np.allclose(bars.lines[2][0].get_segments(), [[[1, 2], [1, 4]]])
+    assert np.allclose(bars.lines[0].get_xydata(), [[1, 3]]) and np.allclose(
+        bars.lines[2][0].get_segments(), [[[1, 2], [1, 4]]]
+    )

@@ -35,7 +35,9 @@ def ctrl_c_is_heard():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return str(tiny_models.write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf", "llama", n_layer=4))  # enough heads for no warning
+    return str(
+        tiny_models.write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf", "llama", n_layer=4)
+    )  # enough heads for no warning
 
 
 @pytest.fixture
@@ -227,7 +229,9 @@ def test_model_that_llama_cpp_refuses(tiny, tmp_path):
 
 
 def test_arguments_that_do_not_fit_together(tiny):
-    done = program("run", tiny, "--prompt", "x", "--n-ctx", "256", "--kv-stage", "512", "--kv-window", "64", "--kv-profile", "none")
+    done = program(
+        "run", tiny, "--prompt", "x", "--n-ctx", "256", "--kv-stage", "512", "--kv-window", "64", "--kv-profile", "none"
+    )
     assert done.returncode == 1
     assert done.err.startswith("Error: ") and "512" in done.err and "256" in done.err
     assert "Traceback" not in done.err
@@ -353,7 +357,9 @@ def test_profile_that_is_there(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_SEMANTICACHE_CACHE", str(tmp_path))
     text = tmp_path / "text.txt"
     text.write_text("A dog and a fox met by the river. " * 200)
-    first, again, other = (program("profile", tiny, "--threads", "1", *more) for more in ((), (), ("--text", str(text))))
+    first, again, other = (
+        program("profile", tiny, "--threads", "1", *more) for more in ((), (), ("--text", str(text)))
+    )
     assert first.returncode == again.returncode == 0 and first.out == again.out, first.err + again.err
     assert "--force" not in first.err and "measured before; --force" in again.err
     assert other.returncode == 1 and "--force replaces it" in other.err
@@ -384,7 +390,17 @@ def test_profile_does_not_replace_a_file(tiny, tmp_path, invoke):
 
 def test_first_use_measures_the_profile_once_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path))
-    args = ["run", str(tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4)), "--prompt", "x", "--max-tokens", "4", *SETTINGS, "--kv-profile", "auto"]
+    args = [
+        "run",
+        str(tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4)),
+        "--prompt",
+        "x",
+        "--max-tokens",
+        "4",
+        *SETTINGS,
+        "--kv-profile",
+        "auto",
+    ]
     first, second = program(*args), program(*args)
     assert first.returncode == second.returncode == 0, first.err
     assert "calibrating" in first.err and "calibrating" not in second.err
@@ -560,7 +576,9 @@ def live():
 def test_warnings_are_told_without_a_place_in_the_code(tmp_path):
     path = str(tiny_models.write_tiny(tmp_path / "few.gguf", "llama", n_layer=1))
     done = program("run", path, "--prompt", "x", "--max-tokens", "4", *SETTINGS)
-    assert done.returncode == 0 and done.err.startswith("Warning: only 2 KV heads of this model") and ".py" not in done.err, done.err
+    assert (
+        done.returncode == 0 and done.err.startswith("Warning: only 2 KV heads of this model") and ".py" not in done.err
+    ), done.err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(live, tiny, tmp_path):

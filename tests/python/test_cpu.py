@@ -67,7 +67,9 @@ def test_the_build_says_what_it_was_compiled_for():
     assert _cpu.missing_instructions(LIB) == []
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems name their processor's features in their own way")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="other systems name their processor's features in their own way"
+)
 def test_a_library_for_another_processor_is_not_loaded(tiny, tmp_path):
     """No processor has all instructions there are: AMD's old and Intel's new ones exclude each other."""
     for file in LIB.iterdir():
@@ -75,10 +77,15 @@ def test_a_library_for_another_processor_is_not_loaded(tiny, tmp_path):
             (tmp_path / file.name).symlink_to(file)
     (tmp_path / _cpu.MACROS_FILE).write_text("\n".join([*_cpu._X86, *_cpu._ARM]))
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(tmp_path)}
-    for command in (["-c", "import llama_semanticache; llama_semanticache.Llama"], ["-m", "llama_semanticache", "run", tiny("llama"), "--prompt", "x"]):
+    for command in (
+        ["-c", "import llama_semanticache; llama_semanticache.Llama"],
+        ["-m", "llama_semanticache", "run", tiny("llama"), "--prompt", "x"],
+    ):
         done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
         assert done.returncode == 1, done
-        assert "expected a processor with" in done.stderr and "build it again on this machine" in done.stderr, done.stderr
+        assert "expected a processor with" in done.stderr and "build it again on this machine" in done.stderr, (
+            done.stderr
+        )
 
 
 def test_more_threads_than_processors_draw_one_warning(tiny):

@@ -137,12 +137,18 @@ def test_prompt_lookup_in_batches_smaller_than_a_draft(tiny, load):
     """The window leaves room for batches of 4 tokens: longer drafts are cut, or upstream would ask for logits that are gone."""
     prompt, small = PROMPT[:150] * 2, {**SMALL, "kv_stage": 96, "kv_window": 88}
     draft = LlamaPromptLookupDecoding(num_pred_tokens=10, max_ngram_size=1)
-    plain, drafted = load(tiny("llama"), **small, kv_ratio=1), load(tiny("llama"), **small, kv_ratio=1, draft_model=draft)
+    plain, drafted = (
+        load(tiny("llama"), **small, kv_ratio=1),
+        load(tiny("llama"), **small, kv_ratio=1, draft_model=draft),
+    )
     assert drafted.n_batch == 4
     counts = count_evals(drafted)
     assert text_of(complete(drafted, prompt)) == text_of(complete(plain, prompt))
     assert max(counts[-10:]) > 1  # drafts were evaluated
-    assert pickle.loads(pickle.dumps(drafted)).draft_model.num_pred_tokens == 10 and drafted.__getstate__()["draft_model"] is draft
+    assert (
+        pickle.loads(pickle.dumps(drafted)).draft_model.num_pred_tokens == 10
+        and drafted.__getstate__()["draft_model"] is draft
+    )
     drafted.draft_model.num_pred_tokens = 3  # as of the object that was passed in
     assert draft.num_pred_tokens == 3 and pickle.loads(pickle.dumps(drafted.draft_model)).num_pred_tokens == 3
 

@@ -78,7 +78,9 @@ def test_mla_caches_keys_only(folder, allocated):
     assert estimate(shape, 4096, "f16").kv_bytes / MIB == pytest.approx(allocated(path, 4096), abs=0.011)
 
 
-@pytest.mark.parametrize(("arch", "method"), [("llama", "semanticache"), ("gemma3", "semanticache"), ("llama", "tova"), ("llama", "keydiff")])
+@pytest.mark.parametrize(
+    ("arch", "method"), [("llama", "semanticache"), ("gemma3", "semanticache"), ("llama", "tova"), ("llama", "keydiff")]
+)
 def test_compressed_cache_is_what_is_allocated(folder, arch, method):
     from llama_semanticache import Llama
 
@@ -97,7 +99,9 @@ def test_compressed_cache_is_what_is_allocated(folder, arch, method):
     llm.close()
     ours = estimate(read_shape(path), 8192, "semanticache", **settings)
     for name in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes", "other_bytes"):
-        assert getattr(ours, name) == pytest.approx(getattr(stats, name), rel=0.01, abs=64), name  # tensors are padded to 32 bytes
+        assert getattr(ours, name) == pytest.approx(getattr(stats, name), rel=0.01, abs=64), (
+            name
+        )  # tensors are padded to 32 bytes
     assert ours.kv_bytes == pytest.approx(stats.total_bytes, rel=0.01)
 
 
@@ -107,9 +111,13 @@ def test_8b_by_hand():
     assert sizes["f16"] == f16 == 4 << 30
     assert sizes["q8_0"] == f16 * 34 / 64
     assert sizes["q4_0"] == f16 * 18 / 64
-    compressed = estimate(SHAPE_8B, 32768, "semanticache", kv_ratio=0.25, kv_stage=512, kv_window=256, kv_type_k="f16", kv_type_v="f16")
+    compressed = estimate(
+        SHAPE_8B, 32768, "semanticache", kv_ratio=0.25, kv_stage=512, kv_window=256, kv_type_k="f16", kv_type_v="f16"
+    )
     rows = 32768 // 4 * 8 * 32
-    assert compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 12) + 512 * 8 * 32 * 8  # votes on the stage
+    assert (
+        compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 12) + 512 * 8 * 32 * 8
+    )  # votes on the stage
     assert compressed.stage_bytes == 32 * 2 * 512 * 8 * 128 * 2
     assert compressed.query_bytes == 32 * 129 * (32 * 128 // 32) * 34  # q8_0, of every second token
     assert compressed.other_bytes == 0

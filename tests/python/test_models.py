@@ -259,7 +259,9 @@ def test_a_tensor_of_a_type_that_is_not_known(tiny, tmp_path):
     offset = field.offset + sum(part.nbytes for part in field.parts[:4])
     data[offset : offset + 4] = (99).to_bytes(4, "little")
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(ModelFileError, match="a tensor of type 99, which this version of the package gguf does not know"):
+    with pytest.raises(
+        ModelFileError, match="a tensor of type 99, which this version of the package gguf does not know"
+    ):
         read_gguf(tmp_path / "m.gguf")
 
 

@@ -268,5 +268,7 @@ def test_there_is_one_sequence(arch, filled):
     memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
     llama_cpp.llama_memory_seq_cp(memory, 0, 0, -1, -1)
     llama_cpp.llama_memory_seq_keep(memory, 0)
-    assert "only sequence stays where it is" in _native.load()[0].string(_native.load()[1].semcache_last_error()).decode()
+    assert (
+        "only sequence stays where it is" in _native.load()[0].string(_native.load()[1].semcache_last_error()).decode()
+    )
     np.testing.assert_array_equal(continue_with(llm, MORE[:5]), continue_with(twin, MORE[:5]))

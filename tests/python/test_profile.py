@@ -112,7 +112,9 @@ def test_no_text_or_too_short_a_text(tiny, cache):
 
 def test_a_model_of_too_short_a_context(tmp_path, cache):
     path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4, n_ctx_train=512)
-    with pytest.raises(ProfileError, match="of at least 1024 tokens to measure its heads on, got one of 512; pass kv_profile=None"):
+    with pytest.raises(
+        ProfileError, match="of at least 1024 tokens to measure its heads on, got one of 512; pass kv_profile=None"
+    ):
         Llama(str(path), n_ctx=1024, kv_compress="semanticache", verbose=False)
 
 
@@ -131,7 +133,9 @@ def test_model_id(tiny, tmp_path):
 
 def test_a_text_that_was_refused_leaves_nothing_behind(tiny, cache, load, tmp_path):
     ffi, lib = _native.load()
-    options = dict(kv_compress="semanticache", kv_ratio=1.0, kv_stage=1024, kv_profile=None, kv_params={"calibrate": 1}, n_ctx=1024)
+    options = dict(
+        kv_compress="semanticache", kv_ratio=1.0, kv_stage=1024, kv_profile=None, kv_params={"calibrate": 1}, n_ctx=1024
+    )
     llm = load(tiny("llama"), **options, flash_attn=True, n_threads=1)
 
     def read(text):
@@ -201,7 +205,10 @@ def test_errors_are_those_of_the_reference(tmp_path, load, cache):
 
     # the size of the residual stream: a last layer's output is evaluated for the last token of every batch
     causal = np.where(np.tri(n) > 0, 0.0, -np.inf)
-    heads = [ref.attend(q[:, h * gqa : (h + 1) * gqa], k[:, h], v[:, h], np.zeros(n), d**-0.5, mask=causal) for h in range(n_head_kv)]
+    heads = [
+        ref.attend(q[:, h * gqa : (h + 1) * gqa], k[:, h], v[:, h], np.zeros(n), d**-0.5, mask=causal)
+        for h in range(n_head_kv)
+    ]
     x = x + matrix(np.concatenate(heads, axis=1).reshape(n, -1), "attn_output")
     y = norm(x, "ffn_norm")
     gate = matrix(y, "ffn_gate")
@@ -211,7 +218,17 @@ def test_errors_are_those_of_the_reference(tmp_path, load, cache):
     ends = ref.delimiter_table([llm.detokenize([t]) for t in tokens], np.zeros(n, bool))
     n_past = n - n_window - n_probe
     chunk = ref.chunk_ids(ends[n_sink:n_past], 32, 0)
-    params = ref.PassParams(scale=d**-0.5, softcap=0.0, inv_freq=inv_freq, rope_neox=False, n_past=0, n_horizon=512, seed=0, budget=0, distinct=0)
+    params = ref.PassParams(
+        scale=d**-0.5,
+        softcap=0.0,
+        inv_freq=inv_freq,
+        rope_neox=False,
+        n_past=0,
+        n_horizon=512,
+        seed=0,
+        budget=0,
+        distinct=0,
+    )
     expected = [
         ref.output_errors(
             ref.TextInput(k[:, h], v[:, h], q[:, h * gqa : (h + 1) * gqa], np.arange(n), chunk, n_sink, n_window + n_probe, n_probe),
@@ -234,7 +251,9 @@ def test_a_norm_behind_the_attention(arch, tmp_path, cache):
         for tensor in GGUFReader(path, "r+").tensors:
             if tensor.name.endswith("attn_v.weight"):
                 tensor.data[...] *= factor
-        errors.append(ref.read_profile(profile.calibrate(path, texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1)).errors)
+        errors.append(
+            ref.read_profile(profile.calibrate(path, texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1)).errors
+        )
     assert errors[0].min() > 0
     np.testing.assert_allclose(errors[1], errors[0], rtol=0.02)
 

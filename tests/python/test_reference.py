@@ -40,19 +40,37 @@ def random_input(seed, n_sink=4, n_core=10, n_new=40, n_win=8, d_k=16, d_v=12, g
     chunk = np.concatenate([core_chunk, ref.chunk_ids(rng.random(n_new) < 0.1, 12, 3)])
     n_tok = rng.integers(1, 9, n_core)
     bias = np.zeros(n_rows)
-    bias[n_sink:n_sink + n_core] = np.log(n_tok) + 0.1 * rng.standard_normal(n_core)
+    bias[n_sink : n_sink + n_core] = np.log(n_tok) + 0.1 * rng.standard_normal(n_core)
     return ref.PassInput(
-        k=rng.standard_normal((n_rows, d_k)), v=rng.standard_normal((n_rows, d_v)), bias=bias, n_sink=n_sink, n_win=n_win, chunk=chunk,
-        s_use=0.5 * rng.random(n_core), n_tok=n_tok, q=rng.standard_normal((n_q, gqa, d_k)),
-        pos_q=np.arange(n_past - n_q, n_past))
+        k=rng.standard_normal((n_rows, d_k)),
+        v=rng.standard_normal((n_rows, d_v)),
+        bias=bias,
+        n_sink=n_sink,
+        n_win=n_win,
+        chunk=chunk,
+        s_use=0.5 * rng.random(n_core),
+        n_tok=n_tok,
+        q=rng.standard_normal((n_q, gqa, d_k)),
+        pos_q=np.arange(n_past - n_q, n_past),
+    )
 
 
 def params_for(inp, budget, n_past=400, softcap=0.0, merge=True, neox=True, n_rot=None, seed=1, n_horizon=512, **more):
     d_k = inp.k.shape[1]
     n_rot = d_k if n_rot is None else n_rot
     inv_freq = 10000.0 ** (-2 * np.arange(n_rot // 2) / max(1, n_rot))
-    return ref.PassParams(scale=d_k ** -0.5, softcap=softcap, inv_freq=inv_freq, rope_neox=neox, n_past=n_past, n_horizon=n_horizon,
-                          seed=seed, budget=budget, merge=merge, **more)
+    return ref.PassParams(
+        scale=d_k**-0.5,
+        softcap=softcap,
+        inv_freq=inv_freq,
+        rope_neox=neox,
+        n_past=n_past,
+        n_horizon=n_horizon,
+        seed=seed,
+        budget=budget,
+        merge=merge,
+        **more,
+    )
 
 
 def assert_same_rows(a, b):
@@ -65,8 +83,10 @@ def attend_after(inp, result, q, scale, softcap=0.0):
 
 
 def test_needs_numpy_alone():
-    code = (f"import sys; sys.path.append({str(PACKAGE)!r}); import reference; "
-            "print(sorted({'llama_cpp', 'llama_semanticache', 'cffi', 'gguf'} & set(sys.modules)))")
+    code = (
+        f"import sys; sys.path.append({str(PACKAGE)!r}); import reference; "
+        "print(sorted({'llama_cpp', 'llama_semanticache', 'cffi', 'gguf'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -74,19 +94,55 @@ def test_needs_numpy_alone():
 # ---------------------------------------------------------------------------------------------------------------- chunks
 
 
-@pytest.mark.parametrize("text", [".", "!", "?", ";", ":", ",", "\n", "{", "}", "。", "！", "？", "；", "：", "，", "、", "…", "．",
-                                  " end.", ",   ", "\n  ", "\r\n", "字。 ", "...", "){"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        ".",
+        "!",
+        "?",
+        ";",
+        ":",
+        ",",
+        "\n",
+        "{",
+        "}",
+        "。",
+        "！",
+        "？",
+        "；",
+        "：",
+        "，",
+        "、",
+        "…",
+        "．",
+        " end.",
+        ",   ",
+        "\n  ",
+        "\r\n",
+        "字。 ",
+        "...",
+        "){",
+    ],
+)
 def test_delimiters(text):
     assert ref.delimiter_table([text.encode()], [False]).tolist() == [True]
 
 
-@pytest.mark.parametrize("piece", [b"", b"   ", b"word", b".word", b")", b"\t", b"\r", b".\t", "。字".encode(), "　".encode(), b"\x82", b"\x80\x82"])
+@pytest.mark.parametrize(
+    "piece",
+    [b"", b"   ", b"word", b".word", b")", b"\t", b"\r", b".\t", "。字".encode(), "　".encode(), b"\x82", b"\x80\x82"],
+)
 def test_not_delimiters(piece):
     assert ref.delimiter_table([piece], [False]).tolist() == [False]
 
 
 def test_control_tokens_are_delimiters():
-    assert ref.delimiter_table([b"<|im_end|>", b"", b"a", b"."], [True, True, False, False]).tolist() == [True, True, False, True]
+    assert ref.delimiter_table([b"<|im_end|>", b"", b"a", b"."], [True, True, False, False]).tolist() == [
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_delimiter_table_wants_a_flag_per_token():
@@ -224,7 +280,9 @@ def test_sink_logit_is_a_row_without_value():
     sinks = np.array([0.5, -1.0, 3.0])
     out = ref.attend(q, k, v, np.zeros(9), 0.3, sinks=sinks)
     for h in range(3):
-        rows = ref.attend(q[:, h:h + 1], np.vstack([k, np.zeros(8)]), np.vstack([v, np.zeros(8)]), [*np.zeros(9), sinks[h]], 0.3)
+        rows = ref.attend(
+            q[:, h : h + 1], np.vstack([k, np.zeros(8)]), np.vstack([v, np.zeros(8)]), [*np.zeros(9), sinks[h]], 0.3
+        )
         np.testing.assert_allclose(out[:, h], rows[:, 0], atol=1e-12)
 
 
@@ -253,7 +311,7 @@ def test_score_by_definition(seed, softcap, n_rot, neox):
     u = ref.horizon_positions(inp.pos_q, params.n_horizon, params.seed)
     p = []
     for i in range(len(inp.q)):
-        q = ref.rotate(inp.q[i:i + 1], [params.n_past + u[i] - inp.pos_q[i]], params.inv_freq, neox)[0]
+        q = ref.rotate(inp.q[i : i + 1], [params.n_past + u[i] - inp.pos_q[i]], params.inv_freq, neox)[0]
         for h in range(inp.q.shape[1]):
             y = [params.scale * float(q[h] @ k) for k in inp.k]
             y = [softcap * math.tanh(t / softcap) for t in y] if softcap else y
@@ -282,8 +340,10 @@ def test_votes_of_two_passes_are_those_of_one(seed):
     np.testing.assert_allclose(both.p, whole.p, rtol=1e-12)
     got, want, late = ref.score(second, params, q[30:]), ref.score(inp, params, q), ref.score(inp, params, q[30:])
     for name in ("s_use", "w"):
-        np.testing.assert_allclose(getattr(got, name)[inp.n_core:], getattr(want, name)[inp.n_core:], rtol=1e-12)
-        np.testing.assert_array_equal(getattr(got, name)[: inp.n_core], getattr(late, name)[: inp.n_core])  # a core: these alone
+        np.testing.assert_allclose(getattr(got, name)[inp.n_core :], getattr(want, name)[inp.n_core :], rtol=1e-12)
+        np.testing.assert_array_equal(
+            getattr(got, name)[: inp.n_core], getattr(late, name)[: inp.n_core]
+        )  # a core: these alone
 
 
 def test_a_pass_without_new_rows_only_takes_votes():
@@ -335,7 +395,9 @@ def test_identical_tokens_merge_exactly(n, m, softcap):
     assert result.rows.n_tok.tolist() == [n + m]
     np.testing.assert_allclose(result.rows.k[0], k[4], atol=1e-12)
     q = np.random.default_rng(9).standard_normal((20, 2, 16))
-    np.testing.assert_allclose(attend_after(inp, result, q, 0.25, softcap), ref.attend(q, k, v, bias, 0.25, softcap), atol=1e-6)
+    np.testing.assert_allclose(
+        attend_after(inp, result, q, 0.25, softcap), ref.attend(q, k, v, bias, 0.25, softcap), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -478,7 +540,9 @@ def test_sinks_and_window_are_untouched(method, seed):
         np.testing.assert_array_equal(after[:4], old[:4])
         np.testing.assert_array_equal(after[-8:], old[-8:])
     v = inp.v.copy()
-    v[:4] = v[-8:] = np.nan  # and their values reach no core, but as a part of the outputs that merged values are fitted to
+    v[:4] = v[-8:] = (
+        np.nan
+    )  # and their values reach no core, but as a part of the outputs that merged values are fitted to
     other = run_method(method, replace(inp, v=v), 20).rows
     assert_same_rows(replace(other, v=result.rows.v) if method == "semantic" else other, result.rows)
 
@@ -502,12 +566,16 @@ def test_merged_rows_are_weighted_means(seed):
     w = ref.score(inp, params, ref.look_ahead(inp, params)).w + 1e-9
     for j in np.flatnonzero(np.bincount(result.member_of[result.member_of >= 0]) > 1):
         members = result.member_of == j
-        np.testing.assert_allclose(result.rows.k[j], np.average(inp.k[inp.cand][members], axis=0, weights=w[members]), atol=1e-12)
+        np.testing.assert_allclose(
+            result.rows.k[j], np.average(inp.k[inp.cand][members], axis=0, weights=w[members]), atol=1e-12
+        )
 
     rows = ref.merge_rows(inp.candidates(), result.winner, result.member_of, w - 1e-9)
     for j in np.flatnonzero(np.bincount(result.member_of[result.member_of >= 0]) > 1):
         members = result.member_of == j
-        np.testing.assert_allclose(rows.v[j], np.average(inp.v[inp.cand][members], axis=0, weights=w[members]), atol=1e-12)
+        np.testing.assert_allclose(
+            rows.v[j], np.average(inp.v[inp.cand][members], axis=0, weights=w[members]), atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -569,9 +637,17 @@ def test_cores_can_be_compressed_again(method):
     more = random_input(1)
     next_id = int(inp.chunk[-1]) + 1
     second = ref.PassInput(
-        k=np.concatenate([k, more.k[:40]]), v=np.concatenate([v, more.v[:40]]), bias=np.concatenate([bias, np.zeros(40)]), n_sink=4,
-        n_win=8, chunk=np.concatenate([first.rows.chunk, ref.chunk_ids([False] * 40, 32, next_id)]), s_use=first.rows.s_use,
-        n_tok=first.rows.n_tok, q=np.concatenate([inp.q[-8:], more.q[:40]]), pos_q=np.arange(392, 440))
+        k=np.concatenate([k, more.k[:40]]),
+        v=np.concatenate([v, more.v[:40]]),
+        bias=np.concatenate([bias, np.zeros(40)]),
+        n_sink=4,
+        n_win=8,
+        chunk=np.concatenate([first.rows.chunk, ref.chunk_ids([False] * 40, 32, next_id)]),
+        s_use=first.rows.s_use,
+        n_tok=first.rows.n_tok,
+        q=np.concatenate([inp.q[-8:], more.q[:40]]),
+        pos_q=np.arange(392, 440),
+    )
     result = run_method(method, second, 20)
     assert second.n_core == len(first.rows) and second.n_new == 40
     assert 0 < len(result.rows) <= 20
@@ -610,8 +686,12 @@ def test_paper_rows(seed, budget):
     assert not np.any(result.rows.s_use)
     for j in range(len(result.rows)):
         members = result.member_of == j
-        np.testing.assert_allclose(result.rows.k[j], np.average(rows.k[members], axis=0, weights=rows.n_tok[members]), atol=1e-12)
-        np.testing.assert_allclose(result.rows.v[j], np.average(rows.v[members], axis=0, weights=rows.n_tok[members]), atol=1e-12)
+        np.testing.assert_allclose(
+            result.rows.k[j], np.average(rows.k[members], axis=0, weights=rows.n_tok[members]), atol=1e-12
+        )
+        np.testing.assert_allclose(
+            result.rows.v[j], np.average(rows.v[members], axis=0, weights=rows.n_tok[members]), atol=1e-12
+        )
         assert result.winner[j] == np.flatnonzero(members)[0]  # the seed is the first in reading order
     kept = dict(ref.chunk_budgets(rows.chunk, rows.n_tok, budget))
     for chunk, n in zip(*np.unique(result.rows.chunk, return_counts=True)):
@@ -649,14 +729,16 @@ def test_paper_merges_identical_tokens_exactly(n):
     inp = replace(base, k=k, v=v, chunk=np.zeros(n))
     result = ref.compress_head_paper(inp, 1)
     assert result.rows.bias == pytest.approx([math.log(n)], abs=1e-12)
-    np.testing.assert_allclose(attend_after(inp, result, inp.q, 0.25), ref.attend(inp.q, k, v, inp.bias, 0.25), atol=1e-12)
+    np.testing.assert_allclose(
+        attend_after(inp, result, inp.q, 0.25), ref.attend(inp.q, k, v, inp.bias, 0.25), atol=1e-12
+    )
 
 
 def test_streaming_keeps_the_newest():
     inp = random_input(0)
     result = ref.compress_head_streaming(inp, 13)
     assert result.winner.tolist() == list(range(37, 50))
-    np.testing.assert_array_equal(result.rows.k, inp.k[4 + 37:4 + 50])
+    np.testing.assert_array_equal(result.rows.k, inp.k[4 + 37 : 4 + 50])
     assert (result.n_merged, result.n_dropped) == (0, 37)
 
 
@@ -674,14 +756,21 @@ def random_profile(seed=0, n_head=6):
     rng = np.random.default_rng(seed)
     errors = np.sort(10.0 ** -rng.uniform(1, 4, (n_head, len(ref.PARTS))), axis=1)[:, ::-1]
     errors = [[float(f"{x:.4e}") for x in row] for row in errors]
-    return ref.Profile("a model, 135M:abc", 4, ref.PARTS, tuple((il, h) for il in range(n_head // 2) for h in range(2)), errors)
+    return ref.Profile(
+        "a model, 135M:abc", 4, ref.PARTS, tuple((il, h) for il in range(n_head // 2) for h in range(2)), errors
+    )
 
 
 def test_profile_file_round_trip(tmp_path):
     profile = random_profile()
     ref.write_profile(tmp_path / "p.txt", profile)
     back = ref.read_profile(tmp_path / "p.txt")
-    assert (back.model_id, back.n_text, back.parts, back.heads) == (profile.model_id, profile.n_text, profile.parts, profile.heads)
+    assert (back.model_id, back.n_text, back.parts, back.heads) == (
+        profile.model_id,
+        profile.n_text,
+        profile.parts,
+        profile.heads,
+    )
     np.testing.assert_array_equal(back.errors, profile.errors)
     ref.write_profile(tmp_path / "q.txt", back)
     assert (tmp_path / "p.txt").read_bytes() == (tmp_path / "q.txt").read_bytes()
@@ -689,24 +778,29 @@ def test_profile_file_round_trip(tmp_path):
 
 def test_profile_file_text(tmp_path):
     ref.write_profile(tmp_path / "p.txt", ref.Profile("m", 2, (0.03125, 0.5), ((0, 0), (3, 1)), [[0.5, 0.25], [1, 0]]))
-    assert (tmp_path / "p.txt").read_bytes() == (b"semcache-profile 3\nmodel_id m\nn_text 2\nparts 0.03125 0.5\n"
-                                                 b"head 0 0 5.0000e-01 2.5000e-01\nhead 3 1 1.0000e+00 0.0000e+00\n")
+    assert (tmp_path / "p.txt").read_bytes() == (
+        b"semcache-profile 3\nmodel_id m\nn_text 2\nparts 0.03125 0.5\n"
+        b"head 0 0 5.0000e-01 2.5000e-01\nhead 3 1 1.0000e+00 0.0000e+00\n"
+    )
 
 
-@pytest.mark.parametrize("old, new, message", [
-    ("semcache-profile 3", "semcache-profile 1", "line 1: expected 'semcache-profile 3'"),
-    ("semcache-profile 3\n", "", "line 1: expected"),
-    ("model_id a", "model a", "line 2: expected 'model_id"),
-    ("n_text 4", "n_text four", "line 3: expected 'n_text"),
-    ("n_text 4", "n_text 0", "expected n_text >= 1"),
-    ("parts 0.0078125", "parts x", "line 4: expected 'parts"),
-    ("parts 0.0078125 0.015625", "parts 0.015625 0.0078125", "expected parts that rise"),
-    ("0.25 0.5", "0.25 1", "expected parts that rise"),
-    ("head 0 1", "head 0 0", "each once and ordered"),
-    ("head 1 0", "head 1", "line 7: expected 'head <il> <head> <7 errors>'"),
-    ("head 1 0 ", "head 1 0 -", "expected errors of at least 0"),
-    ("head 1 0 ", "head 1 0 x", "line 7"),
-])
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("semcache-profile 3", "semcache-profile 1", "line 1: expected 'semcache-profile 3'"),
+        ("semcache-profile 3\n", "", "line 1: expected"),
+        ("model_id a", "model a", "line 2: expected 'model_id"),
+        ("n_text 4", "n_text four", "line 3: expected 'n_text"),
+        ("n_text 4", "n_text 0", "expected n_text >= 1"),
+        ("parts 0.0078125", "parts x", "line 4: expected 'parts"),
+        ("parts 0.0078125 0.015625", "parts 0.015625 0.0078125", "expected parts that rise"),
+        ("0.25 0.5", "0.25 1", "expected parts that rise"),
+        ("head 0 1", "head 0 0", "each once and ordered"),
+        ("head 1 0", "head 1", "line 7: expected 'head <il> <head> <7 errors>'"),
+        ("head 1 0 ", "head 1 0 -", "expected errors of at least 0"),
+        ("head 1 0 ", "head 1 0 x", "line 7"),
+    ],
+)
 def test_malformed_profiles_are_refused(tmp_path, old, new, message):
     path = tmp_path / "p.txt"
     ref.write_profile(path, random_profile())
@@ -789,11 +883,14 @@ def test_a_head_without_error_gets_the_least():
     assert ref.budgets(profile, 0.5, 1000, 4).tolist() == [36, 964]
 
 
-@pytest.mark.parametrize("ratio, n_ctx, n_head, expected", [
-    (0.25, 8192, 3, [2048] * 3),
-    (0.25, 1023, 7, [256] * 5 + [255] * 2),  # 1790 rows; the lower heads get what is left over
-    (1.0, 20, 2, [20] * 2),                  # n_ctx below n_sink + n_chunk
-])
+@pytest.mark.parametrize(
+    "ratio, n_ctx, n_head, expected",
+    [
+        (0.25, 8192, 3, [2048] * 3),
+        (0.25, 1023, 7, [256] * 5 + [255] * 2),  # 1790 rows; the lower heads get what is left over
+        (1.0, 20, 2, [20] * 2),  # n_ctx below n_sink + n_chunk
+    ],
+)
 def test_equal_budgets(ratio, n_ctx, n_head, expected):
     assert ref.equal_budgets(n_head, ratio, n_ctx, 4).tolist() == expected
 
@@ -817,7 +914,9 @@ def random_text(seed, n_past=60, n_exact=24, n_probe=12, n_sink=2, same=False):
     return ref.TextInput(k, v, q, np.arange(n), chunk, n_sink, n_exact, n_probe)
 
 
-TEXT_PARAMS = ref.PassParams(scale=8**-0.5, softcap=0.0, inv_freq=np.zeros(0), rope_neox=True, n_past=0, n_horizon=64, seed=0, budget=0)
+TEXT_PARAMS = ref.PassParams(
+    scale=8**-0.5, softcap=0.0, inv_freq=np.zeros(0), rope_neox=True, n_past=0, n_horizon=64, seed=0, budget=0
+)
 
 
 def test_no_error_with_all_rows_or_identical_ones():
@@ -832,10 +931,23 @@ def test_errors_of_one_pass_by_hand(seed):
     text = random_text(seed, n_probe=1)
     n, past = len(text.k), text.n_past
     got = ref.output_errors(text, TEXT_PARAMS, (0.3,), n_pass=100, n_window=24)
-    inp = ref.PassInput(text.k, text.v, np.zeros(n), text.n_sink, n - past, text.chunk, [], [], text.q[:: ref.VOTE_EVERY], text.pos[:: ref.VOTE_EVERY])
+    inp = ref.PassInput(
+        text.k,
+        text.v,
+        np.zeros(n),
+        text.n_sink,
+        n - past,
+        text.chunk,
+        [],
+        [],
+        text.q[:: ref.VOTE_EVERY],
+        text.pos[:: ref.VOTE_EVERY],
+    )
     result = ref.compress_head(inp, replace(TEXT_PARAMS, n_past=n, n_ahead=24, budget=18 - text.n_sink))
     k, v, bias = ref.rows_after(inp, result)
-    out = ref.attend(text.q[-1:], k, v, bias, TEXT_PARAMS.scale) - ref.attend(text.q[-1:], text.k, text.v, np.zeros(n), TEXT_PARAMS.scale)
+    out = ref.attend(text.q[-1:], k, v, bias, TEXT_PARAMS.scale) - ref.attend(
+        text.q[-1:], text.k, text.v, np.zeros(n), TEXT_PARAMS.scale
+    )
     assert got == pytest.approx([np.mean(np.sum(out**2, axis=-1))], rel=1e-9)
 
 
@@ -896,18 +1008,28 @@ def test_golden_files_are_what_the_generator_writes(make_golden):
     assert sum(map(len, files.values())) < 1_500_000
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the names of OpenBLAS's kernels are those of x86-64")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the names of OpenBLAS's kernels are those of x86-64"
+)
 def test_golden_files_of_another_processor_are_the_same(tmp_path):
     """Prescott has no AVX, so its kernels run everywhere and round in an order of their own."""
     env = {**os.environ, "OPENBLAS_CORETYPE": "Prescott"}
-    subprocess.run([sys.executable, GOLDEN / "make_golden.py", tmp_path], env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, GOLDEN / "make_golden.py", tmp_path], env=env, check=True, stdout=subprocess.DEVNULL
+    )
     for path in tmp_path.iterdir():
         assert_same_golden(path.name, path.read_bytes(), (GOLDEN / path.name).read_bytes())
 
 
-@pytest.mark.parametrize(("name", "old", "new"), [
-    ("tables.txt", b"budgets 0.25 ", b"budgets 0.26 "), ("tables.txt", b"splitmix64 1 ", b"splitmix64 2 "), ("profile.txt", b"8.4219e-03", b"8.4220e-03"),
-    ("streaming.bin", struct.pack("<f", 32**-0.5), struct.pack("<f", 32**-0.5 * (1 + 2.0**-22)))])
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("tables.txt", b"budgets 0.25 ", b"budgets 0.26 "),
+        ("tables.txt", b"splitmix64 1 ", b"splitmix64 2 "),
+        ("profile.txt", b"8.4219e-03", b"8.4220e-03"),
+        ("streaming.bin", struct.pack("<f", 32**-0.5), struct.pack("<f", 32**-0.5 * (1 + 2.0**-22))),
+    ],
+)
 def test_another_number_in_a_golden_file_is_seen(name, old, new):
     data = (GOLDEN / name).read_bytes()
     assert old in data
@@ -922,24 +1044,48 @@ CASE_NAMES = (GOLDEN / "index.txt").read_text().split()
 def read_case(data):
     """Read a case as its documentation describes it, without the generator."""
     h = struct.unpack_from("<32i", data)
-    keys = ("magic version method d_k d_v gqa n_rot rope_neox n_sink n_core n_new n_win n_past n_horizon seed_low seed_high budget merge "
-            "n_out n_merged n_dropped attempt n_q n_ahead n_full distinct").split()
+    keys = (
+        "magic version method d_k d_v gqa n_rot rope_neox n_sink n_core n_new n_win n_past n_horizon seed_low seed_high budget merge "
+        "n_out n_merged n_dropped attempt n_q n_ahead n_full distinct"
+    ).split()
     c = dict(zip(keys, h))
     assert (c["magic"], c["version"]) == (0x43474353, 5) and not any(h[26:])
     n_cand, n_stage, n_q = c["n_core"] + c["n_new"], c["n_new"] + c["n_win"], c["n_q"]
     n_rows, n_out = c["n_sink"] + n_cand + c["n_win"], c["n_out"]
     at = 128
     for name, code, *shape in (
-            ("scale_softcap", "f", 2), ("inv_freq", "f", c["n_rot"] // 2), ("pos_q", "i", n_q), ("chunk", "i", n_cand), ("n_tok", "i", c["n_core"]),
-            ("s_use", "f", c["n_core"]), ("bias", "f", n_rows), ("k", "f", n_rows, c["d_k"]),
-            ("v", "f", n_rows, c["d_v"]), ("q", "f", n_q, c["gqa"], c["d_k"]),
-            ("votes_n", "i", n_stage), ("votes_p4", "f", n_stage), ("votes_p", "f", n_stage), ("u", "i", n_q), ("score_s_use", "f", n_cand),
-            ("score_s_dev", "f", n_cand), ("score_w", "f", n_cand), ("taken_p4", "f", n_stage),
-            ("taken_p", "f", n_stage), ("winner", "i", n_out), ("member_of", "i", n_cand), ("out_chunk", "i", n_out),
-            ("out_n_tok", "i", n_out), ("out_s_use", "f", n_out), ("out_bias", "f", n_out),
-            ("out_k", "f", n_out, c["d_k"]), ("out_v", "f", n_out, c["d_v"])):
+        ("scale_softcap", "f", 2),
+        ("inv_freq", "f", c["n_rot"] // 2),
+        ("pos_q", "i", n_q),
+        ("chunk", "i", n_cand),
+        ("n_tok", "i", c["n_core"]),
+        ("s_use", "f", c["n_core"]),
+        ("bias", "f", n_rows),
+        ("k", "f", n_rows, c["d_k"]),
+        ("v", "f", n_rows, c["d_v"]),
+        ("q", "f", n_q, c["gqa"], c["d_k"]),
+        ("votes_n", "i", n_stage),
+        ("votes_p4", "f", n_stage),
+        ("votes_p", "f", n_stage),
+        ("u", "i", n_q),
+        ("score_s_use", "f", n_cand),
+        ("score_s_dev", "f", n_cand),
+        ("score_w", "f", n_cand),
+        ("taken_p4", "f", n_stage),
+        ("taken_p", "f", n_stage),
+        ("winner", "i", n_out),
+        ("member_of", "i", n_cand),
+        ("out_chunk", "i", n_out),
+        ("out_n_tok", "i", n_out),
+        ("out_s_use", "f", n_out),
+        ("out_bias", "f", n_out),
+        ("out_k", "f", n_out, c["d_k"]),
+        ("out_v", "f", n_out, c["d_v"]),
+    ):
         n = math.prod(shape)
-        c[name] = np.array(struct.unpack_from(f"<{n}{code}", data, at), dtype=np.float64 if code == "f" else np.int64).reshape(shape)
+        c[name] = np.array(
+            struct.unpack_from(f"<{n}{code}", data, at), dtype=np.float64 if code == "f" else np.int64
+        ).reshape(shape)
         at += 4 * n
     assert at == len(data)
     return c
@@ -949,12 +1095,34 @@ def read_case(data):
 def test_golden_case_reads_as_documented(name):
     c = read_case((GOLDEN / f"{name}.bin").read_bytes())
     seed = (c["seed_high"] & 0xFFFFFFFF) << 32 | c["seed_low"] & 0xFFFFFFFF
-    inp = ref.PassInput(c["k"], c["v"], c["bias"], c["n_sink"], c["n_win"], c["chunk"], c["s_use"], c["n_tok"], c["q"], c["pos_q"],
-                        ref.Votes(c["votes_n"], c["votes_p4"], c["votes_p"]))
+    inp = ref.PassInput(
+        c["k"],
+        c["v"],
+        c["bias"],
+        c["n_sink"],
+        c["n_win"],
+        c["chunk"],
+        c["s_use"],
+        c["n_tok"],
+        c["q"],
+        c["pos_q"],
+        ref.Votes(c["votes_n"], c["votes_p4"], c["votes_p"]),
+    )
     for x in (c["k"], c["v"], c["q"]):
         np.testing.assert_array_equal(x.astype(np.float16), x)
-    params = ref.PassParams(*c["scale_softcap"], c["inv_freq"], bool(c["rope_neox"]), c["n_past"], c["n_horizon"], seed, c["budget"],
-                            bool(c["merge"]), c["n_ahead"], c["n_full"], c["distinct"])
+    params = ref.PassParams(
+        *c["scale_softcap"],
+        c["inv_freq"],
+        bool(c["rope_neox"]),
+        c["n_past"],
+        c["n_horizon"],
+        seed,
+        c["budget"],
+        bool(c["merge"]),
+        c["n_ahead"],
+        c["n_full"],
+        c["distinct"],
+    )
     if c["method"] == 0:
         result = ref.compress_head(inp, params)
         scores = ref.score(inp, params, ref.look_ahead(inp, params))
@@ -983,17 +1151,31 @@ def test_golden_cases_cover_what_they_should():
     passes = [c for c in cases if c["method"] == 0]
     assert {32, 64, 80} <= {c["d_k"] for c in passes} and {1, 3, 7} <= {c["gqa"] for c in passes}
     assert {(c["n_rot"] > 0, c["n_rot"] == c["d_k"], c["rope_neox"]) for c in passes} >= {
-        (True, True, 0), (True, True, 1), (True, False, 0), (True, False, 1), (False, False, 0)}
+        (True, True, 0),
+        (True, True, 1),
+        (True, False, 0),
+        (True, False, 1),
+        (False, False, 0),
+    }
     assert any(c["scale_softcap"][1] > 0 for c in passes)
     assert any(c["n_core"] == 0 for c in passes) and any(c["n_core"] > 0 for c in passes)
     assert any(c["n_merged"] and c["n_dropped"] for c in passes)
     assert any(c["n_out"] == c["n_core"] + c["n_new"] for c in passes)
     assert any(not c["merge"] for c in passes) and any(c["d_v"] != c["d_k"] for c in passes)
     assert any(8.0 in c["out_bias"] for c in passes)
-    assert any(0 < c["n_q"] < c["n_new"] + c["n_win"] and c["n_new"] and any(c["votes_n"]) and c["n_ahead"] for c in passes)
-    assert {(c["n_core"] > 0, c["n_new"] > 0) for c in passes} >= {(False, False), (True, False)}  # passes that only take votes
+    assert any(
+        0 < c["n_q"] < c["n_new"] + c["n_win"] and c["n_new"] and any(c["votes_n"]) and c["n_ahead"] for c in passes
+    )
+    assert {(c["n_core"] > 0, c["n_new"] > 0) for c in passes} >= {
+        (False, False),
+        (True, False),
+    }  # passes that only take votes
     assert any(c["n_q"] >= 192 for c in passes)  # the bias is fitted on every second token
-    assert {c["method"] for c in cases if c["n_q"] >= 192} >= {5, 6, 7}  # where a policy still reads all of them in order
+    assert {c["method"] for c in cases if c["n_q"] >= 192} >= {
+        5,
+        6,
+        7,
+    }  # where a policy still reads all of them in order
     assert any(c["n_q"] < c["n_full"] and c["n_core"] for c in passes)
     papers = [c for c in cases if c["method"] == 1]
     assert any(c["n_dropped"] for c in papers) and any(c["n_core"] for c in papers)
@@ -1001,7 +1183,19 @@ def test_golden_cases_cover_what_they_should():
 
 def policy_input(k, q, pos_q, n_win, n_past, **more):
     n, n_core = len(k) - n_win, len(more.get("s_use", ()))
-    return ref.PassInput(k, np.zeros((len(k), 2)), np.zeros(len(k)), 0, n_win, np.zeros(n), more.pop("s_use", ()), np.ones(n_core), q, pos_q, **more)
+    return ref.PassInput(
+        k,
+        np.zeros((len(k), 2)),
+        np.zeros(len(k)),
+        0,
+        n_win,
+        np.zeros(n),
+        more.pop("s_use", ()),
+        np.ones(n_core),
+        q,
+        pos_q,
+        **more,
+    )
 
 
 def test_eviction_by_hand():
@@ -1018,7 +1212,9 @@ def test_eviction_by_hand():
     np.testing.assert_allclose(ref.POLICIES["tova"](inp, params), second)
     np.testing.assert_allclose(ref.POLICIES["h2o"](inp, params), first + second)
     assert ref.compress_head_evict(inp, params, "h2o").winner.tolist() == [0, 1], "the window is the newest half"
-    assert ref.compress_head_evict(replace(inp, n_win=0, chunk=np.zeros(4)), params, "h2o").winner.tolist() == [1, 3], "half of the budget for the newest"
+    assert ref.compress_head_evict(replace(inp, n_win=0, chunk=np.zeros(4)), params, "h2o").winner.tolist() == [1, 3], (
+        "half of the budget for the newest"
+    )
     votes = ref.Votes(np.array([2, 0, 0]), np.zeros(3), np.array([0.5, 9, 9]))
     later = policy_input(k, q, [1, 3], 1, 4, s_use=[0.25], votes=votes)
     np.testing.assert_allclose(ref.POLICIES["h2o"](later, params), first + second + [0.25, 0.5, 0, 0])
@@ -1031,7 +1227,9 @@ def test_eviction_by_hand():
 @pytest.mark.parametrize("policy", ref.POLICIES)
 def test_eviction_keeps_rows_as_they_are(policy):
     rng = np.random.RandomState(0)
-    inp = policy_input(rng.standard_normal((30, 8)), rng.standard_normal((6, 2, 8)), np.arange(34, 40), 6, 40, s_use=np.ones(10))
+    inp = policy_input(
+        rng.standard_normal((30, 8)), rng.standard_normal((6, 2, 8)), np.arange(34, 40), 6, 40, s_use=np.ones(10)
+    )
     params = ref.PassParams(0.5, 0.0, np.zeros(0), True, n_past=40, n_horizon=1, seed=0, budget=9)
     result = ref.compress_head_evict(inp, params, policy)
     assert len(result.rows) == 9 and result.n_dropped == 15 and result.n_merged == 0

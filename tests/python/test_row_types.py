@@ -46,7 +46,10 @@ def test_auto_is_q8_0_where_heads_allow_it(wide, tiny, load):
     for path, same in ((wide, "q8_0"), (tiny("llama"), "f16")):
         auto, named = load(path, **SMALL).kv_stats(), load(path, **SMALL, kv_type_k=same, kv_type_v=same).kv_stats()
         assert auto.core_bytes == named.core_bytes > 0
-    assert load(wide, **SMALL).kv_stats().core_bytes < load(wide, **SMALL, kv_type_k="f16", kv_type_v="f16").kv_stats().core_bytes
+    assert (
+        load(wide, **SMALL).kv_stats().core_bytes
+        < load(wide, **SMALL, kv_type_k="f16", kv_type_v="f16").kv_stats().core_bytes
+    )
 
 
 @pytest.mark.parametrize("type_k", BLOCK_BYTES)
@@ -82,5 +85,7 @@ def test_a_state_goes_into_the_same_types_only(wide, load):
 def test_refused(wide, tiny, load):
     with pytest.raises(ArgumentError, match="kv_type_v: expected one of auto, f16, q8_0, q4_0, got 'q5_0'"):
         load(wide, **SMALL, kv_type_v="q5_0")
-    with pytest.raises(UnsupportedModelError, match="cores of q8_0: expected heads of a multiple of 32 values, got 16 for K in layer 0"):
+    with pytest.raises(
+        UnsupportedModelError, match="cores of q8_0: expected heads of a multiple of 32 values, got 16 for K in layer 0"
+    ):
         load(tiny("llama"), **SMALL, kv_type_k="q8_0")

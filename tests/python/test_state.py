@@ -48,7 +48,9 @@ def test_a_state_of_another_vocabulary(tiny, load):
     llm.reset()
     llm.eval(TOKENS[::-1][:200])
     was = numbers(llm)
-    with pytest.raises(StateError, match="expected one of a model of 300 tokens, got one of 299; .* the cache is as it was"):
+    with pytest.raises(
+        StateError, match="expected one of a model of 300 tokens, got one of 299; .* the cache is as it was"
+    ):
         llm.load_state(state)
     assert numbers(llm) == was and llm.n_tokens == 200
 

@@ -16,10 +16,29 @@ import numpy as np
 # Architectures whose cache can be compressed. "llama3" is llama with RoPE frequency factors, "mistral" is llama with a
 # head size that is not n_embd / n_head, "phi3-longrope" has long and short factors and rotates 3/4 of a head, every fourth layer
 # of "smollm3" is without RoPE, every second layer of "lfm2" is a short convolution, whose state cannot be cut.
-SUPPORTED = ("llama", "llama3", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3-longrope", "smollm3", "lfm2")
+SUPPORTED = (
+    "llama",
+    "llama3",
+    "mistral",
+    "mistral3",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "phi3-longrope",
+    "smollm3",
+    "lfm2",
+)
 
 # Architectures that must be refused with kv_compress, and why.
-REFUSED = {"mamba": "recurrent", "bloom": "ALiBi", "deepseek2": "MLA", "qwen2vl": "M-RoPE", "hunyuan-dense": "weighs them again"}
+REFUSED = {
+    "mamba": "recurrent",
+    "bloom": "ALiBi",
+    "deepseek2": "MLA",
+    "qwen2vl": "M-RoPE",
+    "hunyuan-dense": "weighs them again",
+}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -120,7 +139,9 @@ class _Builder:
         self.gguf_arch = _GGUF_ARCH.get(arch, arch)
         self.dtype = {"f32": np.float32, "f16": np.float16}[dtype]
         self.rng = np.random.default_rng(seed)
-        self.writer = gguf.GGUFWriter(path, self.gguf_arch, split_max_tensors=n_split_tensors, small_first_shard=n_split_tensors > 0)
+        self.writer = gguf.GGUFWriter(
+            path, self.gguf_arch, split_max_tensors=n_split_tensors, small_first_shard=n_split_tensors > 0
+        )
         self.writer.add_name("tiny")  # not the architecture: llama.cpp expects certain tokens of a model named phi3
         self.writer.add_file_type(gguf.LlamaFileType.ALL_F32 if dtype == "f32" else gguf.LlamaFileType.MOSTLY_F16)
 

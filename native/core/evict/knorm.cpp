@@ -10,7 +10,7 @@ namespace semcache {
 
 void evict_knorm(const evict_input & x, float *, float * score) {
     for (int32_t i = 0; i < x.n_row; ++i) {
-        const float * k = x.k + (int64_t) i*x.n_embd_head_k;
+        const float * k = x.k + (int64_t) i * x.n_embd_head_k;
         score[i] = -std::sqrt(dot(k, k, x.n_embd_head_k));
     }
 }

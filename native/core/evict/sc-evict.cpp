@@ -8,13 +8,13 @@
 namespace semcache {
 
 void evict_input::add_shares(int32_t query, float * p, float * score) const {
-    const float * y    = q + (int64_t) query*n_embd_head_k;
-    const int32_t last = voter_token[query/n_gqa];
+    const float * y = q + (int64_t) query * n_embd_head_k;
+    const int32_t last = voter_token[query / n_gqa];
     float mx = -INFINITY;
     for (int32_t i = 0; i < n_row; ++i) {
-        const float x = dot(y, k + (int64_t) i*n_embd_head_k, n_embd_head_k);
-        p[i] = row_token[i] > last ? -INFINITY : softcap > 0.0f ? softcap*std::tanh(x/softcap) : x;
-        mx   = std::max(mx, p[i]);
+        const float x = dot(y, k + (int64_t) i * n_embd_head_k, n_embd_head_k);
+        p[i] = row_token[i] > last ? -INFINITY : softcap > 0.0f ? softcap * std::tanh(x / softcap) : x;
+        mx = std::max(mx, p[i]);
     }
     float sum = 0.0f;
     for (int32_t i = 0; i < n_row; ++i) {
@@ -22,18 +22,18 @@ void evict_input::add_shares(int32_t query, float * p, float * score) const {
         sum += p[i];
     }
     for (int32_t i = 0; i < n_row; ++i) {
-        score[i] += p[i]/sum;
+        score[i] += p[i] / sum;
     }
 }
 
 void evict_scores(method how, const evict_input & x, float * p, float * score) {
     switch (how) {
         case method::keydiff: return evict_keydiff(x, p, score);
-        case method::knorm:   return evict_knorm  (x, p, score);
-        case method::snapkv:  return evict_snapkv (x, p, score);
-        case method::tova:    return evict_tova   (x, p, score);
-        case method::h2o:     return evict_h2o    (x, p, score);
-        default:              return; // evicts() says no
+        case method::knorm: return evict_knorm(x, p, score);
+        case method::snapkv: return evict_snapkv(x, p, score);
+        case method::tova: return evict_tova(x, p, score);
+        case method::h2o: return evict_h2o(x, p, score);
+        default: return; // evicts() says no
     }
 }
 

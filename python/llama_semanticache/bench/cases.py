@@ -47,7 +47,10 @@ KINDS = {
 PARAPHRASES = {
     "number": ("Which digits open the door of the {place}?", "The door of the {place} opens with the digits"),
     "name": ("Who looks after the {place}?", "The person who looks after the {place} is"),
-    "date": ("On which day could the public enter the {place} for the first time?", "The public could first enter the {place} on"),
+    "date": (
+        "On which day could the public enter the {place} for the first time?",
+        "The public could first enter the {place} on",
+    ),
 }
 
 
@@ -93,7 +96,13 @@ def _simple(rnd: random.Random, kind: str, depth: float, place: str, paraphrased
     sentence, *asked = KINDS[kind]
     question, start = PARAPHRASES[kind] if paraphrased else asked
     prompt = _prompt(question, start).format(place=place)
-    return Fact("paraphrase" if paraphrased else kind, depth, ((depth, sentence.format(place=place, value=value)),), prompt, (value,))
+    return Fact(
+        "paraphrase" if paraphrased else kind,
+        depth,
+        ((depth, sentence.format(place=place, value=value)),),
+        prompt,
+        (value,),
+    )
 
 
 def single_facts(seed: int) -> list[Fact]:
@@ -101,7 +110,10 @@ def single_facts(seed: int) -> list[Fact]:
     rnd = random.Random(seed)
     places = rnd.sample(PLACES, len(DEPTHS))
     kinds = list(KINDS)
-    return [_simple(rnd, kinds[(i + seed) % len(kinds)], depth, place) for i, (place, depth) in enumerate(zip(places, DEPTHS))]
+    return [
+        _simple(rnd, kinds[(i + seed) % len(kinds)], depth, place)
+        for i, (place, depth) in enumerate(zip(places, DEPTHS))
+    ]
 
 
 def ruler_facts(seed: int) -> list[Fact]:
@@ -119,18 +131,38 @@ def ruler_facts(seed: int) -> list[Fact]:
         kind = next(kind_of)
         asked = _simple(rnd, kind, depth, next(places))
         others = [_simple(rnd, kind, elsewhere(), next(places)) for _ in range(3)]
-        return replace(asked, kind="multikey", sentences=asked.sentences + tuple(s for o in others for s in o.sentences))
+        return replace(
+            asked, kind="multikey", sentences=asked.sentences + tuple(s for o in others for s in o.sentences)
+        )
 
     def multivalue(depth: float) -> Fact:
         place, names = next(places), tuple(f"{f} {l}" for f, l in zip(rnd.sample(FIRST, 3), rnd.sample(LAST, 3)))
-        told = tuple((d, f" A guide of the {place} is called {name}.") for d, name in zip((depth, elsewhere(), elsewhere()), names))
-        return Fact("multivalue", depth, told, _prompt(f"What are the three guides of the {place} called?", f"The guides of the {place} are called"), names)
+        told = tuple(
+            (d, f" A guide of the {place} is called {name}.")
+            for d, name in zip((depth, elsewhere(), elsewhere()), names)
+        )
+        return Fact(
+            "multivalue",
+            depth,
+            told,
+            _prompt(f"What are the three guides of the {place} called?", f"The guides of the {place} are called"),
+            names,
+        )
 
     def tracking(depth: float) -> Fact:
-        names, value = rnd.sample([f"VAR_{c}{n}" for c in "ABCDEFGH" for n in range(1, 10)], 3), str(rnd.randrange(10000, 99999))
+        names, value = (
+            rnd.sample([f"VAR_{c}{n}" for c in "ABCDEFGH" for n in range(1, 10)], 3),
+            str(rnd.randrange(10000, 99999)),
+        )
         told = (f" Set {names[0]} = {value}.", f" Set {names[1]} = {names[0]}.", f" Set {names[2]} = {names[1]}.")
         depths = sorted([depth, elsewhere(), elsewhere()])
-        return Fact("tracking", depth, tuple(zip(depths, told)), _prompt(f"What number is {names[2]}?", f"The number {names[2]} is"), (value,))
+        return Fact(
+            "tracking",
+            depth,
+            tuple(zip(depths, told)),
+            _prompt(f"What number is {names[2]}?", f"The number {names[2]} is"),
+            (value,),
+        )
 
     makers = (
         multikey,
@@ -146,10 +178,25 @@ def chat_facts(seed: int, n_facts: int) -> list[tuple[str, str, str, str]]:
     """What a user tells of himself: (statement, question, start of the answer, answer); no two of one kind."""
     rnd = random.Random(f"chat {seed}")
     kinds = (
-        ("By the way, my sister is called {}.", "What is my sister called?", "Your sister is called", f"{rnd.choice(FIRST)} {rnd.choice(LAST)}"),
-        ("By the way, the code of my suitcase is {}.", "What is the code of my suitcase?", "The code of your suitcase is", str(rnd.randrange(1000, 9999))),
+        (
+            "By the way, my sister is called {}.",
+            "What is my sister called?",
+            "Your sister is called",
+            f"{rnd.choice(FIRST)} {rnd.choice(LAST)}",
+        ),
+        (
+            "By the way, the code of my suitcase is {}.",
+            "What is the code of my suitcase?",
+            "The code of your suitcase is",
+            str(rnd.randrange(1000, 9999)),
+        ),
         ("By the way, I was born in {}.", "In which city was I born?", "You were born in", rnd.choice(CITIES)),
-        ("By the way, my train leaves on {}.", "On which day does my train leave?", "Your train leaves on", f"{rnd.randrange(1, 29)} {rnd.choice(MONTHS)}"),
+        (
+            "By the way, my train leaves on {}.",
+            "On which day does my train leave?",
+            "Your train leaves on",
+            f"{rnd.randrange(1, 29)} {rnd.choice(MONTHS)}",
+        ),
         ("By the way, I work as a {}.", "What do I work as?", "You work as a", rnd.choice(JOBS)),
     )
     return [(told.format(value), question, start, value) for told, question, start, value in rnd.sample(kinds, n_facts)]
@@ -158,7 +205,9 @@ def chat_facts(seed: int, n_facts: int) -> list[tuple[str, str, str, str]]:
 SUITES = {"single": single_facts, "ruler": ruler_facts}
 
 
-def make_case(llm: Llama, text_tokens: list[int], seed: int, n_tokens: int, n_following: int, suite: str = "single") -> Case:
+def make_case(
+    llm: Llama, text_tokens: list[int], seed: int, n_tokens: int, n_following: int, suite: str = "single"
+) -> Case:
     """Cut a piece out of a text at random and put facts in at the ends of its sentences.
 
     Parameters
@@ -191,7 +240,9 @@ def make_case(llm: Llama, text_tokens: list[int], seed: int, n_tokens: int, n_fo
         )
     begin = rnd.randrange(n_spare)
     body = text_tokens[begin : begin + n_body]
-    ends = [i + 1 for i, t in enumerate(body) if llm.detokenize([t]).rstrip(b" ").endswith((b".", b"!", b"?"))] or [n_body]
+    ends = [i + 1 for i, t in enumerate(body) if llm.detokenize([t]).rstrip(b" ").endswith((b".", b"!", b"?"))] or [
+        n_body
+    ]
     places = [min(ends, key=lambda e: abs(e - depth * n_body)) for depth, _ in told]
     tokens = list(bos)
     for start, end, sentence in zip([0, *places], places, sentences):

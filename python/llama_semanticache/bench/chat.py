@@ -30,18 +30,27 @@ SYSTEM = "You are a helpful assistant who remembers what the user says."
 REQUESTS = ("Tell me a story.", "Go on, please.", "What happened then?", "I like it, tell me more.", "And after that?")
 
 
-def conversation(llm: Llama, text: str, seed: int, n_turns: int, n_facts: int, n_answer: int) -> tuple[list[dict[str, str]], list[tuple[str, str, str, str]]]:
+def conversation(
+    llm: Llama, text: str, seed: int, n_turns: int, n_facts: int, n_answer: int
+) -> tuple[list[dict[str, str]], list[tuple[str, str, str, str]]]:
     """Messages of n_turns turns, and the facts told in the first of them."""
     facts = chat_facts(seed, n_facts)
     tokens = llm.tokenize(text.encode(), add_bos=False, special=False)
     if len(tokens) < (seed + 1) * n_turns * n_answer:
-        raise ArgumentError(f"text: expected at least {(seed + 1) * n_turns * n_answer} tokens, got {len(tokens)}; name a longer one or fewer conversations")
+        raise ArgumentError(
+            f"text: expected at least {(seed + 1) * n_turns * n_answer} tokens, got {len(tokens)}; name a longer one or fewer conversations"
+        )
     messages = [{"role": "system", "content": SYSTEM}]
     for turn in range(n_turns):
         told = f"{facts[turn][0]} " if turn < len(facts) else ""
         begin = (seed * n_turns + turn) * n_answer
         messages.append({"role": "user", "content": told + REQUESTS[turn % len(REQUESTS)]})
-        messages.append({"role": "assistant", "content": llm.detokenize(tokens[begin : begin + n_answer]).decode("utf-8", "ignore").strip()})
+        messages.append(
+            {
+                "role": "assistant",
+                "content": llm.detokenize(tokens[begin : begin + n_answer]).decode("utf-8", "ignore").strip(),
+            }
+        )
     return messages, facts
 
 
@@ -55,17 +64,23 @@ def shift_if_full(llm: Llama, n_more: int, n_keep: int) -> None:
         llm.n_tokens -= n_discard
 
 
-def measure_chat(llm: Llama, messages: Sequence[dict[str, str]], facts: Sequence[tuple[str, str, str, str]], shift: bool) -> dict[str, Any]:
+def measure_chat(
+    llm: Llama, messages: Sequence[dict[str, str]], facts: Sequence[tuple[str, str, str, str]], shift: bool
+) -> dict[str, Any]:
     """Reads a conversation, then asks for every fact from where it ended."""
     tokens = render(llm, messages, prompt=False)
     n_keep = len(render(llm, messages[:1], prompt=False))
     whole = [render(llm, [*messages, {"role": "user", "content": f[1]}], prompt=True) for f in facts]
     if any(w[: len(tokens)] != tokens for w in whole):
-        raise ArgumentError("model: expected a chat template that only adds to what was said before, got another; take another model")
+        raise ArgumentError(
+            "model: expected a chat template that only adds to what was said before, got another; take another model"
+        )
     asked = [w[len(tokens) :] for w in whole]
     room = max(map(len, asked)) + 32
     if not shift and len(tokens) + room > llm.n_ctx():
-        raise ArgumentError(f"--n-ctx: expected at least {len(tokens) + room} for this conversation, got {llm.n_ctx()}; raise it or take fewer turns")
+        raise ArgumentError(
+            f"--n-ctx: expected at least {len(tokens) + room} for this conversation, got {llm.n_ctx()}; raise it or take fewer turns"
+        )
     llm.reset()
     step = llm.n_batch // 2
     for start in range(0, len(tokens), step):
@@ -79,7 +94,9 @@ def measure_chat(llm: Llama, messages: Sequence[dict[str, str]], facts: Sequence
     for turn, (question, (_, _, start, want)) in enumerate(zip(asked, facts), 1):
         snapshot.restore(llm)
         start_tokens = llm.tokenize(start.encode(), add_bos=False, special=False)
-        got = continue_greedily(llm, [*question, *start_tokens], len(llm.tokenize(want.encode(), add_bos=False, special=False)) + 3)
+        got = continue_greedily(
+            llm, [*question, *start_tokens], len(llm.tokenize(want.encode(), add_bos=False, special=False)) + 3
+        )
         answers.append({"turn": turn, "want": want, "got": got})
     return {"tokens": len(tokens), "kv_bytes": stats.total_bytes, "answers": answers}
 
@@ -133,22 +150,55 @@ def chat_options(setting: str, path: Path, n_ctx: int) -> tuple[dict[str, Any], 
 @click.argument("model")
 @text_option("Text that the assistant's answers are pieces of.")
 @click.option("--turns", "n_turns", type=click.IntRange(min=6), default=30, show_default=True)
-@click.option("--facts", "n_facts", type=click.IntRange(1, 5), default=5, show_default=True, help="Told in the first turns.")
-@click.option("--n-answer", type=click.IntRange(min=1), default=240, show_default=True, help="Tokens of an assistant's answer.")
+@click.option(
+    "--facts", "n_facts", type=click.IntRange(1, 5), default=5, show_default=True, help="Told in the first turns."
+)
+@click.option(
+    "--n-answer", type=click.IntRange(min=1), default=240, show_default=True, help="Tokens of an assistant's answer."
+)
 @click.option("--chats", "n_chats", type=click.IntRange(min=1), default=3, show_default=True, help="Conversations.")
-@click.option("--first-chat", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first conversation; they are reproducible by number.")
-@click.option("--setting", "settings", multiple=True, help="As in bench quality, or shift:RATIO; repeatable. stock:f16 is always there.")
+@click.option(
+    "--first-chat",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Number of the first conversation; they are reproducible by number.",
+)
+@click.option(
+    "--setting",
+    "settings",
+    multiple=True,
+    help="As in bench quality, or shift:RATIO; repeatable. stock:f16 is always there.",
+)
 @without_base_option
-@click.option("--n-ctx", type=click.IntRange(min=1024), default=8960, show_default=True, help="Must hold the whole conversation.")
+@click.option(
+    "--n-ctx", type=click.IntRange(min=1024), default=8960, show_default=True, help="Must hold the whole conversation."
+)
 @gpu_layers_option
 @threads_option
 @json_option
-def chat(model, text_path, n_turns, n_facts, n_answer, n_chats, first_chat, settings, without_base, n_ctx, n_gpu_layers, threads, json_path) -> None:
+def chat(
+    model,
+    text_path,
+    n_turns,
+    n_facts,
+    n_answer,
+    n_chats,
+    first_chat,
+    settings,
+    without_base,
+    n_ctx,
+    n_gpu_layers,
+    threads,
+    json_path,
+) -> None:
     """Facts of a conversation's first turns, asked for in its last, also against llama.cpp's context shift."""
     from tqdm import tqdm
 
     path = models.resolve(model)
-    settings = with_base(settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"), without_base)
+    settings = with_base(
+        settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"), without_base
+    )
     options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
     check_settings(path, [s for s in settings if not s.startswith("shift:")], n_ctx)
     profiles = profiles_of(path, settings, threads)

@@ -68,7 +68,9 @@ class Snapshot:
         llm.n_tokens = self.n_tokens
 
 
-def continue_greedily(llm: Llama, tokens: Sequence[int], n_tokens: int, is_end: Callable[[str], bool] = lambda text: False) -> str:
+def continue_greedily(
+    llm: Llama, tokens: Sequence[int], n_tokens: int, is_end: Callable[[str], bool] = lambda text: False
+) -> str:
     """At most `n_tokens` most likely tokens behind the cache's text and `tokens`, as text; until the model or `is_end` of the
     text so far ends it.
     """
@@ -96,7 +98,12 @@ def read_in(llm: Llama, tokens: Sequence[int]) -> dict[str, Any]:
     llm.eval(tokens)
     seconds = time.perf_counter() - start
     stats = llm.kv_stats()
-    return {"prefill_s": seconds, "pass_s": stats.pass_s - before, "kv_bytes": stats.total_bytes, "rows_used": stats.rows_used}
+    return {
+        "prefill_s": seconds,
+        "pass_s": stats.pass_s - before,
+        "kv_bytes": stats.total_bytes,
+        "rows_used": stats.rows_used,
+    }
 
 
 def render(llm: Llama, messages: Sequence[dict[str, str]], prompt: bool) -> list[int]:
@@ -105,10 +112,14 @@ def render(llm: Llama, messages: Sequence[dict[str, str]], prompt: bool) -> list
 
     template = llm.metadata.get("tokenizer.chat_template")
     if template is None:
-        raise ArgumentError("model: expected one with a chat template, got one without; name an instruction-tuned model")
+        raise ArgumentError(
+            "model: expected one with a chat template, got one without; name an instruction-tuned model"
+        )
 
     def token(number: int) -> str:
         return llm._model.token_get_text(number) if number >= 0 else ""
 
-    form = Jinja2ChatFormatter(template, eos_token=token(llm.token_eos()), bos_token=token(llm.token_bos()), add_generation_prompt=prompt)
+    form = Jinja2ChatFormatter(
+        template, eos_token=token(llm.token_eos()), bos_token=token(llm.token_bos()), add_generation_prompt=prompt
+    )
     return llm.tokenize(form(messages=list(messages)).prompt.encode(), add_bos=False, special=True)

@@ -27,7 +27,9 @@ PRESSES = {
     "snapkv": kvpress.SnapKVPress,
     "tova": kvpress.TOVAPress,
     "streaming": kvpress.StreamingLLMPress,
-    "adakv": lambda compression_ratio: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(compression_ratio=compression_ratio)),
+    "adakv": lambda compression_ratio: kvpress.AdaKVPress(
+        kvpress.ExpectedAttentionPress(compression_ratio=compression_ratio)
+    ),
     "kvzip": kvpress.KVzipPress,
 }
 VERSIONS = {name: version(name) for name in ("kvpress", "torch", "transformers")}
@@ -37,7 +39,9 @@ MASKING = {"adakv", "kvzip"}
 
 class Model:
     def __init__(self, path: str):
-        self.model = AutoModelForCausalLM.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            str(Path(path).parent), gguf_file=Path(path).name, dtype=torch.float32
+        ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name)
         self.references: dict[str, torch.Tensor] = {}
         self.tokenizer.chat_template = None  # the context is read as it is
@@ -55,7 +59,9 @@ class Model:
     def logits(self, tokens: list[int], n_past: int, cache: DynamicCache) -> torch.Tensor:
         """[len(tokens), n_vocab] behind n_past tokens, however many the cache still holds; the cache grows."""
         position = torch.arange(n_past, n_past + len(tokens))[None]
-        return self.model(input_ids=torch.tensor([tokens]), past_key_values=cache, position_ids=position).logits[0].float()
+        return (
+            self.model(input_ids=torch.tensor([tokens]), past_key_values=cache, position_ids=position).logits[0].float()
+        )
 
     def answer(self, tokens: list[int], n_past: int, cache: DynamicCache, n: int) -> str:
         out: list[int] = []
@@ -89,7 +95,9 @@ def measure(model: Model, order: dict[str, Any]) -> dict[str, Any]:
     press = PRESSES[order["press"]](compression_ratio=1 - order["keep"])
     cache, seconds = model.read(tokens, press)
     held = lengths(cache)
-    n_bytes = sum(2 * layer.keys.numel() + 2 * layer.values.numel() for layer in cache.layers)  # as f16, like all others
+    n_bytes = sum(
+        2 * layer.keys.numel() + 2 * layer.values.numel() for layer in cache.layers
+    )  # as f16, like all others
     if order["press"] in MASKING:
         n_bytes = int(n_bytes * order["keep"])
     logp = model.logits(following, len(tokens), cache).log_softmax(-1)

@@ -22,7 +22,16 @@ from .cards import card_bytes
 from .options import gpu_layers_option, json_option, setting_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, STOCK, check_settings, context_options, estimated_options, llama_options, profiles_of, with_base
+from .settings import (
+    BASE,
+    STOCK,
+    check_settings,
+    context_options,
+    estimated_options,
+    llama_options,
+    profiles_of,
+    with_base,
+)
 from .tables import print_table
 from .worker import resident_bytes
 
@@ -92,7 +101,23 @@ def largest_tokens(shape: ModelShape, setting: str, gib: float) -> int:
 def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """MiB as allocated and as resident, and the largest contexts."""
     gibs = run["asked"]["gibs"]
-    head = ["n_ctx", "cache", "KV MiB", "of f16", "cores", "stage", "queries", "meta", "other", "resident MiB after loading", "after tokens", "of them", "peak", "card MiB", *(f"tokens in {g:g} GiB" for g in gibs)]
+    head = [
+        "n_ctx",
+        "cache",
+        "KV MiB",
+        "of f16",
+        "cores",
+        "stage",
+        "queries",
+        "meta",
+        "other",
+        "resident MiB after loading",
+        "after tokens",
+        "of them",
+        "peak",
+        "card MiB",
+        *(f"tokens in {g:g} GiB" for g in gibs),
+    ]
     cells = []
     for name, r in run["records"].items():
         _, setting, n_ctx = name.split("|")
@@ -103,17 +128,54 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
         ours = [r[key] for key in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes")]
         parts = [f"{n / 2**20:.1f}" if r["core_bytes"] else "" for n in (*ours, r["kv_bytes"] - sum(ours))]
-        resident = [mib("resident_loaded"), str(r["n_tokens"]), *(mib(key) for key in ("resident_steady", "resident_peak", "card_bytes"))]
-        cells.append([n_ctx, setting, mib("kv_bytes"), f"{r['kv_bytes'] / base['kv_bytes']:.1%}", *parts, *resident, *(f"{n:,}" for n in r["largest"])])
+        resident = [
+            mib("resident_loaded"),
+            str(r["n_tokens"]),
+            *(mib(key) for key in ("resident_steady", "resident_peak", "card_bytes")),
+        ]
+        cells.append(
+            [
+                n_ctx,
+                setting,
+                mib("kv_bytes"),
+                f"{r['kv_bytes'] / base['kv_bytes']:.1%}",
+                *parts,
+                *resident,
+                *(f"{n:,}" for n in r["largest"]),
+            ]
+        )
     return head, cells
 
 
 @click.command()
 @click.argument("model")
-@click.option("--n-ctx", "sizes", type=click.IntRange(min=1024), multiple=True, default=(8192,), show_default=True, help="Context size; repeatable.")
+@click.option(
+    "--n-ctx",
+    "sizes",
+    type=click.IntRange(min=1024),
+    multiple=True,
+    default=(8192,),
+    show_default=True,
+    help="Context size; repeatable.",
+)
 @setting_option
-@click.option("--fill", "fraction", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Share of the context that is read.")
-@click.option("--gib", "gibs", type=click.FloatRange(min=0, min_open=True), multiple=True, default=(4, 8), show_default=True, help="Memory to find the largest context for; repeatable.")
+@click.option(
+    "--fill",
+    "fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Share of the context that is read.",
+)
+@click.option(
+    "--gib",
+    "gibs",
+    type=click.FloatRange(min=0, min_open=True),
+    multiple=True,
+    default=(4, 8),
+    show_default=True,
+    help="Memory to find the largest context for; repeatable.",
+)
 @gpu_layers_option
 @threads_option
 @json_option
@@ -134,6 +196,13 @@ def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_p
     for n_ctx, setting in tqdm([(n, s) for n in sizes for s in settings], unit="run"):
         run.record(
             f"memory|{setting}|{n_ctx}",
-            lambda: {**measure({"model_path": str(path), **context_options(n_ctx, threads, n_gpu_layers), **options[setting]}, fraction, setting), "largest": [largest_tokens(shape, setting, g) for g in gibs]},
+            lambda: {
+                **measure(
+                    {"model_path": str(path), **context_options(n_ctx, threads, n_gpu_layers), **options[setting]},
+                    fraction,
+                    setting,
+                ),
+                "largest": [largest_tokens(shape, setting, g) for g in gibs],
+            },
         )
     print_table(f"{path.name}, {fraction:.0%} of the context read", *memory_table(run.data))

@@ -28,7 +28,11 @@ class Worker:
         told = {"PYTHONWARNINGS": "ignore:threads"}  # by the process that starts it
         env = {**os.environ, **told, **(env or {})}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={key: value for key, value in env.items() if value is not None}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={key: value for key, value in env.items() if value is not None},
         )
 
     def __enter__(self) -> Worker:

@@ -1,6 +1,6 @@
 """Does the model still remember? Facts, and the text that follows, each against the uncompressed cache.
 
-    llama-semanticache bench quality MODEL --text FILE --n-tokens 7600 --cases 3 --setting semanticache:0.25 --json quality.json
+llama-semanticache bench quality MODEL --text FILE --n-tokens 7600 --cases 3 --setting semanticache:0.25 --json quality.json
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ KVPRESS_VARIABLE = "LLAMA_SEMANTICACHE_KVPRESS_PYTHON"
 def follow(llm: Llama, case: Case) -> np.ndarray:
     """Log-probabilities after each of the tokens that follow the case, [n, n_vocab]; its text is in the cache."""
     step = min(128, llm.n_batch)
-    return log_softmax(np.concatenate([next_logits(llm, case.following[i : i + step]) for i in range(0, len(case.following), step)]))
+    return log_softmax(
+        np.concatenate([next_logits(llm, case.following[i : i + step]) for i in range(0, len(case.following), step)])
+    )
 
 
 def divergence(reference: np.ndarray, logp: np.ndarray, following: Sequence[int]) -> dict[str, float]:
@@ -59,7 +61,9 @@ def question_of(llm: Llama, fact: Fact) -> tuple[list[int], int]:
 
 def answers_of(case: Case, texts: Sequence[str]) -> list[dict[str, Any]]:
     """The answers to the case's questions, beside what was wanted; a table judges them."""
-    return [{"kind": f.kind, "depth": f.depth, "want": list(f.answers), "got": text} for f, text in zip(case.facts, texts)]
+    return [
+        {"kind": f.kind, "depth": f.depth, "want": list(f.answers), "got": text} for f, text in zip(case.facts, texts)
+    ]
 
 
 def ask(llm: Llama, case: Case, questions: Sequence[tuple[list[int], int]], snapshot: Snapshot) -> list[dict[str, Any]]:
@@ -79,10 +83,14 @@ class Presses(ExitStack):
         self.python, self.model = python, model
         self.worker: Worker | None = None
 
-    def measure(self, setting: str, name: str, case: Case, questions: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
+    def measure(
+        self, setting: str, name: str, case: Case, questions: Sequence[tuple[list[int], int]]
+    ) -> dict[str, Any]:
         """The record of "kvpress:NAME:KEEP" for a case of that name."""
         if self.worker is None:
-            self.worker = self.enter_context(Worker("kvpress", [str(self.python), str(Path(__file__).with_name("kvpress_worker.py"))]))
+            self.worker = self.enter_context(
+                Worker("kvpress", [str(self.python), str(Path(__file__).with_name("kvpress_worker.py"))])
+            )
             self.worker.ask(load=str(self.model.resolve()))
         press, keep = parse_press(setting)
         record = self.worker.ask(
@@ -97,7 +105,15 @@ def is_press(setting: str) -> bool:
 
 
 def measure_texts(
-    run: Run, load: Loader, text: str, settings: Sequence[str], lengths: Sequence[int], numbers: Sequence[int], suite: str, n_following: int, presses: Presses
+    run: Run,
+    load: Loader,
+    text: str,
+    settings: Sequence[str],
+    lengths: Sequence[int],
+    numbers: Sequence[int],
+    suite: str,
+    n_following: int,
+    presses: Presses,
 ) -> None:
     """Records "text|SETTING|LENGTH|CASE" for the cases of these numbers, all cases of a setting one after the other."""
     from tqdm import tqdm
@@ -136,7 +152,10 @@ def measure_texts(
                 if (setting, key) in missing:
                     if is_press(setting):
                         load.close()  # its memory is wanted
-                        run.record(name_of(setting, key), lambda: presses.measure(setting, f"{key[0]}|{key[1]}", cases[key], questions[key]))
+                        run.record(
+                            name_of(setting, key),
+                            lambda: presses.measure(setting, f"{key[0]}|{key[1]}", cases[key], questions[key]),
+                        )
                     else:
                         run.record(name_of(setting, key), lambda: measure(setting, key))
                     bar.update()
@@ -155,9 +174,14 @@ def text_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for (setting, n), cases in groups.items():
         records = list(cases.values())
-        full = [r for case, r in groups.get((BASE, n), {}).items() if case in cases]  # a run that was cut off has fewer of a setting
+        full = [
+            r for case, r in groups.get((BASE, n), {}).items() if case in cases
+        ]  # a run that was cut off has fewer of a setting
         answers = [a for r in records for a in r["answers"]]
-        facts, facts_base = (sum(recalled(a["want"], a["got"]) for a in some) for some in (answers, [a for r in full for a in r["answers"]]))
+        facts, facts_base = (
+            sum(recalled(a["want"], a["got"]) for a in some)
+            for some in (answers, [a for r in full for a in r["answers"]])
+        )
         kl = [r["kl"] for r in records if "kl" in r]
         rows.append({
             "setting": setting, "tokens": n, "facts": facts, "questions": len(answers), "of_full": facts / facts_base if facts_base else None,
@@ -176,7 +200,18 @@ def text_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     def show(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    head = ["tokens", "cache", "facts", "of full", "KL (least to most)", "same top", "x perplexity", "KV MiB", "prefill t/s", "passes"]
+    head = [
+        "tokens",
+        "cache",
+        "facts",
+        "of full",
+        "KL (least to most)",
+        "same top",
+        "x perplexity",
+        "KV MiB",
+        "prefill t/s",
+        "passes",
+    ]
     cells = [
         [
             str(r["tokens"]), r["setting"], f"{r['facts']:.4g}/{r['questions']}", show(r["of_full"], ".0%"),
@@ -195,37 +230,96 @@ ROOM = 192
 @click.command()
 @click.argument("model")
 @text_option("Text to read from: facts in it, and what follows it.")
-@click.option("--n-tokens", "lengths", type=click.IntRange(min=64), multiple=True, default=(4000,), show_default=True, help="Length of a case; repeatable.")
-@click.option("--facts", "suite", type=click.Choice(sorted(SUITES)), default="single", show_default=True, help="Kinds of facts.")
+@click.option(
+    "--n-tokens",
+    "lengths",
+    type=click.IntRange(min=64),
+    multiple=True,
+    default=(4000,),
+    show_default=True,
+    help="Length of a case; repeatable.",
+)
+@click.option(
+    "--facts", "suite", type=click.Choice(sorted(SUITES)), default="single", show_default=True, help="Kinds of facts."
+)
 @click.option("--cases", "n_cases", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--first-case", type=click.IntRange(min=0), default=0, show_default=True, help="Number of the first case; cases are reproducible by number.")
-@click.option("--n-following", type=click.IntRange(min=2), default=256, show_default=True, help="Following tokens for the KL divergence.")
+@click.option(
+    "--first-case",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Number of the first case; cases are reproducible by number.",
+)
+@click.option(
+    "--n-following",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Following tokens for the KL divergence.",
+)
 @setting_option
-@click.option("--n-ctx", type=click.IntRange(min=1), help="Context size.  [default: the longest case and 512 or what follows, rounded up to 256]")
+@click.option(
+    "--n-ctx",
+    type=click.IntRange(min=1),
+    help="Context size.  [default: the longest case and 512 or what follows, rounded up to 256]",
+)
 @gpu_layers_option
 @threads_option
 @click.option("--kvpress-python", type=click.Path(exists=True, dir_okay=False, path_type=Path), envvar=KVPRESS_VARIABLE,
               help=f"A Python with kvpress, torch and gguf, for settings kvpress:NAME:KEEP.  [env: {KVPRESS_VARIABLE}]")  # fmt: skip
 @json_option
-def quality(model, text_path, lengths, suite, n_cases, first_case, n_following, settings, n_ctx, n_gpu_layers, threads, kvpress_python, json_path) -> None:
+def quality(
+    model,
+    text_path,
+    lengths,
+    suite,
+    n_cases,
+    first_case,
+    n_following,
+    settings,
+    n_ctx,
+    n_gpu_layers,
+    threads,
+    kvpress_python,
+    json_path,
+) -> None:
     """Facts asked for after compression, and KL divergence on the text that follows, against the uncompressed cache."""
     path = models.resolve(model)
     settings = with_base(settings or DEFAULT_SETTINGS)
     lengths = sorted(lengths)
     n_ctx = n_ctx or -(-(lengths[-1] + max(512, n_following)) // 256) * 256
     if n_ctx < lengths[-1] + max(ROOM, n_following):
-        raise ArgumentError(f"--n-ctx: expected at least {lengths[-1] + max(ROOM, n_following)} for a case of {lengths[-1]} tokens and what is asked of it, got {n_ctx}; raise it or leave it out")
+        raise ArgumentError(
+            f"--n-ctx: expected at least {lengths[-1] + max(ROOM, n_following)} for a case of {lengths[-1]} tokens and what is asked of it, got {n_ctx}; raise it or leave it out"
+        )
     for setting in filter(is_press, settings):
         parse_press(setting)
     check_settings(path, [s for s in settings if not is_press(s)], n_ctx)
     if kvpress_python is None and any(map(is_press, settings)):
-        raise ArgumentError(f"--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set {KVPRESS_VARIABLE}")
+        raise ArgumentError(
+            f"--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set {KVPRESS_VARIABLE}"
+        )
     profiles = profiles_of(path, settings, threads)
     asked = {
         "model": path.name, "text": text_path.name, "lengths": lengths, "suite": suite, "n_cases": n_cases, "first_case": first_case,
         "n_following": n_following, "settings": settings, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "threads": threads,
     }  # fmt: skip
     run = Run(json_path, "quality", asked, [path, text_path, *profiles])
-    with closing(Loader(path, context_options(n_ctx, threads, n_gpu_layers))) as load, Presses(kvpress_python, path) as presses:
-        measure_texts(run, load, models.read_text(text_path), settings, lengths, range(first_case, first_case + n_cases), suite, n_following, presses)
-    print_table(f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data))
+    with (
+        closing(Loader(path, context_options(n_ctx, threads, n_gpu_layers))) as load,
+        Presses(kvpress_python, path) as presses,
+    ):
+        measure_texts(
+            run,
+            load,
+            models.read_text(text_path),
+            settings,
+            lengths,
+            range(first_case, first_case + n_cases),
+            suite,
+            n_following,
+            presses,
+        )
+    print_table(
+        f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data)
+    )

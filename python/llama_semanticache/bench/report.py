@@ -32,12 +32,24 @@ TABLES: dict[str, Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]]
 
 def short(setting: str) -> str:
     """A cache's name without what goes without saying."""
-    for long, brief in (("stock:", "llama.cpp "), ("semanticache:", "ours "), (":type_k=f16:type_v=f16", " f16"), (":merge=0", " unmerged")):
+    for long, brief in (
+        ("stock:", "llama.cpp "),
+        ("semanticache:", "ours "),
+        (":type_k=f16:type_v=f16", " f16"),
+        (":merge=0", " unmerged"),
+    ):
         setting = setting.replace(long, brief)
     return setting.replace(":type_k=", " K ").replace(":type_v=", " V ").replace(":", " ")
 
 
-def scatter(title: str, x_label: str, y_label: str, points: Iterable[tuple[str, float, Sequence[float]]], earlier: Container[str], log: bool = False) -> Any:
+def scatter(
+    title: str,
+    x_label: str,
+    y_label: str,
+    points: Iterable[tuple[str, float, Sequence[float]]],
+    earlier: Container[str],
+    log: bool = False,
+) -> Any:
     """Named points (x, and y with its least and its most); the better is up and left, or down and left on a logarithmic axis. llama.cpp's
     caches are squares, ours dots; those of `earlier` are pale.
     """
@@ -52,8 +64,18 @@ def scatter(title: str, x_label: str, y_label: str, points: Iterable[tuple[str, 
     names = []
     for name, x, (y, least, most) in points:
         kind = "stock" if name.startswith("stock") else "ours" if name.startswith("semanticache") else "others"
-        look = {"color": {"stock": "black", "ours": "tab:blue", "others": "tab:red"}[kind], "alpha": 0.45 if name in earlier else 1}
-        axes.errorbar(x, y, [[y - least], [most - y]], marker={"stock": "s", "ours": "o", "others": "x"}[kind], elinewidth=0.8, **look)
+        look = {
+            "color": {"stock": "black", "ours": "tab:blue", "others": "tab:red"}[kind],
+            "alpha": 0.45 if name in earlier else 1,
+        }
+        axes.errorbar(
+            x,
+            y,
+            [[y - least], [most - y]],
+            marker={"stock": "s", "ours": "o", "others": "x"}[kind],
+            elinewidth=0.8,
+            **look,
+        )
         names.append(axes.text(x, y, short(name), fontsize=7, **look))
         if name in earlier:
             axes.set_xlabel(f"{x_label} (pale: an earlier build)")
@@ -74,7 +96,16 @@ def lines(title: str, x_label: str, y_label: str, series: dict[str, list[tuple[f
     return figure
 
 
-def heat_map(title: str, x_label: str, y_label: str, values: np.ndarray, x: list[str], y: list[str], form: str, top: float | None = None) -> Any:
+def heat_map(
+    title: str,
+    x_label: str,
+    y_label: str,
+    values: np.ndarray,
+    x: list[str],
+    y: list[str],
+    form: str,
+    top: float | None = None,
+) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.5 + 0.06 * max(map(len, y)) + 0.5 * len(x), 1.4 + 0.3 * len(y)), layout="constrained")
@@ -85,7 +116,15 @@ def heat_map(title: str, x_label: str, y_label: str, values: np.ndarray, x: list
     axes.set_yticklabels(y, fontsize=7)
     if values.size <= 200:
         for i, j in np.argwhere(~np.isnan(values)):
-            axes.text(j, i, format(values[i, j], form), ha="center", va="center", fontsize=6, color="black" if values[i, j] > 0.6 * image.norm.vmax else "white")
+            axes.text(
+                j,
+                i,
+                format(values[i, j], form),
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="black" if values[i, j] > 0.6 * image.norm.vmax else "white",
+            )
     figure.colorbar(image)
     return figure
 
@@ -95,13 +134,26 @@ def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
     rows = text_rows(run)
     plots = []
     for n in sorted({r["tokens"] for r in rows}):
-        some = [r for r in rows if r["tokens"] == n and ":profile=" not in r["setting"]]  # those are compared in the table
+        some = [
+            r for r in rows if r["tokens"] == n and ":profile=" not in r["setting"]
+        ]  # those are compared in the table
         compressed = [(r["setting"], r["kv_mib"], (r["kl"], r["kl_least"], r["kl_most"])) for r in some if r["kl"]]
         facts = [(r["setting"], r["kv_mib"], 3 * (r["facts"] / r["questions"],)) for r in some]
-        plots.append(scatter(f"KL divergence by memory, {n} tokens", "KV cache, MiB", "KL, nats per token", compressed, earlier, log=True))
+        plots.append(
+            scatter(
+                f"KL divergence by memory, {n} tokens",
+                "KV cache, MiB",
+                "KL, nats per token",
+                compressed,
+                earlier,
+                log=True,
+            )
+        )
         plots.append(scatter(f"Facts by memory, {n} tokens", "KV cache, MiB", "share of facts", facts, earlier))
     by_setting: dict[str, list[tuple[float, float]]] = {}
-    by = "kind" if run["asked"].get("suite") == "ruler" else "depth"  # the sentences of a harder fact lie at several depths
+    by = (
+        "kind" if run["asked"].get("suite") == "ruler" else "depth"
+    )  # the sentences of a harder fact lie at several depths
     recall: dict[tuple[str, Any], list[float]] = {}
     for r in rows:
         if r["kl"] is not None:
@@ -117,7 +169,18 @@ def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
             budgets[setting] = record["heads"]
     settings, groups = list(dict.fromkeys(s for s, _ in recall)), sorted({group for _, group in recall})
     values = np.array([[np.mean(recall.get((s, group), np.nan)) for group in groups] for s in settings])
-    plots.append(heat_map(f"Facts by {by}", "kind" if by == "kind" else "depth in the text", "cache, tokens", values, list(map(str, groups)), settings, ".2f", top=1))
+    plots.append(
+        heat_map(
+            f"Facts by {by}",
+            "kind" if by == "kind" else "depth in the text",
+            "cache, tokens",
+            values,
+            list(map(str, groups)),
+            settings,
+            ".2f",
+            top=1,
+        )
+    )
     for setting, heads in budgets.items():
         rows_of_head = [allocated for *_, allocated in heads]
         if max(rows_of_head) - min(rows_of_head) <= 1:  # nothing to see but what does not divide
@@ -126,7 +189,17 @@ def quality_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
         values = np.full((n_head, len(layers)), np.nan)
         for il, ih, allocated in heads:
             values[ih, layers.index(il)] = allocated
-        plots.append(heat_map(f"Rows of every head, {short(setting)}", "layer", "kv head", values, [str(il) for il in layers], [str(i) for i in range(n_head)], ".0f"))
+        plots.append(
+            heat_map(
+                f"Rows of every head, {short(setting)}",
+                "layer",
+                "kv head",
+                values,
+                [str(il) for il in layers],
+                [str(i) for i in range(n_head)],
+                ".0f",
+            )
+        )
     return plots
 
 
@@ -139,9 +212,18 @@ def speed_plots(runs: Sequence[dict[str, Any]]) -> list[Any]:
         for r in records:
             for name, what in (("Prefill", "prefill_s"), ("Decoding", "decode_s")):
                 times = ratios(r, base[r["depth"]], what)
-                points.setdefault((r["depth"], name), {})[r["setting"]] = r["kv_bytes"] / 2**20, (median(times), min(times), max(times))
+                points.setdefault((r["depth"], name), {})[r["setting"]] = (
+                    r["kv_bytes"] / 2**20,
+                    (median(times), min(times), max(times)),
+                )
     return [
-        scatter(f"{name} by memory, depth {depth}", "KV cache, MiB", "times llama.cpp's f16 cache", [(s, *p) for s, p in some.items()], earlier)
+        scatter(
+            f"{name} by memory, depth {depth}",
+            "KV cache, MiB",
+            "times llama.cpp's f16 cache",
+            [(s, *p) for s, p in some.items()],
+            earlier,
+        )
         for (depth, name), some in sorted(points.items())
     ]
 
@@ -166,7 +248,16 @@ PARTS = ("min_tokens", "max_tokens", "first_chat", "n_chats")
 
 def subject(run: dict[str, Any]) -> str:
     """What a run has in common with those that its caches may be compared with: all that was asked but the caches and `PARTS`."""
-    return json.dumps([run["kind"], {"n_gpu_layers": 0, **{k: v for k, v in run["asked"].items() if k not in ("settings", "threads", "jobs", "rounds", *PARTS)}}], sort_keys=True)
+    return json.dumps(
+        [
+            run["kind"],
+            {
+                "n_gpu_layers": 0,
+                **{k: v for k, v in run["asked"].items() if k not in ("settings", "threads", "jobs", "rounds", *PARTS)},
+            },
+        ],
+        sort_keys=True,
+    )
 
 
 def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -219,7 +310,9 @@ def show_table(run: dict[str, Any]) -> dict[str, Any]:
 
     head, cells = TABLES[run["kind"]](run)
     align = ["left" if column in ("cache", "task") else "right" for column in head]
-    tables = {form: tabulate(cells, head, tablefmt=form, colalign=align, disable_numparse=True) for form in ("github", "html")}
+    tables = {
+        form: tabulate(cells, head, tablefmt=form, colalign=align, disable_numparse=True) for form in ("github", "html")
+    }
     return {"markdown": tables["github"], "html": Markup(tables["html"])}
 
 
@@ -228,7 +321,10 @@ def show(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     together = []
     if runs[0]["kind"] in ("tasks", "chat") and len(runs) > 1:
         run = merged(runs)
-        answered = {s: {tuple(name.split("|")[2:]) for name in run["records"] if name.split("|")[1] == s} for s in run["asked"]["settings"]}
+        answered = {
+            s: {tuple(name.split("|")[2:]) for name in run["records"] if name.split("|")[1] == s}
+            for s in run["asked"]["settings"]
+        }
         everything = set().union(*answered.values())
         run["asked"]["settings"] = [s for s, items in answered.items() if items == everything]
         together = [{"where": f"{len(runs)} runs together", "command": "", **show_table(run)}]
@@ -251,7 +347,9 @@ def report(folder: Path) -> None:
     for file in files:
         run = read(file)
         if run["kind"] not in TABLES:
-            raise ArgumentError(f"{file}: expected a run of bench {', '.join(TABLES)}, got one of {run['kind']!r}; move it elsewhere")
+            raise ArgumentError(
+                f"{file}: expected a run of bench {', '.join(TABLES)}, got one of {run['kind']!r}; move it elsewhere"
+            )
         groups.setdefault(subject(run), {})[file.stem] = run
     subjects = []
     (folder / "plots").mkdir(exist_ok=True)
@@ -267,10 +365,18 @@ def report(folder: Path) -> None:
         names = [f"plots/{name}-{i}.svg" for i in range(1, len(plots) + 1)]
         for plot, file_name in zip(plots, names):
             (folder / file_name).write_text(plot, encoding="utf-8")
-        title = f"{run['kind']}: {run['asked']['model']}" + "".join(f", {run['asked'][key]}" for key in ("text", "tasks") if key in run["asked"])
-        title += "".join(f", {key} {', '.join(map(str, run['asked'][key]))}" for key in ("lengths", "depths", "sizes") if key in run["asked"])
+        title = f"{run['kind']}: {run['asked']['model']}" + "".join(
+            f", {run['asked'][key]}" for key in ("text", "tasks") if key in run["asked"]
+        )
+        title += "".join(
+            f", {key} {', '.join(map(str, run['asked'][key]))}"
+            for key in ("lengths", "depths", "sizes")
+            if key in run["asked"]
+        )
         title += ", harder facts" if run["asked"].get("suite") == "ruler" else ""
         subjects.append({"title": title, "runs": show(by_date), "plots": list(map(Markup, plots)), "files": names})
     (folder / "report.md").write_text(jinja2.Template(MARKDOWN).render(subjects=subjects), encoding="utf-8")
-    (folder / "report.html").write_text(jinja2.Environment(autoescape=True).from_string(PAGE).render(subjects=subjects), encoding="utf-8")
+    (folder / "report.html").write_text(
+        jinja2.Environment(autoescape=True).from_string(PAGE).render(subjects=subjects), encoding="utf-8"
+    )
     click.echo(f"{len(files)} runs: {folder / 'report.md'}, {folder / 'report.html'}")

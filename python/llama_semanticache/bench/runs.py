@@ -25,7 +25,11 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        words = dict(reversed([[word.strip() for word in line.split(":", 1)] for line in info.read_text().splitlines() if ":" in line]))  # the first CPU's
+        words = dict(
+            reversed(
+                [[word.strip() for word in line.split(":", 1)] for line in info.read_text().splitlines() if ":" in line]
+            )
+        )  # the first CPU's
         name = words.get("model name", name)
         if {"cpu family", "model"} <= words.keys():
             name += f" (family {words['cpu family']}, model {words['model']})"
@@ -39,7 +43,9 @@ def command_line() -> str:
 
 def build() -> str:
     """SHA-256 of the native libraries, the first 16 digits: two builds of one version may measure differently."""
-    return hashlib.sha256("".join(sha256(path) for path in sorted(_native.library_folder().iterdir()) if path.is_file()).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        "".join(sha256(path) for path in sorted(_native.library_folder().iterdir()) if path.is_file()).encode()
+    ).hexdigest()[:16]
 
 
 class Run:
@@ -70,12 +76,20 @@ class Run:
             "upstream_commit": upstream_commit(), "build": build(), "inputs": {p.name: model_id(p) if p.suffix == ".gguf" else sha256(p) for p in inputs}, "records": {},
         }  # fmt: skip
         if path is not None and not path.parent.is_dir():
-            raise ArgumentError(f"{path}: expected a folder to write to, got none of the name {path.parent}; make it first")
+            raise ArgumentError(
+                f"{path}: expected a folder to write to, got none of the name {path.parent}; make it first"
+            )
         if path is not None and path.exists():
             there = read(path)
-            differ = [key for key in ("kind", "asked", "inputs", "version", "build", "upstream_commit", "machine") if there.get(key) != self.data[key]]
+            differ = [
+                key
+                for key in ("kind", "asked", "inputs", "version", "build", "upstream_commit", "machine")
+                if there.get(key) != self.data[key]
+            ]
             if differ:
-                raise ArgumentError(f"{path}: expected the same run to go on with, got one with another {', '.join(differ)}; name another file")
+                raise ArgumentError(
+                    f"{path}: expected the same run to go on with, got one with another {', '.join(differ)}; name another file"
+                )
             self.data = there
 
     @property
@@ -97,7 +111,11 @@ def read(path: Path) -> dict[str, Any]:
     """The file of a run."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(data, dict) and isinstance(data.get("records"), dict) and {"kind", "asked", "command", "date", "version", "upstream_commit", "machine"} <= data.keys():
+        if (
+            isinstance(data, dict)
+            and isinstance(data.get("records"), dict)
+            and {"kind", "asked", "command", "date", "version", "upstream_commit", "machine"} <= data.keys()
+        ):
             return data
     except ValueError:
         pass

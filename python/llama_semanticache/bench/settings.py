@@ -40,7 +40,9 @@ def parse_press(text: str) -> tuple[str, float]:
             return name, float(keep)
     except ValueError:
         pass
-    raise ArgumentError(f"setting: expected kvpress:NAME:KEEP with one of {', '.join(PRESSES)} and 0 < KEEP <= 1, got {text!r}; as in kvpress:keydiff:0.25")
+    raise ArgumentError(
+        f"setting: expected kvpress:NAME:KEEP with one of {', '.join(PRESSES)} and 0 < KEEP <= 1, got {text!r}; as in kvpress:keydiff:0.25"
+    )
 
 
 def parse_setting(text: str) -> dict[str, Any]:
@@ -128,7 +130,15 @@ def context_options(n_ctx: int, threads: int | None, n_gpu_layers: int) -> dict[
     """Arguments of `Llama` that are the same for every setting."""
     if threads is not None:
         warn_of_threads(threads)
-    return dict(n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, n_gpu_layers=n_gpu_layers, flash_attn=True, swa_full=False, verbose=False)
+    return dict(
+        n_ctx=n_ctx,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_gpu_layers=n_gpu_layers,
+        flash_attn=True,
+        swa_full=False,
+        verbose=False,
+    )
 
 
 def profiles_of(path: Path, settings: Iterable[str], threads: int | None) -> list[Path]:
@@ -137,7 +147,9 @@ def profiles_of(path: Path, settings: Iterable[str], threads: int | None) -> lis
     files = [Path(choice) for choice in dict.fromkeys(chosen) if choice not in (None, "auto")]
     for file in files:
         if not file.is_file():
-            raise ArgumentError(f"profile: expected a file, got {file}, which is none; run `llama-semanticache profile MODEL --out {file}`")
+            raise ArgumentError(
+                f"profile: expected a file, got {file}, which is none; run `llama-semanticache profile MODEL --out {file}`"
+            )
     own = profile.ensure(path, n_threads=threads) if needs_profile(settings) else None
     return [*([own] if own else []), *files]
 

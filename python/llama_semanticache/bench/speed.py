@@ -52,7 +52,17 @@ class Workers(ExitStack):
         return self.workers[setting].ask(**order)
 
 
-def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Sequence[int], n_decode: int, rounds: int, common: dict[str, Any], stock_lib: Path) -> None:
+def measure(
+    run: Run,
+    path: Path,
+    text: str,
+    settings: Sequence[str],
+    depths: Sequence[int],
+    n_decode: int,
+    rounds: int,
+    common: dict[str, Any],
+    stock_lib: Path,
+) -> None:
     """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s and decode_pass_s (of prefill
     and of decoding), rows_used.
     """
@@ -64,12 +74,15 @@ def measure(run: Run, path: Path, text: str, settings: Sequence[str], depths: Se
     missing = [name for *_, name in names if name not in run.records]
     if not missing:
         return
-    with Workers({s: load_options(s, path, common) for s in settings}, stock_lib) as workers, tqdm(
-        total=len(names), initial=len(names) - len(missing), unit="run"
-    ) as bar:
+    with (
+        Workers({s: load_options(s, path, common) for s in settings}, stock_lib) as workers,
+        tqdm(total=len(names), initial=len(names) - len(missing), unit="run") as bar,
+    ):
         tokens = workers.ask(BASE, tokenize=text)["tokens"]
         if len(tokens) < max(depths) + n_decode:
-            raise ArgumentError(f"text: expected at least {max(depths) + n_decode} tokens, got {len(tokens)}; name a longer one or a smaller depth")
+            raise ArgumentError(
+                f"text: expected at least {max(depths) + n_decode} tokens, got {len(tokens)}; name a longer one or a smaller depth"
+            )
         for depth, _, setting, name in names:
             if name not in missing:
                 continue
@@ -86,7 +99,18 @@ def speed_records(run: dict[str, Any]) -> list[dict[str, Any]]:
         part, setting, depth, _ = name.split("|")
         if part != "speed":
             continue
-        row = out.setdefault((setting, int(depth)), {"setting": setting, "depth": int(depth), "prefill_s": [], "decode_s": [], "pass_s": [], "decode_pass_s": [], "resident_bytes": []})
+        row = out.setdefault(
+            (setting, int(depth)),
+            {
+                "setting": setting,
+                "depth": int(depth),
+                "prefill_s": [],
+                "decode_s": [],
+                "pass_s": [],
+                "decode_pass_s": [],
+                "resident_bytes": [],
+            },
+        )
         for key, value in record.items():
             if isinstance(row.get(key), list):
                 row[key].append(value)
@@ -112,7 +136,18 @@ def share(part: Sequence[float], whole: Sequence[float]) -> str:
 
 def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and cells; factors are medians over the rounds."""
-    head = ["depth", "cache", "KV MiB", "resident MiB", "prefill t/s", "x f16", "decode t/s", "x f16 (least to most)", "passes of prefill", "of decode"]
+    head = [
+        "depth",
+        "cache",
+        "KV MiB",
+        "resident MiB",
+        "prefill t/s",
+        "x f16",
+        "decode t/s",
+        "x f16 (least to most)",
+        "passes of prefill",
+        "of decode",
+    ]
     records = speed_records(run)
     base = {r["depth"]: r for r in records if r["setting"] == BASE}
     cells = []
@@ -129,18 +164,39 @@ def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @click.command()
 @click.argument("model")
 @text_option("Text to read from.")
-@click.option("--depth", "depths", type=click.IntRange(min=1), multiple=True, default=(1000, 7600), show_default=True, help="Tokens before the decoding; repeatable.")
+@click.option(
+    "--depth",
+    "depths",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1000, 7600),
+    show_default=True,
+    help="Tokens before the decoding; repeatable.",
+)
 @setting_option
-@click.option("--n-decode", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens decoded one by one; with 256 or more a pass is among them.")
+@click.option(
+    "--n-decode",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Tokens decoded one by one; with 256 or more a pass is among them.",
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @gpu_layers_option
 @threads_option
-@click.option("--stock-lib", envvar=STOCK_VARIABLE, type=click.Path(exists=True, file_okay=False), help=f"Folder of stock llama.cpp's libraries (make stock).  [env: {STOCK_VARIABLE}]")
+@click.option(
+    "--stock-lib",
+    envvar=STOCK_VARIABLE,
+    type=click.Path(exists=True, file_okay=False),
+    help=f"Folder of stock llama.cpp's libraries (make stock).  [env: {STOCK_VARIABLE}]",
+)
 @json_option
 def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, threads, stock_lib, json_path) -> None:
     """Prefill and decode speed of MODEL, against stock llama.cpp of the same commit."""
     if stock_lib is None:
-        raise ArgumentError(f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}")
+        raise ArgumentError(
+            f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}"
+        )
     path = models.resolve(model)
     settings = with_base(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))
     depths = sorted(depths)
@@ -150,5 +206,18 @@ def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, th
     run = Run(json_path, "speed", {
         "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "n_gpu_layers": n_gpu_layers, "threads": threads,
     }, [path, text_path, *profiles, *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink())])  # fmt: skip
-    measure(run, path, models.read_text(text_path), settings, depths, n_decode, rounds, context_options(n_ctx, threads, n_gpu_layers), Path(stock_lib).resolve())
-    print_table(f"{path.name}, {text_path.name}, {rounds} rounds, threads: {threads or 'as llama-cpp-python chooses'}", *speed_table(run.data))
+    measure(
+        run,
+        path,
+        models.read_text(text_path),
+        settings,
+        depths,
+        n_decode,
+        rounds,
+        context_options(n_ctx, threads, n_gpu_layers),
+        Path(stock_lib).resolve(),
+    )
+    print_table(
+        f"{path.name}, {text_path.name}, {rounds} rounds, threads: {threads or 'as llama-cpp-python chooses'}",
+        *speed_table(run.data),
+    )

@@ -161,7 +161,11 @@ def read_items(path: Path) -> list[dict[str, Any]]:
                 f"of trec and lsht an object of answers and all_classes), got {got}; mend the line"
             )
         gold = item["gold"]
-        answers, classes = (gold["answers"], gold["all_classes"]) if isinstance(gold, dict) else ([gold] if isinstance(gold, str) else gold, [])
+        answers, classes = (
+            (gold["answers"], gold["all_classes"])
+            if isinstance(gold, dict)
+            else ([gold] if isinstance(gold, str) else gold, [])
+        )
         items[item["task"], str(item["id"])] = {**item, "gold": answers, "all_classes": classes}
     return list(items.values())
 
@@ -173,11 +177,15 @@ def template_frame(llm: Any) -> tuple[list[int], list[int]]:
     a, b = (render(llm, [{"role": "user", "content": word}], prompt=True) for word in "ab")
     differ = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
     if len(a) != len(b) or len(differ) != 1:
-        raise ArgumentError("model: expected a chat template that leaves a message as it is, got another; take another model")
+        raise ArgumentError(
+            "model: expected a chat template that leaves a message as it is, got another; take another model"
+        )
     return a[: differ[0]], a[differ[0] + 1 :]
 
 
-def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool, least: int = 0, most: int | None = None) -> list[tuple[dict[str, Any], list[int]]]:
+def fit(
+    llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool, least: int = 0, most: int | None = None
+) -> list[tuple[dict[str, Any], list[int]]]:
     """Items and the tokens of their prompts, the shortest first; what leaves no room for the answer loses its middle, or is left
     out if it must be `whole`. So is what has fewer than `least` tokens or more than `most`.
     """
@@ -190,7 +198,9 @@ def fit(llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool, leas
         n = n_ctx - TASKS[item["task"]][1] - len(before) - len(behind)
         if not whole or len(body) <= n:
             prompts.append((item, [*before, *cut_middle(body, n), *behind]))
-    return sorted((prompt for prompt in prompts if least <= len(prompt[1]) <= (most or n_ctx)), key=lambda prompt: len(prompt[1]))
+    return sorted(
+        (prompt for prompt in prompts if least <= len(prompt[1]) <= (most or n_ctx)), key=lambda prompt: len(prompt[1])
+    )
 
 
 class Answerers(ExitStack):
@@ -203,7 +213,9 @@ class Answerers(ExitStack):
 
     def answer(self, setting: str, item: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
         if not hasattr(self.of_thread, "worker"):
-            worker = self.enter_context(Worker("tasks", [sys.executable, "-c", f"from {__name__} import serve; serve()"]))
+            worker = self.enter_context(
+                Worker("tasks", [sys.executable, "-c", f"from {__name__} import serve; serve()"])
+            )
             worker.ask(path=str(self.path), common=self.common)
             self.of_thread.worker = worker
         return self.of_thread.worker.ask(setting=setting, item=item, tokens=tokens)
@@ -218,13 +230,28 @@ def serve() -> None:
             print(json.dumps(answer_item(load(order["setting"]), order["item"], order["tokens"])), flush=True)
 
 
-def measure(run: Run, path: Path, common: Mapping[str, Any], prompts: Sequence[tuple[dict[str, Any], list[int]]], settings: Sequence[str], jobs: int) -> None:
+def measure(
+    run: Run,
+    path: Path,
+    common: Mapping[str, Any],
+    prompts: Sequence[tuple[dict[str, Any], list[int]]],
+    settings: Sequence[str],
+    jobs: int,
+) -> None:
     """Records "task|SETTING|TASK|ID" of items and their prompts, all settings of an item one after the other; `jobs` at a time."""
     from tqdm import tqdm
 
-    names = {f"task|{setting}|{item['task']}|{item['id']}": (setting, item, tokens) for item, tokens in prompts for setting in settings}
+    names = {
+        f"task|{setting}|{item['task']}|{item['id']}": (setting, item, tokens)
+        for item, tokens in prompts
+        for setting in settings
+    }
     missing = {name: order for name, order in names.items() if name not in run.records}
-    with ThreadPoolExecutor(jobs) as threads, Answerers(path, common) as answerers, tqdm(total=len(names), initial=len(names) - len(missing), unit="item") as bar:
+    with (
+        ThreadPoolExecutor(jobs) as threads,
+        Answerers(path, common) as answerers,
+        tqdm(total=len(names), initial=len(names) - len(missing), unit="item") as bar,
+    ):
         answers = {threads.submit(answerers.answer, *order): name for name, order in missing.items()}
         try:
             for answer in as_completed(answers):
@@ -239,8 +266,15 @@ def measure(run: Run, path: Path, common: Mapping[str, Any], prompts: Sequence[t
 def answer_item(llm: Any, item: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
     """The model's answer and its score."""
     record = read_in(llm, tokens[:-1])
-    got = continue_greedily(llm, tokens[-1:], TASKS[item["task"]][1], lambda text: item["task"] in FIRST_LINE and "\n" in text.strip("\n"))
-    return {**record, "tokens": len(tokens), "got": got, "score": score(item["task"], got, item["gold"], item["all_classes"])}
+    got = continue_greedily(
+        llm, tokens[-1:], TASKS[item["task"]][1], lambda text: item["task"] in FIRST_LINE and "\n" in text.strip("\n")
+    )
+    return {
+        **record,
+        "tokens": len(tokens),
+        "got": got,
+        "score": score(item["task"], got, item["gold"], item["all_classes"]),
+    }
 
 
 def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -256,7 +290,11 @@ def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         return ["task", "items", *settings], []
 
     def means(name: str, some: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
-        return [name, str(len(some)), *(f"{100 * np.mean([records[s]['score'] for records in some]):.1f}" for s in settings)]
+        return [
+            name,
+            str(len(some)),
+            *(f"{100 * np.mean([records[s]['score'] for records in some]):.1f}" for s in settings),
+        ]
 
     groups: dict[str, list[dict[str, dict[str, Any]]]] = {}
     for (task, _), records in sorted(answered.items()):
@@ -269,7 +307,16 @@ def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     cells.append(means("all items", everything))
     if BASE in settings:
         base = np.mean([records[BASE]["score"] for records in everything])
-        cells.append(["of uncompressed", "", *(f"{np.mean([records[s]['score'] for records in everything]) / base:.1%}" if base else "" for s in settings)])
+        cells.append(
+            [
+                "of uncompressed",
+                "",
+                *(
+                    f"{np.mean([records[s]['score'] for records in everything]) / base:.1%}" if base else ""
+                    for s in settings
+                ),
+            ]
+        )
         cells.append(["95% interval", "", *(of_base(everything, s) for s in settings)])
     cells.append(["KV MiB", "", *(f"{everything[-1][s]['kv_bytes'] / 2**20:.1f}" for s in settings)])
     return ["task", "items", *settings], cells
@@ -287,18 +334,43 @@ def of_base(items: Sequence[dict[str, dict[str, Any]]], setting: str) -> str:
 
 @click.command()
 @click.argument("model")
-@click.option("--tasks", "tasks_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSONL file: task, id, prompt, gold.")
+@click.option(
+    "--tasks",
+    "tasks_path",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSONL file: task, id, prompt, gold.",
+)
 @click.option("--n-ctx", type=click.IntRange(min=1024), default=16384, show_default=True)
 @click.option("--whole", is_flag=True, help="Leave out items that do not fit instead of cutting their middle out.")
 @click.option("--min-tokens", type=click.IntRange(min=0), default=0, help="Leave out items with a shorter prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Leave out items with a longer prompt.")
 @setting_option
 @without_base_option
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Items at a time, each in a process with --threads of its own.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Items at a time, each in a process with --threads of its own.",
+)
 @gpu_layers_option
 @threads_option
 @json_option
-def tasks(model, tasks_path, n_ctx, whole, min_tokens, max_tokens, settings, without_base, jobs, n_gpu_layers, threads, json_path) -> None:
+def tasks(
+    model,
+    tasks_path,
+    n_ctx,
+    whole,
+    min_tokens,
+    max_tokens,
+    settings,
+    without_base,
+    jobs,
+    n_gpu_layers,
+    threads,
+    json_path,
+) -> None:
     """LongBench-style tasks from a file, with the tasks' own metrics."""
     path = models.resolve(model)
     settings = with_base(settings or DEFAULT_SETTINGS, without_base)
@@ -314,7 +386,13 @@ def tasks(model, tasks_path, n_ctx, whole, min_tokens, max_tokens, settings, wit
         prompts = fit(load(BASE), items, n_ctx, whole, min_tokens, max_tokens)
     if not prompts:
         lengths = f"at least {min_tokens} tokens" + (f" and at most {max_tokens}" if max_tokens else "")
-        raise ArgumentError(f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have {lengths}, got none of {len(items)}; ask for other lengths")
+        raise ArgumentError(
+            f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have {lengths}, got none of {len(items)}; ask for other lengths"
+        )
     measure(run, path, common, prompts, settings, jobs)
-    left_out = f", without {len(items) - len(prompts)} of {len(items)} items for their length" if len(prompts) < len(items) else ""
+    left_out = (
+        f", without {len(items) - len(prompts)} of {len(items)} items for their length"
+        if len(prompts) < len(items)
+        else ""
+    )
     print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))

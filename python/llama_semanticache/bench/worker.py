@@ -18,7 +18,9 @@ def make(options: dict[str, Any]) -> Any:
     if kv is None:
         import llama_cpp
 
-        kind = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}[cache]
+        kind = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}[
+            cache
+        ]
         return llama_cpp.Llama(**options, type_k=kind, type_v=kind)
     from llama_semanticache import Llama
 
@@ -65,7 +67,10 @@ def main() -> None:
             llm.reset()
             llm.eval(order["warm_up"])
             llm.reset()
-            answer = {**timed(llm, order["prompt"], "prefill_s", "pass_s"), **timed(llm, order["decode"], "decode_s", "decode_pass_s", one_by_one=True)}
+            answer = {
+                **timed(llm, order["prompt"], "prefill_s", "pass_s"),
+                **timed(llm, order["decode"], "decode_s", "decode_pass_s", one_by_one=True),
+            }
             answer["resident_bytes"] = resident_bytes()
             if is_ours(llm):
                 stats = llm.kv_stats()

@@ -11,7 +11,9 @@ import click
 from ..errors import SemanticCacheError
 from .common import traceback_option
 
-COMMANDS = {name: f"llama_semanticache.bench.{name}" for name in ("chat", "memory", "quality", "report", "speed", "tasks")}
+COMMANDS = {
+    name: f"llama_semanticache.bench.{name}" for name in ("chat", "memory", "quality", "report", "speed", "tasks")
+}
 """A module each, with a command of its name; imported when it is called, since some of them load llama_cpp."""
 
 

@@ -37,7 +37,11 @@ class ErrorGroup(click.Group):
         except (SemanticCacheError, OSError, RuntimeError, ValueError) as error:
             if ctx.meta.get(_VERBOSE):
                 raise
-            where = "" if isinstance(error, SemanticCacheError) else f" ({type(error).__name__}; run again with --verbose to see more)"
+            where = (
+                ""
+                if isinstance(error, SemanticCacheError)
+                else f" ({type(error).__name__}; run again with --verbose to see more)"
+            )
             raise click.ClickException(f"{error}{where}") from error
 
 

@@ -30,8 +30,20 @@ if TYPE_CHECKING:
 )
 @click.option("--kv-stage", type=click.IntRange(min=1), default=768, show_default=True, help="As in chat.")
 @click.option("--kv-window", type=click.IntRange(min=1), default=512, show_default=True, help="As in chat.")
-@click.option("--kv-type-k", type=click.Choice(["auto", "f16", "q8_0", "q4_0"]), default="auto", show_default=True, help="As in chat.")
-@click.option("--kv-type-v", type=click.Choice(["auto", "f16", "q8_0", "q4_0"]), default="auto", show_default=True, help="As in chat.")
+@click.option(
+    "--kv-type-k",
+    type=click.Choice(["auto", "f16", "q8_0", "q4_0"]),
+    default="auto",
+    show_default=True,
+    help="As in chat.",
+)
+@click.option(
+    "--kv-type-v",
+    type=click.Choice(["auto", "f16", "q8_0", "q4_0"]),
+    default="auto",
+    show_default=True,
+    help="As in chat.",
+)
 @click.option(
     "--swa-full", is_flag=True, help="Count n_ctx tokens in sliding-window layers too (llama_cpp.Llama's default)."
 )

@@ -19,12 +19,22 @@ from .common import json_option, note, traceback_option
     "--out", type=click.Path(dir_okay=False, writable=True), help="File to write.  [default: the user's cache]"
 )
 @click.option("--force", is_flag=True, help="Measure again even if a profile is there.")
-@click.option("--text", "texts", type=click.Path(exists=True, dir_okay=False), multiple=True, help="Text to measure with; repeatable.  [default: prose, code, a chat and other languages]")
-@click.option("--n-ctx", type=click.IntRange(min=1024), default=N_TEXT_TOKENS, show_default=True, help="Tokens of each text.")
+@click.option(
+    "--text",
+    "texts",
+    type=click.Path(exists=True, dir_okay=False),
+    multiple=True,
+    help="Text to measure with; repeatable.  [default: prose, code, a chat and other languages]",
+)
+@click.option(
+    "--n-ctx", type=click.IntRange(min=1024), default=N_TEXT_TOKENS, show_default=True, help="Tokens of each text."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama.cpp's choice]")
 @json_option
 @traceback_option
-def profile(model: str, out: str | None, force: bool, texts: tuple[str, ...], n_ctx: int, threads: int | None, as_json: bool) -> None:
+def profile(
+    model: str, out: str | None, force: bool, texts: tuple[str, ...], n_ctx: int, threads: int | None, as_json: bool
+) -> None:
     """Measure the budget of each head of MODEL and store it.
 
     chat and run do this by themselves on first use (--kv-profile auto), but for models of fewer than 8 compressed KV heads: these get
@@ -35,11 +45,21 @@ def profile(model: str, out: str | None, force: bool, texts: tuple[str, ...], n_
         raise click.ClickException(f"expected the name of a new file, got {out}, which is there; --force replaces it")
     there = None if out or force else measured(model_id(str(path)))
     if there and (texts or n_ctx != N_TEXT_TOKENS):
-        raise click.ClickException(f"expected a model that was not measured before, got one with {there}; --force replaces it, --out FILE writes another")
+        raise click.ClickException(
+            f"expected a model that was not measured before, got one with {there}; --force replaces it, --out FILE writes another"
+        )
     if there:
         note("measured before; --force measures it again")
     begin = time.perf_counter()
-    file = calibrate(str(path), texts=read_texts(texts) if texts else None, n_ctx=n_ctx, out=out, force=force, progress=not as_json, n_threads=threads)
+    file = calibrate(
+        str(path),
+        texts=read_texts(texts) if texts else None,
+        n_ctx=n_ctx,
+        out=out,
+        force=force,
+        progress=not as_json,
+        n_threads=threads,
+    )
     seconds = time.perf_counter() - begin
     if as_json:
         result = {"model": str(path), "model_id": model_id(str(path)), "profile": str(file), "seconds": seconds}

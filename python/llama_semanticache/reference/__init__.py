@@ -50,7 +50,14 @@ from .compress import (
 )
 from .evict import POLICIES, compress_head_evict
 from .lookahead import horizon_positions, rotate, splitmix64
-from .paper import chunk_budgets, compress_head_paper, compress_head_streaming, cosines, greedy_clusters, threshold_clusters
+from .paper import (
+    chunk_budgets,
+    compress_head_paper,
+    compress_head_streaming,
+    cosines,
+    greedy_clusters,
+    threshold_clusters,
+)
 from .profile import PARTS, Profile, budgets, equal_budgets, error_at, read_profile, steps, write_profile
 
 __all__ = [

@@ -54,7 +54,9 @@ class TextInput:
         return len(self.k) - self.n_exact
 
 
-def output_errors(text: TextInput, params: PassParams, parts, n_pass: int = N_PASS, n_window: int = N_WINDOW, n_skip: int = N_SKIP) -> np.ndarray:
+def output_errors(
+    text: TextInput, params: PassParams, parts, n_pass: int = N_PASS, n_window: int = N_WINDOW, n_skip: int = N_SKIP
+) -> np.ndarray:
     """Mean over the probes' queries of |output - exact output|^2.
 
     Parameters
@@ -109,9 +111,17 @@ def read_in_passes(text: TextInput, params: PassParams, n_pass: int, n_window: i
 
         stage, voters = np.r_[new, window], slice(begin, end, VOTE_EVERY)
         inp = PassInput(
-            k=rows(text.k, cores.k), v=rows(text.v, cores.v), bias=rows(np.zeros(len(text.k)), cores.bias), n_sink=len(text.k[sinks]),
-            n_win=end - stop, chunk=np.concatenate([cores.chunk, text.chunk[new.start - text.n_sink:new.stop - text.n_sink]]),
-            s_use=cores.s_use, n_tok=cores.n_tok, q=text.q[voters], pos_q=text.pos[voters], votes=votes.take(stage),
+            k=rows(text.k, cores.k),
+            v=rows(text.v, cores.v),
+            bias=rows(np.zeros(len(text.k)), cores.bias),
+            n_sink=len(text.k[sinks]),
+            n_win=end - stop,
+            chunk=np.concatenate([cores.chunk, text.chunk[new.start - text.n_sink : new.stop - text.n_sink]]),
+            s_use=cores.s_use,
+            n_tok=cores.n_tok,
+            q=text.q[voters],
+            pos_q=text.pos[voters],
+            votes=votes.take(stage),
         )
         now = replace(params, n_past=int(text.pos[end - 1]) + 1, n_ahead=n_window)
         taken = take_votes(inp, now, look_ahead(inp, now))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-DELIMITERS = tuple(c.encode() for c in ".!?;:,\n{}" "\u3002\uff01\uff1f\uff1b\uff1a\uff0c\u3001\u2026\uff0e")
+DELIMITERS = tuple(c.encode() for c in ".!?;:,\n{}\u3002\uff01\uff1f\uff1b\uff1a\uff0c\u3001\u2026\uff0e")
 """UTF-8 bytes of the characters that end a chunk: Latin, code, CJK and full-width forms."""
 
 
@@ -27,7 +27,9 @@ def delimiter_table(pieces: Sequence[bytes], is_control: Sequence[bool]) -> np.n
     ndarray of bool, shape [n_vocab]
     """
     if len(pieces) != len(is_control):
-        raise ValueError(f"expected one control flag per token ({len(pieces)}), got {len(is_control)}; pass both for the whole vocabulary")
+        raise ValueError(
+            f"expected one control flag per token ({len(pieces)}), got {len(is_control)}; pass both for the whole vocabulary"
+        )
     return np.array([bool(c) or p.rstrip(b" ").endswith(DELIMITERS) for p, c in zip(pieces, is_control)], dtype=bool)
 
 

@@ -67,8 +67,14 @@ class HeadRows:
     n_tok: np.ndarray
 
     def __post_init__(self):
-        for name, dtype in (("k", np.float64), ("v", np.float64), ("bias", np.float64), ("chunk", np.int32),
-                            ("s_use", np.float64), ("n_tok", np.int64)):
+        for name, dtype in (
+            ("k", np.float64),
+            ("v", np.float64),
+            ("bias", np.float64),
+            ("chunk", np.int32),
+            ("s_use", np.float64),
+            ("n_tok", np.int64),
+        ):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
             _expect(f"entries of {name}", len(self.k), len(getattr(self, name)))
 
@@ -77,7 +83,9 @@ class HeadRows:
 
     def take(self, index) -> HeadRows:
         """Rows at `index`, in that order."""
-        return HeadRows(self.k[index], self.v[index], self.bias[index], self.chunk[index], self.s_use[index], self.n_tok[index])
+        return HeadRows(
+            self.k[index], self.v[index], self.bias[index], self.chunk[index], self.s_use[index], self.n_tok[index]
+        )
 
 
 @dataclass(frozen=True)
@@ -151,8 +159,16 @@ class PassInput:
     votes: Votes | None = None
 
     def __post_init__(self):
-        for name, dtype in (("k", np.float64), ("v", np.float64), ("bias", np.float64), ("chunk", np.int32), ("s_use", np.float64),
-                            ("n_tok", np.int64), ("q", np.float64), ("pos_q", np.int64)):
+        for name, dtype in (
+            ("k", np.float64),
+            ("v", np.float64),
+            ("bias", np.float64),
+            ("chunk", np.int32),
+            ("s_use", np.float64),
+            ("n_tok", np.int64),
+            ("q", np.float64),
+            ("pos_q", np.int64),
+        ):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
         _expect("rows of v", len(self.k), len(self.v))
         _expect("entries of bias", len(self.k), len(self.bias))
@@ -183,9 +199,14 @@ class PassInput:
 
     def candidates(self) -> HeadRows:
         """Cores and new rows. A new row stands for one token and has no score yet (0)."""
-        return HeadRows(self.k[self.cand], self.v[self.cand], self.bias[self.cand], self.chunk,
-                        np.concatenate([self.s_use, np.zeros(self.n_new)]),
-                        np.concatenate([self.n_tok, np.ones(self.n_new, dtype=np.int64)]))
+        return HeadRows(
+            self.k[self.cand],
+            self.v[self.cand],
+            self.bias[self.cand],
+            self.chunk,
+            np.concatenate([self.s_use, np.zeros(self.n_new)]),
+            np.concatenate([self.n_tok, np.ones(self.n_new, dtype=np.int64)]),
+        )
 
 
 @dataclass(frozen=True)
@@ -326,7 +347,7 @@ def probabilities(inp: PassInput, params: PassParams, q) -> np.ndarray:
 
 def take_votes(inp: PassInput, params: PassParams, q) -> Votes:
     """Step 3, stage. The votes on new rows and window with those of this pass."""
-    p = probabilities(inp, params, q)[:, inp.n_sink + inp.n_core:]
+    p = probabilities(inp, params, q)[:, inp.n_sink + inp.n_core :]
     return Votes(inp.votes.n + len(q), inp.votes.p4 + np.sum(p**4, axis=0), inp.votes.p + np.sum(p, axis=0))
 
 
@@ -343,12 +364,15 @@ def score(inp: PassInput, params: PassParams, q) -> Scores:
     q : ndarray, shape [n_q, gqa, d_k]
         See `look_ahead`.
     """
-    p = probabilities(inp, params, q)[:, inp.cand][:, :inp.n_core]
+    p = probabilities(inp, params, q)[:, inp.cand][:, : inp.n_core]
     votes = take_votes(inp, params, q).take(slice(inp.n_new))
     n_votes = q.shape[1] * votes.n  # a vote per query head
     n_mean = q.shape[1] * max(len(q), params.n_full)
-    return Scores(s_use=np.concatenate([np.sum(p**4, axis=0) / n_mean, votes.p4 / n_votes]) ** 0.25, s_dev=value_deviations(inp.v[inp.cand]),
-                  w=np.concatenate([np.mean(p, axis=0), votes.p / n_votes]))
+    return Scores(
+        s_use=np.concatenate([np.sum(p**4, axis=0) / n_mean, votes.p4 / n_votes]) ** 0.25,
+        s_dev=value_deviations(inp.v[inp.cand]),
+        w=np.concatenate([np.mean(p, axis=0), votes.p / n_votes]),
+    )
 
 
 def value_deviations(v) -> np.ndarray:
@@ -517,7 +541,9 @@ def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) 
     merged = size > 1
     inside = np.flatnonzero(member_of >= 0)
     members = inside[merged[member_of[inside]]]
-    scatter = np.mean(np.sum((inp.v[inp.cand][members] - out.v[member_of[members]]) ** 2, axis=1)) if len(members) else 0.0
+    scatter = (
+        np.mean(np.sum((inp.v[inp.cand][members] - out.v[member_of[members]]) ** 2, axis=1)) if len(members) else 0.0
+    )
     if scatter == 0:
         return out.v
     x = logits(q, inp.k, params.scale, params.softcap) + inp.bias
@@ -527,7 +553,7 @@ def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) 
     kept = np.sum(p, axis=1, keepdims=True)
     p /= np.maximum(kept, LEAST_KEPT)  # it may be 0
     r = (np.exp(x - z) @ inp.v - p @ v) * (kept >= LEAST_KEPT)
-    a = p[:, inp.n_sink:inp.n_sink + len(out)][:, merged] * (kept >= LEAST_KEPT)
+    a = p[:, inp.n_sink : inp.n_sink + len(out)][:, merged] * (kept >= LEAST_KEPT)
     ridge = RIDGE * np.mean(np.sum(r**2, axis=1)) / scatter
     if ridge == 0:
         return out.v
@@ -541,7 +567,7 @@ def rows_after(inp: PassInput, result: PassResult) -> tuple[np.ndarray, np.ndarr
     end = inp.n_sink + inp.n_cand
 
     def join(before, cores):
-        return np.concatenate([before[:inp.n_sink], cores, before[end:]])
+        return np.concatenate([before[: inp.n_sink], cores, before[end:]])
 
     return join(inp.k, result.rows.k), join(inp.v, result.rows.v), join(inp.bias, result.rows.bias)
 
@@ -549,7 +575,9 @@ def rows_after(inp: PassInput, result: PassResult) -> tuple[np.ndarray, np.ndarr
 def check_budget(budget: int) -> None:
     """Raise ValueError unless budget >= 0."""
     if budget < 0:
-        raise ValueError(f"expected a budget >= 0 rows, got {budget}; subtract the sinks only from a budget that includes them")
+        raise ValueError(
+            f"expected a budget >= 0 rows, got {budget}; subtract the sinks only from a budget that includes them"
+        )
 
 
 def _expect(what: str, expected: int, got: int) -> None:

@@ -58,7 +58,9 @@ def rotate(q, delta, inv_freq, rope_neox: bool) -> np.ndarray:
     inv_freq = np.asarray(inv_freq, dtype=np.float64)
     n_pair = len(inv_freq)
     if 2 * n_pair > q.shape[-1]:
-        raise ValueError(f"expected at most {q.shape[-1] // 2} angles for vectors of {q.shape[-1]}, got {n_pair}; inv_freq holds one per pair")
+        raise ValueError(
+            f"expected at most {q.shape[-1] // 2} angles for vectors of {q.shape[-1]}, got {n_pair}; inv_freq holds one per pair"
+        )
     i = np.arange(n_pair)
     first, second = (i, i + n_pair) if rope_neox else (2 * i, 2 * i + 1)
 

@@ -59,23 +59,33 @@ class Profile:
     def __post_init__(self):
         object.__setattr__(self, "errors", np.asarray(self.errors, dtype=np.float64))
         if not self.model_id or self.model_id != self.model_id.strip() or "\n" in self.model_id:
-            raise ValueError(f"expected a model_id on one line without spaces around it, got {self.model_id!r}; calibrate again")
+            raise ValueError(
+                f"expected a model_id on one line without spaces around it, got {self.model_id!r}; calibrate again"
+            )
         if self.n_text < 1:
             raise ValueError(f"expected n_text >= 1, got {self.n_text}; calibrate on at least one text")
         if not self.parts or not all(0 < a < b for a, b in zip(self.parts, (*self.parts[1:], 1.0))):
             raise ValueError(f"expected parts that rise from above 0 to below 1, got {self.parts}; calibrate again")
         if not self.heads or any(a >= b for a, b in zip(self.heads, self.heads[1:])):
-            raise ValueError("expected at least one head, each once and ordered by (il, head), got another order; calibrate again")
+            raise ValueError(
+                "expected at least one head, each once and ordered by (il, head), got another order; calibrate again"
+            )
         if self.errors.shape != (len(self.heads), len(self.parts)):
-            raise ValueError(f"expected errors [{len(self.heads)}, {len(self.parts)}], got {list(self.errors.shape)}; calibrate again")
+            raise ValueError(
+                f"expected errors [{len(self.heads)}, {len(self.parts)}], got {list(self.errors.shape)}; calibrate again"
+            )
         if not np.all((self.errors >= 0) & np.isfinite(self.errors)):
             raise ValueError("expected errors of at least 0, got another; calibrate again")
 
 
 def write_profile(path, profile: Profile) -> None:
     """Write the file; errors are rounded to 5 digits."""
-    lines = ["semcache-profile 3", f"model_id {profile.model_id}", f"n_text {profile.n_text}",
-             "parts " + " ".join(f"{x:g}" for x in profile.parts)]
+    lines = [
+        "semcache-profile 3",
+        f"model_id {profile.model_id}",
+        f"n_text {profile.n_text}",
+        "parts " + " ".join(f"{x:g}" for x in profile.parts),
+    ]
     for (il, head), errors in zip(profile.heads, profile.errors):
         lines.append(f"head {il} {head} " + " ".join(f"{x:.4e}" for x in errors))
     Path(path).write_bytes(("\n".join(lines) + "\n").encode())
@@ -224,8 +234,10 @@ def _least(ratio: float, n_ctx: int, n_sink: int, n_chunk: int, n_head: int) -> 
         raise ValueError(f"expected 0 < ratio <= 1, got {ratio}; 0.25 keeps a quarter of the rows")
     lo, n_rows = min(n_ctx, n_sink + n_chunk), _round(ratio * n_ctx * n_head)
     if lo * n_head > n_rows:
-        raise ValueError(f"expected at least {lo} rows per kv head (n_sink + n_chunk), got {n_rows} rows for {n_head} heads; "
-                         "raise the ratio or n_ctx")
+        raise ValueError(
+            f"expected at least {lo} rows per kv head (n_sink + n_chunk), got {n_rows} rows for {n_head} heads; "
+            "raise the ratio or n_ctx"
+        )
     return lo
 
 

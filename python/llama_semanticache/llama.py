@@ -259,7 +259,7 @@ class Llama(llama_cpp.Llama):
                 full_bytes=kv_bytes,
             )
         s = self._native_stats()
-        other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes
+        other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes - s.meta_bytes
         return KVStats(
             kv_compress=self.kv_compress, n_ctx=s.n_ctx, n_tokens=s.n_tokens, n_tokens_stage=s.n_tokens_stage,
             rows_allocated=s.rows_allocated, rows_used=s.rows_used, rows_merged=s.rows_merged, rows_dropped=s.rows_dropped,

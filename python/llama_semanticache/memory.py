@@ -21,7 +21,7 @@ CACHE_TYPES = ("f16", "q8_0", "q4_0", "semanticache")
 _BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
 _MAX_ROOM = 4096  # SEMCACHE_MAX_ROOM
-_BIAS_BYTES, _META_BYTES = 4, 8  # of a row, besides K and V
+_BIAS_BYTES, _META_BYTES = 4, 9  # of a row, besides K and V
 _VOTES_BYTES = 8  # of a token in the stage, per kv head
 _ASK_QUERIES = ("semanticache", "snapkv", "tova", "h2o")  # the other methods keep no queries
 _DRIVER_BYTES = 300 << 20  # context of a GPU driver, estimated
@@ -161,7 +161,7 @@ def estimate(
             raise ArgumentError(f"expected a model whose cache can be compressed, got one where {shape.refused}")
         rows = _check_budget(full, cells, kv_ratio, kv_stage, kv_window, kv_sink, n_chunk)
         if not swa_full:  # a batch is no larger than what a pass makes room for
-            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window - kv_sink)))
+            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window)))
         n_head_kv = sum(layer.n_head_kv for layer in full)
         kv_type_k, kv_type_v = _row_type(full, kv_type_k, "k"), _row_type(full, kv_type_v, "v")
         core = round(

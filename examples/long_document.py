@@ -2,8 +2,8 @@
 
     make demo                                  # or: python examples/long_document.py [--model PATH] [--kv-ratio 0.25]
 
-The document is the beginning of Pride and Prejudice (models/texts) with five facts put in far apart. Every question comes
-after the whole document has been read, and its answer is streamed.
+The document is the beginning of Pride and Prejudice (models/texts) with five facts put in far apart. Every question
+comes after the whole document has been read, and its answer is streamed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,37 @@ N_DOCUMENT = 6600  # tokens
 N_CTX = 8192
 
 FACTS = [  # (depth, sentence, question, what a right answer contains)
-    (0.08, "The access code of the Ashcombe lighthouse is 48213.", "What is the access code of the Ashcombe lighthouse?", "48213"),
-    (0.29, "The keeper of the Corvane library is called Edith Penrose.", "What is the keeper of the Corvane library called?", "Edith Penrose"),
-    (0.50, "The access code of the Merrow hospital is 70956.", "What is the access code of the Merrow hospital?", "70956"),
-    (0.71, "The Eastfold museum was opened on 9 October 1847.", "When was the Eastfold museum opened?", "9 October 1847"),
-    (0.90, "The keeper of the Glenholt chapel is called Hector Yarrow.", "What is the keeper of the Glenholt chapel called?", "Hector Yarrow"),
-]  # fmt: skip
+    (
+        0.08,
+        "The access code of the Ashcombe lighthouse is 48213.",
+        "What is the access code of the Ashcombe lighthouse?",
+        "48213",
+    ),
+    (
+        0.29,
+        "The keeper of the Corvane library is called Edith Penrose.",
+        "What is the keeper of the Corvane library called?",
+        "Edith Penrose",
+    ),
+    (
+        0.50,
+        "The access code of the Merrow hospital is 70956.",
+        "What is the access code of the Merrow hospital?",
+        "70956",
+    ),
+    (
+        0.71,
+        "The Eastfold museum was opened on 9 October 1847.",
+        "When was the Eastfold museum opened?",
+        "9 October 1847",
+    ),
+    (
+        0.90,
+        "The keeper of the Glenholt chapel is called Hector Yarrow.",
+        "What is the keeper of the Glenholt chapel called?",
+        "Hector Yarrow",
+    ),
+]
 
 
 def document(llm: Llama) -> str:
@@ -41,8 +66,8 @@ def document(llm: Llama) -> str:
 
 
 def ask(llm: Llama, text: str, console: Console) -> tuple[int, KVStats, float, float, float]:
-    """Asks every question; returns right answers, statistics, tokens per second of prefill and decode, and the share of passes in the
-    prefill.
+    """Asks every question; returns right answers, statistics, tokens per second of prefill and decode, and the share of
+    passes in the prefill.
     """
     n_right, n_new, decode_s = 0, 0, 0.0
     prefill_tps = passes = 0.0

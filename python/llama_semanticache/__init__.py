@@ -9,7 +9,7 @@ Import this package before `llama_cpp`: it decides which library that loads.
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._native import point_llama_cpp_here, upstream_commit
 from .errors import (
@@ -49,7 +49,7 @@ __all__ = [
 point_llama_cpp_here()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # llama_cpp takes a second to import; commands that only look at files do without
     if name in ("Llama", "KVStats"):
         from . import llama

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,20 +31,21 @@ MTMD_VARIABLE = "MTMD_CPP_LIB"  # read by llama_cpp.mtmd_cpp, which handlers of 
 
 
 def point_llama_cpp_here() -> None:
-    """Let a later `import llama_cpp` load the patched library, if the processor can run it. A path that is already set wins."""
+    """Let a later `import llama_cpp` load the patched library, if the processor can run it; a path that is set wins."""
     if (HERE / "lib").is_dir() and LIB_VARIABLE not in os.environ and not missing_instructions(HERE / "lib"):
         os.environ[LIB_VARIABLE] = str(HERE / "lib")
         os.environ.setdefault(MTMD_VARIABLE, str(HERE / "lib"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def load() -> tuple[FFI, Any]:
     """(ffi, lib): cffi's view of semcache.h and of the library that llama_cpp loaded.
 
     Raises
     ------
     LibraryError
-        llama_cpp was imported first with its own library, or the library is missing, not ours, or for another processor.
+        llama_cpp was imported first with its own library, or the library is missing, not ours, or for another
+        processor.
     """
     from cffi import FFI
 
@@ -52,8 +53,9 @@ def load() -> tuple[FFI, Any]:
     folder = Path(os.environ.get(LIB_VARIABLE, HERE / "lib"))
     if not stock_first and (missing := missing_instructions(folder)):
         raise LibraryError(
-            f"expected a processor with {', '.join(missing)}, which the library in {folder} was compiled for, got one without; build it again on this "
-            "machine, or for any x86-64 processor with AVX2: CMAKE_ARGS=-DGGML_NATIVE=OFF"
+            f"expected a processor with {', '.join(missing)}, which the library in {folder} was compiled for, got one "
+            "without; build it again on this machine, or for any x86-64 processor with AVX2: "
+            "CMAKE_ARGS=-DGGML_NATIVE=OFF"
         )
     try:
         import llama_cpp.llama_cpp as bindings

@@ -6,7 +6,7 @@ import os
 import struct
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ModelFileError
 
@@ -48,13 +48,14 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFReader:
 
 
 def split_files(path: str | os.PathLike[str], reader: GGUFReader | None = None) -> list[Path]:
-    """All files of a model, as llama.cpp finds them: the file itself, or the first and its siblings if it is split over several. What
-    `read_gguf` said of it may be given, to spare another reading.
+    """All files of a model, as llama.cpp finds them: the file itself, or the first and its siblings if it is split over
+    several. What `read_gguf` said of it may be given, to spare another reading.
 
     Raises
     ------
     ModelFileError
-        As `read_gguf`; the file is another than the first, has another name than llama-gguf-split gives, or one is missing.
+        As `read_gguf`; the file is another than the first, has another name than llama-gguf-split gives, or one is
+        missing.
     """
     path = Path(path)
     reader = reader or read_gguf(path)
@@ -66,7 +67,8 @@ def split_files(path: str | os.PathLike[str], reader: GGUFReader | None = None) 
     ending = f"-00001-of-{count:05d}.gguf"
     if number != 0 or not path.name.endswith(ending):
         raise ModelFileError(
-            f"expected the first file of a model that is split over {count}, named ...{ending}, got {path}, number {number + 1}; name the first"
+            f"expected the first file of a model that is split over {count}, named ...{ending}, got {path}, number "
+            f"{number + 1}; name the first"
         )
     files = [
         path.with_name(f"{path.name.removesuffix(ending)}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)
@@ -92,11 +94,12 @@ def _header_reader() -> type[GGUFReader]:
                 kind = int(field.parts[4][0])
                 if kind not in GGML_QUANT_SIZES:
                     raise ValueError(
-                        f"a tensor of type {kind}, which this version of the package gguf does not know: if it is a new one, pip install --upgrade gguf"
+                        f"a tensor of type {kind}, which this version of the package gguf does not know: if it is a "
+                        "new one, pip install --upgrade gguf"
                     )
             super()._build_tensors(start_offs, fields)
 
-        def _get_field_parts(self, orig_offs: int, raw_type: int):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if GGUFValueType(raw_type) != GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
             item_type = self._get(orig_offs, np.uint32)
@@ -105,7 +108,7 @@ def _header_reader() -> type[GGUFReader]:
             offs = orig_offs + 12
             if kind == GGUFValueType.STRING:
                 prefix = struct.Struct(">Q" if self.byte_order == "S" else "=Q")
-                buffer = memoryview(self.data)
+                buffer: Any = memoryview(self.data.data)
                 for _ in range(int(length[0])):
                     offs += 8 + prefix.unpack_from(buffer, offs)[0]
                 return offs - orig_offs, [item_type, length], [], [GGUFValueType.ARRAY, kind]

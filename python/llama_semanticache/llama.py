@@ -10,7 +10,8 @@ import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -81,8 +82,8 @@ class KVStats:
 
 
 class _ShortDrafts(llama_speculative.LlamaDraftModel):
-    """Drafts that fit a batch together with the token that they follow: upstream asks for the logits of all of them at once. All
-    attributes are the draft model's.
+    """Drafts that fit a batch together with the token that they follow: upstream asks for the logits of all of them at
+    once. All attributes are the draft model's.
 
     Parameters
     ----------
@@ -112,9 +113,9 @@ class Llama(llama_cpp.Llama):
     Parameters
     ----------
     kv_compress : None or a name in `METHODS`
-        None leaves the cache alone. "semanticache" is this package's method, "paper" the one of the SemantiCache paper's
-        abstract, "streaming" keeps only the first and the newest tokens, "keydiff", "knorm", "snapkv", "tova" and "h2o" evict by
-        others' scores; all but the first are for comparison.
+        None leaves the cache alone. "semanticache" is this package's method, "paper" the one of the SemantiCache
+        paper's abstract, "streaming" keeps only the first and the newest tokens, "keydiff", "knorm", "snapkv", "tova"
+        and "h2o" evict by others' scores; all but the first are for comparison.
     kv_ratio : float
         Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
     kv_stage : int
@@ -125,14 +126,15 @@ class Llama(llama_cpp.Llama):
     kv_sink : int
         First tokens of the context, never merged or dropped; stored as ``kv_type_k`` and ``kv_type_v`` say.
     kv_type_k, kv_type_v : "auto", "f16", "q8_0" or "q4_0"
-        How K and V of the older tokens are stored; the stage is always f16. "auto" is q8_0, or f16 if heads are no multiple of 32
-        values.
+        How K and V of the older tokens are stored; the stage is always f16. "auto" is q8_0, or f16 if heads are no
+        multiple of 32 values.
     kv_profile : "auto", path or None
-        Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of others
-        and for models of fewer than `profile.N_HEAD_KV_FEW` compressed heads; None: all heads the same, which loses far more where there are many.
+        Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of
+        others and for models of fewer than `profile.N_HEAD_KV_FEW` compressed heads; None: all heads the same, which
+        loses far more where there are many.
     kv_params : mapping, optional
-        Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, distinct, seed; calibrate
-        is for `profile.calibrate`.
+        Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, distinct, seed;
+        calibrate is for `profile.calibrate`.
 
     Raises
     ------
@@ -156,10 +158,17 @@ class Llama(llama_cpp.Llama):
         **kwargs: Any,
     ) -> None:
         self.kv_compress = kv_compress
-        self._kv_options = dict(
-            kv_compress=kv_compress, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, kv_sink=kv_sink,
-            kv_type_k=kv_type_k, kv_type_v=kv_type_v, kv_profile=kv_profile, kv_params=kv_params,
-        )  # fmt: skip
+        self._kv_options: dict[str, Any] = dict(
+            kv_compress=kv_compress,
+            kv_ratio=kv_ratio,
+            kv_stage=kv_stage,
+            kv_window=kv_window,
+            kv_sink=kv_sink,
+            kv_type_k=kv_type_k,
+            kv_type_v=kv_type_v,
+            kv_profile=kv_profile,
+            kv_params=kv_params,
+        )
         unknown = sorted(name for name in kwargs if name.startswith("kv_") and name != "kv_overrides")
         if unknown:  # upstream takes any name and ignores it
             raise ArgumentError(
@@ -172,7 +181,8 @@ class Llama(llama_cpp.Llama):
             unused = sorted(name for name, value in self._kv_options.items() if value != _INIT.parameters[name].default)
             if unused:
                 warnings.warn(
-                    f'{", ".join(unused)}: no use without kv_compress, the KV cache is llama.cpp\'s own; pass kv_compress="semanticache" to compress it',
+                    f"{', '.join(unused)}: no use without kv_compress, the KV cache is llama.cpp's own; pass "
+                    'kv_compress="semanticache" to compress it',
                     stacklevel=2,
                 )
             super().__init__(model_path, **kwargs)
@@ -200,7 +210,8 @@ class Llama(llama_cpp.Llama):
                 _ffi.new("char[]", profile.model_id(model_path).encode()),
             ]
             params.profile_path, params.model_id = keep
-        # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their window
+        # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their
+        # window
         kwargs.setdefault("swa_full", False)
         # without it values lie across the stage, which is slower to read; the cores' attention is ours in any case
         kwargs.setdefault("flash_attn", True)
@@ -214,9 +225,11 @@ class Llama(llama_cpp.Llama):
         stats = self._native_stats()
         if kv_compress == "semanticache" and kv_ratio < 1 and stats.n_head_kv < profile.N_HEAD_KV_FEW:
             warnings.warn(
-                f"only {stats.n_head_kv} KV heads of this model attend to the whole text, too few to take rows from one another: expect facts to be lost (README, Limits); "
-                "ask what you need to remember, or leave kv_compress out", stacklevel=2
-            )  # fmt: skip
+                f"only {stats.n_head_kv} KV heads of this model attend to the whole text, too few to take rows from "
+                "one another: expect facts to be lost (README, Limits); ask what you need to remember, or leave "
+                "kv_compress out",
+                stacklevel=2,
+            )
         self.n_batch = min(self.n_batch, stats.n_batch)
         if self.draft_model is not None:
             self.draft_model = _ShortDrafts(self.draft_model, self.n_batch - 1)
@@ -237,7 +250,8 @@ class Llama(llama_cpp.Llama):
         path = Path(choice).expanduser()
         if not path.is_file():
             raise ProfileError(
-                f'kv_profile: expected "auto", None or a file, got {path}, which is none; run `llama-semanticache profile`'
+                f'kv_profile: expected "auto", None or a file, got {path}, which is none; run `llama-semanticache '
+                "profile`"
             )
         return path
 
@@ -261,11 +275,23 @@ class Llama(llama_cpp.Llama):
         s = self._native_stats()
         other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes
         return KVStats(
-            kv_compress=self.kv_compress, n_ctx=s.n_ctx, n_tokens=s.n_tokens, n_tokens_stage=s.n_tokens_stage,
-            rows_allocated=s.rows_allocated, rows_used=s.rows_used, rows_merged=s.rows_merged, rows_dropped=s.rows_dropped,
-            n_pass=s.n_pass, pass_s=s.pass_us / 1e6, core_bytes=s.core_bytes, stage_bytes=s.stage_bytes,
-            query_bytes=s.query_bytes, meta_bytes=s.meta_bytes, other_bytes=other, full_bytes=s.full_bytes + other,
-        )  # fmt: skip
+            kv_compress=self.kv_compress,
+            n_ctx=s.n_ctx,
+            n_tokens=s.n_tokens,
+            n_tokens_stage=s.n_tokens_stage,
+            rows_allocated=s.rows_allocated,
+            rows_used=s.rows_used,
+            rows_merged=s.rows_merged,
+            rows_dropped=s.rows_dropped,
+            n_pass=s.n_pass,
+            pass_s=s.pass_us / 1e6,
+            core_bytes=s.core_bytes,
+            stage_bytes=s.stage_bytes,
+            query_bytes=s.query_bytes,
+            meta_bytes=s.meta_bytes,
+            other_bytes=other,
+            full_bytes=s.full_bytes + other,
+        )
 
     def kv_rows(self) -> list[tuple[int, int, int, int]]:
         """(layer, kv head, rows allocated, rows used) of every compressed head."""
@@ -288,8 +314,8 @@ class Llama(llama_cpp.Llama):
             return super().eval(tokens)
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise ContextOverflowError(
-                f"expected at most {self._n_ctx} tokens (n_ctx), got {self.n_tokens} in the cache and {len(tokens)} more; "
-                "shorten the text, call reset() or raise n_ctx"
+                f"expected at most {self._n_ctx} tokens (n_ctx), got {self.n_tokens} in the cache and {len(tokens)} "
+                "more; shorten the text, call reset() or raise n_ctx"
             )
         _native.clear_error()
         try:
@@ -313,7 +339,9 @@ class Llama(llama_cpp.Llama):
             super().close()
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
-        """Generator of tokens, see llama_cpp.Llama.generate; a prefix that is in the cache already is not read again."""
+        """Generator of tokens, see llama_cpp.Llama.generate; a prefix that is in the cache already is not read
+        again.
+        """
         if self.kv_compress is not None and self.n_tokens > 0:
             tokens = list(tokens)
             if _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True):
@@ -348,29 +376,32 @@ class Llama(llama_cpp.Llama):
         Raises
         ------
         StateError
-            The state is of another model, of other kv_* settings, or damaged. If the message does not say otherwise, the
-            cache is as it was.
+            The state is of another model, of other kv_* settings, or damaged. If the message does not say otherwise,
+            the cache is as it was.
         """
         if self.kv_compress is None:
             return super().load_state(state)
         if state.n_tokens > self._n_ctx:
             raise StateError(
-                f"state: expected at most n_ctx = {self._n_ctx} tokens, got {state.n_tokens}; use the n_ctx it was saved with"
+                f"state: expected at most n_ctx = {self._n_ctx} tokens, got {state.n_tokens}; use the n_ctx it was "
+                "saved with"
             )
         if not 0 < state.llama_state_size <= len(state.llama_state):
             raise StateError(
-                f"state: expected {state.llama_state_size} bytes, more than none, got {len(state.llama_state)}; the state is damaged, "
-                "the cache is as it was"
+                f"state: expected {state.llama_state_size} bytes, more than none, got {len(state.llama_state)}; the "
+                "state is damaged, the cache is as it was"
             )
         if state.scores.shape[1] != self._n_vocab:
             raise StateError(
-                f"state: expected one of a model of {self._n_vocab} tokens, got one of {state.scores.shape[1]}; load it into the model it was saved from, the cache is as it was"
+                f"state: expected one of a model of {self._n_vocab} tokens, got one of {state.scores.shape[1]}; load "
+                "it into the model it was saved from, the cache is as it was"
             )
         # llama.cpp writes the architecture first, and would tell a wrong one from a damaged state only in its log
         arch = self.metadata["general.architecture"].encode()
         if not bytes(state.llama_state).startswith(struct.pack("<I", len(arch)) + arch):
             raise StateError(
-                f"state: expected one of a {arch.decode()} model, got another; load it into the model it was saved from, the cache is as it was"
+                f"state: expected one of a {arch.decode()} model, got another; load it into the model it was saved "
+                "from, the cache is as it was"
             )
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         _native.clear_error()
@@ -406,10 +437,11 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """What can be said about the arguments before the model is read; the rest is checked by the library."""
     if options["kv_compress"] not in METHODS:
         raise ArgumentError(
-            f"kv_compress: expected None or one of {', '.join(METHODS)}, got {options['kv_compress']!r}; pass one of these"
+            f"kv_compress: expected None or one of {', '.join(METHODS)}, got {options['kv_compress']!r}; pass one of "
+            "these"
         )
     ratio = options["kv_ratio"]
-    if not isinstance(ratio, numbers.Real) or not 0 < ratio <= 1:
+    if not isinstance(ratio, numbers.Real) or not 0 < float(ratio) <= 1:
         raise ArgumentError(f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows")
     for name in ("kv_type_k", "kv_type_v"):
         if options[name] not in ROW_TYPES:
@@ -424,18 +456,19 @@ def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
             )
     if options["kv_stage"] <= options["kv_window"] + options["kv_sink"]:
         raise ArgumentError(
-            f"kv_stage: expected more than kv_window + kv_sink = {options['kv_window'] + options['kv_sink']}, got {options['kv_stage']}; "
-            "raise kv_stage or lower kv_window"
+            f"kv_stage: expected more than kv_window + kv_sink = {options['kv_window'] + options['kv_sink']}, got "
+            f"{options['kv_stage']}; raise kv_stage or lower kv_window"
         )
     unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "distinct", "seed", "calibrate"}
     if unknown:
         raise ArgumentError(
-            f"kv_params: expected n_horizon, n_chunk, merge, distinct or seed, got {', '.join(sorted(unknown))}; see semcache.h"
+            f"kv_params: expected n_horizon, n_chunk, merge, distinct or seed, got {', '.join(sorted(unknown))}; see "
+            "semcache.h"
         )
     n_ctx = kwargs.get("n_ctx", 512)
     if not isinstance(n_ctx, numbers.Integral):
         raise ArgumentError(f"n_ctx: expected an integer, got {n_ctx!r}; 0 takes the model's own")
-    if 0 < n_ctx < options["kv_stage"]:
+    if 0 < int(n_ctx) < options["kv_stage"]:
         raise ArgumentError(
             f"n_ctx: expected at least kv_stage = {options['kv_stage']}, got {n_ctx}; raise n_ctx or lower kv_stage"
         )

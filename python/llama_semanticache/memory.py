@@ -253,7 +253,8 @@ def _check_budget(
         raise ArgumentError(f"expected n_chunk of 1 to 255, got {n_chunk}; the default is 32")
     if kv_stage - kv_window > _MAX_ROOM:
         raise ArgumentError(
-            f"expected kv_stage <= kv_window + {_MAX_ROOM}, got kv_stage {kv_stage} and kv_window {kv_window}; raise --kv-window or lower --kv-stage"
+            f"expected kv_stage <= kv_window + {_MAX_ROOM}, got kv_stage {kv_stage} and kv_window {kv_window}; raise "
+            "--kv-window or lower --kv-stage"
         )
     n_head_kv = sum(layer.n_head_kv for layer in full)
     rows = round(kv_ratio * cells * n_head_kv)
@@ -343,10 +344,14 @@ def memory_report(
         A context size below 1.
     """
     shape = read_shape(path)
-    options = {
-        "kv_ratio": kv_ratio, "kv_stage": kv_stage, "kv_window": kv_window, "kv_type_k": kv_type_k, "kv_type_v": kv_type_v,
+    options: dict[str, Any] = {
+        "kv_ratio": kv_ratio,
+        "kv_stage": kv_stage,
+        "kv_window": kv_window,
+        "kv_type_k": kv_type_k,
+        "kv_type_v": kv_type_v,
         "swa_full": swa_full,
-    }  # fmt: skip
+    }
     estimates: list[CacheEstimate] = []
     largest: dict[str, dict[int, int]] = {}
     notes: dict[str, None] = {}  # ordered set

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .errors import ArgumentError, DownloadError, ModelFileError
 from .gguf_file import read_gguf
@@ -66,7 +67,7 @@ def cache_dir() -> Path:
 
 
 @cache
-def _read_manifest() -> dict:
+def _read_manifest() -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:

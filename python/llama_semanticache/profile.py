@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from . import _native, models
 from .errors import ArgumentError, ProfileError
@@ -18,8 +18,8 @@ N_LEAST = 1024
 N_TEXT_TOKENS = 2048
 
 N_HEAD_KV_FEW = 8
-"""Models with fewer compressed KV heads than these do better with equal budgets (docs/decisions.md, 45), and draw a warning: with 3 facts are
-lost, with 48 they are kept; between is not measured.
+"""Models with fewer compressed KV heads than these do better with equal budgets (docs/decisions.md, 45), and draw a
+warning: with 3 facts are lost, with 48 they are kept; between is not measured.
 """
 
 HEADER = b"semcache-profile 3\n"
@@ -28,7 +28,8 @@ SHIPPED = Path(__file__).parent / "profiles"
 
 
 def model_id(model_path: str | os.PathLike[str]) -> str:
-    """Fingerprint of a model: SHA-256 of the size, the first MiB and 64 blocks spread over the rest of each of its files.
+    """Fingerprint of a model: SHA-256 of the size, the first MiB and 64 blocks spread over the rest of each of its
+    files.
 
     Reading all of a 40 GB file would take a minute; any other quantization, fine-tune or vocabulary differs here too.
     """
@@ -90,8 +91,8 @@ def calibrate(
 ) -> Path:
     """Measure how far each kv head of a model is off with how many rows, and write it to a file.
 
-    Every text is read uncompressed up to `n_ctx` tokens; then a copy of every head is compressed at several budgets. See
-    `reference.profile` for the definition.
+    Every text is read uncompressed up to `n_ctx` tokens; then a copy of every head is compressed at several budgets.
+    See `reference.profile` for the definition.
 
     Parameters
     ----------
@@ -140,14 +141,24 @@ def calibrate(
     n_ctx_train = read_shape(model_path).n_ctx_train or n_ctx
     if n_ctx_train < N_LEAST:
         raise ProfileError(
-            f"{os.fspath(model_path)}: expected a model of at least {N_LEAST} tokens to measure its heads on, got one of {n_ctx_train}; pass kv_profile=None"
+            f"{os.fspath(model_path)}: expected a model of at least {N_LEAST} tokens to measure its heads on, got one "
+            f"of {n_ctx_train}; pass kv_profile=None"
         )
     n_ctx = min(n_ctx, n_ctx_train // 256 * 256)
     ffi, lib = _native.load()
     llm = Llama(
-        str(model_path), kv_compress="semanticache", kv_ratio=1.0, kv_stage=n_ctx, kv_profile=None,
-        kv_params={"calibrate": 1}, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, flash_attn=True, verbose=False,
-    )  # fmt: skip
+        str(model_path),
+        kv_compress="semanticache",
+        kv_ratio=1.0,
+        kv_stage=n_ctx,
+        kv_profile=None,
+        kv_params={"calibrate": 1},
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        flash_attn=True,
+        verbose=False,
+    )
     try:
         steps = [llm.tokenize(text.encode("utf-8"), special=False)[:n_ctx] for text in texts]
         with tqdm(total=sum(map(len, steps)), unit="token", desc="calibrating", disable=not progress) as bar:
@@ -164,7 +175,9 @@ def calibrate(
 
 
 def ensure(model_path: str | os.PathLike[str], verbose: bool = True, n_threads: int | None = None) -> Path | None:
-    """The model's profile; calibrates on first use and says so once. None for a model of fewer than `N_HEAD_KV_FEW` compressed heads."""
+    """The model's profile; calibrates on first use and says so once. None for a model of fewer than `N_HEAD_KV_FEW`
+    compressed heads.
+    """
     if sum(layer.n_head_kv for layer in read_shape(model_path).of_kind("full")) < N_HEAD_KV_FEW:
         return None
     path = find(model_path)
@@ -173,8 +186,8 @@ def ensure(model_path: str | os.PathLike[str], verbose: bool = True, n_threads: 
             import sys
 
             print(
-                f"llama-semanticache: first use of {Path(model_path).name} with compression: measuring which heads need "
-                f"how many rows; kept in {profile_path(model_id(model_path))}",
+                f"llama-semanticache: first use of {Path(model_path).name} with compression: measuring which heads "
+                f"need how many rows; kept in {profile_path(model_id(model_path))}",
                 file=sys.stderr,
             )
         path = calibrate(model_path, progress=verbose, n_threads=n_threads)

@@ -1,4 +1,6 @@
-"""What the metadata of a GGUF file says about the attention of a model, as llama.cpp reads it; the model is not loaded."""
+"""What the metadata of a GGUF file says about the attention of a model, as llama.cpp reads it; the model is not
+loaded.
+"""
 
 from __future__ import annotations
 

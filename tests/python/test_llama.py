@@ -87,7 +87,7 @@ def test_logprobs(tiny, load):
     answer, n_prompt = completion["choices"][0], completion["usage"]["prompt_tokens"]
     logprobs = answer["logprobs"]
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 100
-    for i, (value, top) in enumerate(zip(logprobs["token_logprobs"], logprobs["top_logprobs"])):
+    for i, (value, top) in enumerate(zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)):
         best = np.argsort(-llm.scores[n_prompt - 1 + i], kind="stable")[:3]
         texts = {llm.detokenize([int(t)]).decode("utf-8", "ignore") for t in best}
         assert value <= 0 and set(top) == texts | {logprobs["tokens"][i]}  # by text: different tokens may have the same
@@ -134,7 +134,9 @@ def test_timings_of_llama_cpp(smollm2, load):
 
 
 def test_prompt_lookup_in_batches_smaller_than_a_draft(tiny, load):
-    """The window leaves room for batches of 4 tokens: longer drafts are cut, or upstream would ask for logits that are gone."""
+    """The window leaves room for batches of 4 tokens: longer drafts are cut, or upstream would ask for logits that are
+    gone.
+    """
     prompt, small = PROMPT[:150] * 2, {**SMALL, "kv_stage": 96, "kv_window": 88}
     draft = LlamaPromptLookupDecoding(num_pred_tokens=10, max_ngram_size=1)
     plain, drafted = (
@@ -298,9 +300,17 @@ def test_the_compressed_cache_is_used_by_from_pretrained_and_call(tiny, monkeypa
 @pytest.fixture(scope="module")
 def smol(smollm2):
     llm = Llama(
-        smollm2, n_ctx=2048, n_threads=N_THREADS, n_threads_batch=N_THREADS, verbose=False,
-        kv_compress="semanticache", kv_stage=128, kv_window=32, kv_ratio=0.25, kv_profile=None,
-    )  # fmt: skip
+        smollm2,
+        n_ctx=2048,
+        n_threads=N_THREADS,
+        n_threads_batch=N_THREADS,
+        verbose=False,
+        kv_compress="semanticache",
+        kv_stage=128,
+        kv_window=32,
+        kv_ratio=0.25,
+        kv_profile=None,
+    )
     yield llm
     llm.close()
 

@@ -192,10 +192,20 @@ def test_refused_architectures(folder, arch):
     assert any(word in note for note in report.notes)
 
 
-@pytest.mark.parametrize(("arch", "metadata", "word"), [
-    ("gemma3n", {}, "share K and V"), ("gemma4", {}, "share K and V"), ("grok", {}, "of its own kind"), ("t5", {}, "encoder"), ("llada", {}, "non-causal"),
-    ("qwen3", {"attention.causal": False}, "non-causal"), ("qwen3", {"attention.indexer.top_k": 64}, "indexer"), ("qwen3", {}, None), ("qwen3", {"attention.causal": True}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arch", "metadata", "word"),
+    [
+        ("gemma3n", {}, "share K and V"),
+        ("gemma4", {}, "share K and V"),
+        ("grok", {}, "of its own kind"),
+        ("t5", {}, "encoder"),
+        ("llada", {}, "non-causal"),
+        ("qwen3", {"attention.causal": False}, "non-causal"),
+        ("qwen3", {"attention.indexer.top_k": 64}, "indexer"),
+        ("qwen3", {}, None),
+        ("qwen3", {"attention.causal": True}, None),
+    ],
+)
 def test_what_the_library_refuses_by_its_metadata(arch, metadata, word, tmp_path):
     import gguf
 

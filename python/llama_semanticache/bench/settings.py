@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 from .. import profile
 from .._cpu import warn_of_threads
@@ -41,19 +42,21 @@ def parse_press(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise ArgumentError(
-        f"setting: expected kvpress:NAME:KEEP with one of {', '.join(PRESSES)} and 0 < KEEP <= 1, got {text!r}; as in kvpress:keydiff:0.25"
+        f"setting: expected kvpress:NAME:KEEP with one of {', '.join(PRESSES)} and 0 < KEEP <= 1, got {text!r}; as in "
+        "kvpress:keydiff:0.25"
     )
 
 
 def parse_setting(text: str) -> dict[str, Any]:
-    """Arguments of `Llama` for one of our settings: 'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal', '...:stage=1024',
-    '...:type_k=q8_0', '...:merge=0', '...:distinct=0', '...:horizon=2048', '...:profile=FILE'.
+    """Arguments of `Llama` for one of our settings: 'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal',
+    '...:stage=1024', '...:type_k=q8_0', '...:merge=0', '...:distinct=0', '...:horizon=2048', '...:profile=FILE'.
     """
     try:
         return _parse(text)
     except ValueError as error:
         raise ArgumentError(
-            f"setting: expected one of {', '.join(STOCK)} or METHOD:RATIO[:equal][:NAME=VALUE]..., got {text!r} ({error}); as in semanticache:0.25"
+            f"setting: expected one of {', '.join(STOCK)} or METHOD:RATIO[:equal][:NAME=VALUE]..., got {text!r} "
+            f"({error}); as in semanticache:0.25"
         ) from error
 
 
@@ -148,7 +151,8 @@ def profiles_of(path: Path, settings: Iterable[str], threads: int | None) -> lis
     for file in files:
         if not file.is_file():
             raise ArgumentError(
-                f"profile: expected a file, got {file}, which is none; run `llama-semanticache profile MODEL --out {file}`"
+                f"profile: expected a file, got {file}, which is none; run `llama-semanticache profile MODEL --out "
+                f"{file}`"
             )
     own = profile.ensure(path, n_threads=threads) if needs_profile(settings) else None
     return [*([own] if own else []), *files]

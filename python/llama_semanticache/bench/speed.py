@@ -2,17 +2,19 @@
 
     llama-semanticache bench speed MODEL --text FILE --depth 7600 --stock-lib build/stock/bin --json speed.json
 
-Every setting has a process of its own that keeps its model; in each round all settings are measured one after the other, so
-that what disturbs the machine disturbs them alike. A speed is compared with stock f16 within its round.
+Every setting has a process of its own that keeps its model; in each round all settings are measured one after the
+other, so that what disturbs the machine disturbs them alike. A speed is compared with stock f16 within its round.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Sequence
+from typing import Any
 
 import click
 
@@ -63,8 +65,8 @@ def measure(
     common: dict[str, Any],
     stock_lib: Path,
 ) -> None:
-    """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s and decode_pass_s (of prefill
-    and of decoding), rows_used.
+    """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s and
+    decode_pass_s (of prefill and of decoding), rows_used.
     """
     from tqdm import tqdm
 
@@ -81,19 +83,27 @@ def measure(
         tokens = workers.ask(BASE, tokenize=text)["tokens"]
         if len(tokens) < max(depths) + n_decode:
             raise ArgumentError(
-                f"text: expected at least {max(depths) + n_decode} tokens, got {len(tokens)}; name a longer one or a smaller depth"
+                f"text: expected at least {max(depths) + n_decode} tokens, got {len(tokens)}; name a longer one or a "
+                "smaller depth"
             )
         for depth, _, setting, name in names:
             if name not in missing:
                 continue
             bar.set_postfix_str(f"{setting} at {depth}")
             order = dict(warm_up=tokens[:32], prompt=tokens[:depth], decode=tokens[depth : depth + n_decode])
-            run.record(name, lambda: {"kv_bytes": stock_bytes.get(setting), **workers.ask(setting, **order)})
+            run.record(name, partial(_ask, workers, setting, order, stock_bytes.get(setting)))
             bar.update()
 
 
+def _ask(workers: Workers, setting: str, order: dict[str, Any], kv_bytes: int | None) -> dict[str, Any]:
+    """One record; a stock llama.cpp does not tell the bytes of its cache."""
+    return {"kv_bytes": kv_bytes, **workers.ask(setting, **order)}
+
+
 def speed_records(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s, decode_pass_s, resident_bytes."""
+    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s, decode_pass_s,
+    resident_bytes.
+    """
     out: dict[tuple[str, int], dict[str, Any]] = {}
     for name, record in run["records"].items():
         part, setting, depth, _ = name.split("|")
@@ -126,7 +136,7 @@ def rate(record: dict[str, Any], what: str, n_tokens: int) -> float:
 
 def ratios(record: dict[str, Any], base: dict[str, Any], what: str) -> list[float]:
     """Times faster than the base, round by round."""
-    return [theirs / ours for theirs, ours in zip(base[what], record[what])]
+    return [theirs / ours for theirs, ours in zip(base[what], record[what], strict=False)]
 
 
 def share(part: Sequence[float], whole: Sequence[float]) -> str:
@@ -153,11 +163,20 @@ def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for r in records:
         prefill, decode = (ratios(r, base[r["depth"]], what) for what in ("prefill_s", "decode_s"))
-        cells.append([
-            str(r["depth"]), r["setting"], f"{r['kv_bytes'] / 2**20:.1f}", f"{median(r['resident_bytes']) / 2**20:.0f}",
-            f"{rate(r, 'prefill_s', r['depth']):.0f}", f"{median(prefill):.2f}", f"{rate(r, 'decode_s', run['asked']['n_decode']):.1f}",
-            f"{median(decode):.2f} ({min(decode):.2f} to {max(decode):.2f})", share(r["pass_s"], r["prefill_s"]), share(r["decode_pass_s"], r["decode_s"]),
-        ])  # fmt: skip
+        cells.append(
+            [
+                str(r["depth"]),
+                r["setting"],
+                f"{r['kv_bytes'] / 2**20:.1f}",
+                f"{median(r['resident_bytes']) / 2**20:.0f}",
+                f"{rate(r, 'prefill_s', r['depth']):.0f}",
+                f"{median(prefill):.2f}",
+                f"{rate(r, 'decode_s', run['asked']['n_decode']):.1f}",
+                f"{median(decode):.2f} ({min(decode):.2f} to {max(decode):.2f})",
+                share(r["pass_s"], r["prefill_s"]),
+                share(r["decode_pass_s"], r["decode_s"]),
+            ]
+        )
     return head, cells
 
 
@@ -195,7 +214,8 @@ def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, th
     """Prefill and decode speed of MODEL, against stock llama.cpp of the same commit."""
     if stock_lib is None:
         raise ArgumentError(
-            f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}"
+            "--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass "
+            f"build/stock/bin or set {STOCK_VARIABLE}"
         )
     path = models.resolve(model)
     settings = with_base(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))
@@ -203,9 +223,21 @@ def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, th
     n_ctx = -(-(depths[-1] + n_decode) // 256) * 256
     check_settings(path, settings, n_ctx)
     profiles = profiles_of(path, settings, threads)
-    run = Run(json_path, "speed", {
-        "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "n_gpu_layers": n_gpu_layers, "threads": threads,
-    }, [path, text_path, *profiles, *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink())])  # fmt: skip
+    run = Run(
+        json_path,
+        "speed",
+        {
+            "model": path.name,
+            "text": text_path.name,
+            "depths": depths,
+            "settings": settings,
+            "n_decode": n_decode,
+            "rounds": rounds,
+            "n_gpu_layers": n_gpu_layers,
+            "threads": threads,
+        },
+        [path, text_path, *profiles, *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink())],
+    )
     measure(
         run,
         path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,8 @@ def chat(model: str, system: str | None, sampling: SamplingOptions, load: LoadOp
     interactive = sys.stdin.isatty()
     if interactive:
         note(f"{path.name}, {llm.n_ctx():,} tokens of context. /help lists the commands.", style="dim")
-        try:
+        with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() editing and history
-        except ImportError:
-            pass
     at_prompt = True
     while True:
         try:
@@ -132,7 +131,7 @@ class Conversation:
         meter = TokenMeter(self.llm)
         try:
             with meter:
-                messages = [*self.messages, message]
+                messages: list[Any] = [*self.messages, message]
                 chunks = self.llm.create_chat_completion(messages, stream=True, **self.sampling.arguments())
                 stream_answer(chunks, answer)
         except KeyboardInterrupt:

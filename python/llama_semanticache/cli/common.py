@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ _VERBOSE = "llama_semanticache.verbose"
 
 
 class ErrorGroup(click.Group):
-    """Reports an error of ours, llama_cpp's or the system's as 'Error: ...' with exit status 1, with a traceback only under --verbose,
-    and warnings as 'Warning: ...'.
+    """Reports an error of ours, llama_cpp's or the system's as 'Error: ...' with exit status 1, with a traceback only
+    under --verbose, and warnings as 'Warning: ...'.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -181,17 +181,19 @@ _SAMPLING = (
 )
 
 
-def _group_options(options: tuple, kind: type, argument: str) -> Callable:
+def _group_options(
+    options: Iterable[Callable[..., Any]], kind: type[LoadOptions] | type[SamplingOptions], argument: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that adds `options` to a command and hands their values over as one `argument` of type `kind`."""
-    names = kind.__dataclass_fields__
+    names = [field.name for field in fields(kind)]
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(**values: Any) -> Any:
             values[argument] = kind(**{name: values.pop(name) for name in names})
             return function(**values)
 
-        for option in reversed(options):
+        for option in reversed(list(options)):
             wrapper = option(wrapper)
         return wrapper
 
@@ -226,7 +228,12 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
 
     from .. import Llama, profile
 
-    options = {"n_ctx": n_ctx, "n_threads": load.threads, "n_threads_batch": load.threads, "verbose": load.verbose}
+    options: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "n_threads": load.threads,
+        "n_threads_batch": load.threads,
+        "verbose": load.verbose,
+    }
     if load.kv_compress == "semanticache" and load.kv_profile == "auto" and load.kv_ratio < 1:
         # Llama does this too, but silently unless llama.cpp's log is wanted
         profile.ensure(path, verbose=True, n_threads=load.threads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -66,7 +66,7 @@ def memory(
 
     path = resolve(model, progress=not as_json)
     sizes = n_ctx or (read_shape(path).n_ctx_train or 8192,)
-    options = {"kv_type_k": kv_type_k, "kv_type_v": kv_type_v, "swa_full": swa_full}
+    options: dict[str, Any] = {"kv_type_k": kv_type_k, "kv_type_v": kv_type_v, "swa_full": swa_full}
     report = memory_report(path, sizes, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, **options)
     if as_json:
         click.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))

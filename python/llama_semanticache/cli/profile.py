@@ -37,8 +37,8 @@ def profile(
 ) -> None:
     """Measure the budget of each head of MODEL and store it.
 
-    chat and run do this by themselves on first use (--kv-profile auto), but for models of fewer than 8 compressed KV heads: these get
-    equal budgets unless a profile is named.
+    chat and run do this by themselves on first use (--kv-profile auto), but for models of fewer than 8 compressed KV
+    heads: these get equal budgets unless a profile is named.
     """
     path = resolve(model, progress=not as_json)
     if out and Path(out).exists() and not force:
@@ -46,7 +46,8 @@ def profile(
     there = None if out or force else measured(model_id(str(path)))
     if there and (texts or n_ctx != N_TEXT_TOKENS):
         raise click.ClickException(
-            f"expected a model that was not measured before, got one with {there}; --force replaces it, --out FILE writes another"
+            f"expected a model that was not measured before, got one with {there}; --force replaces it, --out FILE "
+            "writes another"
         )
     if there:
         note("measured before; --force measures it again")

@@ -37,6 +37,27 @@ def point_llama_cpp_here() -> None:
         os.environ.setdefault(MTMD_VARIABLE, str(HERE / "lib"))
 
 
+def folder() -> Path:
+    """Where the native libraries lie: those that llama_cpp has loaded, or those that it would load.
+
+    Raises
+    ------
+    LibraryError
+        They are for another processor.
+    """
+    bindings = sys.modules.get("llama_cpp.llama_cpp")
+    if bindings is not None:
+        return Path(bindings._lib._name).parent
+    path = Path(os.environ.get(LIB_VARIABLE, HERE / "lib"))
+    if missing := missing_instructions(path):
+        raise LibraryError(
+            f"expected a processor with {', '.join(missing)}, which the library in {path} was compiled for, got one "
+            "without; build it again on this machine, or for any x86-64 processor with AVX2: "
+            "CMAKE_ARGS=-DGGML_NATIVE=OFF"
+        )
+    return path
+
+
 @cache
 def load() -> tuple[FFI, Any]:
     """(ffi, lib): cffi's view of semcache.h and of the library that llama_cpp loaded.
@@ -50,13 +71,7 @@ def load() -> tuple[FFI, Any]:
     from cffi import FFI
 
     stock_first = "llama_cpp" in sys.modules
-    folder = Path(os.environ.get(LIB_VARIABLE, HERE / "lib"))
-    if not stock_first and (missing := missing_instructions(folder)):
-        raise LibraryError(
-            f"expected a processor with {', '.join(missing)}, which the library in {folder} was compiled for, got one "
-            "without; build it again on this machine, or for any x86-64 processor with AVX2: "
-            "CMAKE_ARGS=-DGGML_NATIVE=OFF"
-        )
+    folder()
     try:
         import llama_cpp.llama_cpp as bindings
     except (ImportError, FileNotFoundError, OSError, RuntimeError) as error:
@@ -95,9 +110,7 @@ def _declarations() -> str:
 def library_folder() -> Path:
     """Where the library that llama_cpp has loaded lies."""
     load()
-    import llama_cpp.llama_cpp as bindings
-
-    return Path(bindings._lib._name).parent
+    return folder()
 
 
 def context(llama: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from . import _cpu, _native, profile
 from .errors import ArgumentError, ContextOverflowError, ProfileError, StateError, UnsupportedModelError
-from .gguf_file import read_gguf
+from .model_file import ModelFile
 
 _ffi, _lib = _native.load()
 
@@ -144,7 +144,7 @@ class Llama(llama_cpp.Llama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike[str],
         *,
         kv_compress: str | None = None,
         kv_ratio: float = 0.25,
@@ -185,11 +185,11 @@ class Llama(llama_cpp.Llama):
                     'kv_compress="semanticache" to compress it',
                     stacklevel=2,
                 )
-            super().__init__(model_path, **kwargs)
+            super().__init__(os.fspath(model_path), **kwargs)
             return
 
         _check_arguments(self._kv_options, kwargs)
-        read_gguf(model_path)
+        model = ModelFile.of(model_path)
         params = _ffi.new("struct semcache_params *", _lib.semcache_default_params())
         params.method = METHODS[kv_compress]
         params.ratio = float(kv_ratio)
@@ -203,11 +203,11 @@ class Llama(llama_cpp.Llama):
                     f"kv_params: expected an integer for {name}, got {value!r} ({error}); see semcache.h"
                 ) from error
         keep = []  # the strings that params points to
-        profile_file = self._profile_file(model_path, kwargs)
+        profile_file = self._profile_file(model, kwargs)
         if profile_file is not None:
             keep = [
                 _ffi.new("char[]", os.fsencode(profile_file)),
-                _ffi.new("char[]", profile.model_id(model_path).encode()),
+                _ffi.new("char[]", model.id.encode()),
             ]
             params.profile_path, params.model_id = keep
         # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their
@@ -217,7 +217,7 @@ class Llama(llama_cpp.Llama):
         kwargs.setdefault("flash_attn", True)
         _native.check(_lib.semcache_configure_next(params))
         try:
-            super().__init__(model_path, **kwargs)
+            super().__init__(os.fspath(model_path), **kwargs)
         except ValueError as error:
             raise _native.last_error() or error from error
         finally:
@@ -238,7 +238,7 @@ class Llama(llama_cpp.Llama):
         if self._logits_all and self.scores.shape[0] < self._n_ctx:
             self.scores = self.scores.__class__((self._n_ctx, self._n_vocab), dtype=self.scores.dtype)
 
-    def _profile_file(self, model_path: str, kwargs: dict[str, Any]) -> Path | None:
+    def _profile_file(self, model: ModelFile, kwargs: dict[str, Any]) -> Path | None:
         choice = self._kv_options["kv_profile"]
         if choice is None or (choice == "auto" and self.kv_compress != "semanticache"):
             return None
@@ -246,7 +246,7 @@ class Llama(llama_cpp.Llama):
             # at ratio 1 every head keeps everything, whatever its share
             if self._kv_options["kv_ratio"] == 1:
                 return None
-            return profile.ensure(model_path, kwargs.get("verbose", True), kwargs.get("n_threads_batch"))
+            return profile.ensure(model, kwargs.get("verbose", True), kwargs.get("n_threads_batch"))
         path = Path(choice).expanduser()
         if not path.is_file():
             raise ProfileError(

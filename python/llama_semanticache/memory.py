@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import ArgumentError
-from .shape import LayerShape, ModelShape, read_shape
+from .model_file import ModelFile
+from .shape import LayerShape, ModelShape
 
 GB = 1024**3
 CARDS_GB = (6, 8, 12, 16, 24)  # memory of common consumer cards
@@ -312,7 +313,7 @@ def largest_n_ctx(shape: ModelShape, card_gb: float, cache: str, **options: Any)
 
 
 def memory_report(
-    path: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     n_ctx: Sequence[int],
     *,
     kv_ratio: float = 0.25,
@@ -327,7 +328,7 @@ def memory_report(
 
     Parameters
     ----------
-    path : path
+    model : path
         GGUF file; only its metadata is read.
     n_ctx : sequence of int
         Context sizes, tokens.
@@ -339,11 +340,11 @@ def memory_report(
     Raises
     ------
     ModelFileError
-        See `read_shape`.
+        See `ModelFile`.
     ArgumentError
         A context size below 1.
     """
-    shape = read_shape(path)
+    shape = ModelFile.of(model).shape
     options: dict[str, Any] = {
         "kv_ratio": kv_ratio,
         "kv_stage": kv_stage,

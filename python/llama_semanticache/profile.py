@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import _native, models
 from .errors import ArgumentError, ProfileError
-from .gguf_file import split_files
-from .shape import read_shape
+from .model_file import ModelFile
 
 N_LEAST = 1024
 """Tokens that a model must have been trained on: what a head is measured on comes behind the window."""
@@ -27,22 +25,9 @@ TEXTS = Path(__file__).parent / "texts"  # one file per text, public domain, see
 SHIPPED = Path(__file__).parent / "profiles"
 
 
-def model_id(model_path: str | os.PathLike[str]) -> str:
-    """Fingerprint of a model: SHA-256 of the size, the first MiB and 64 blocks spread over the rest of each of its
-    files.
-
-    Reading all of a 40 GB file would take a minute; any other quantization, fine-tune or vocabulary differs here too.
-    """
-    digest = hashlib.sha256()
-    for path in split_files(model_path):
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            for i in range(64):
-                file.seek(i * max(0, size - (1 << 16)) // 63)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()
+def model_id(model: str | os.PathLike[str]) -> str:
+    """Fingerprint of a model, see `ModelFile.id`."""
+    return ModelFile.of(model).id
 
 
 def profile_path(id: str) -> Path:
@@ -50,9 +35,9 @@ def profile_path(id: str) -> Path:
     return models.cache_dir() / "profiles" / f"{id}.profile"
 
 
-def find(model_path: str | os.PathLike[str]) -> Path | None:
+def find(model: str | os.PathLike[str]) -> Path | None:
     """The profile of a model that was calibrated here or came with the package, or None."""
-    id = model_id(model_path)
+    id = model_id(model)
     shipped = SHIPPED / f"{id}.profile"
     return measured(id) or (shipped if _is_current(shipped) else None)
 
@@ -80,7 +65,7 @@ def read_texts(paths: Sequence[str | os.PathLike[str]] | None = None) -> list[st
 
 
 def calibrate(
-    model_path: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     *,
     texts: Sequence[str] | None = None,
     n_ctx: int = N_TEXT_TOKENS,
@@ -96,6 +81,7 @@ def calibrate(
 
     Parameters
     ----------
+    model : path
     texts : sequence of str, optional
         Texts to calibrate on; by default those of the package (prose, code, dialogue, another language).
     n_ctx : int
@@ -113,6 +99,8 @@ def calibrate(
 
     Raises
     ------
+    ModelFileError
+        See `ModelFile.read`.
     ArgumentError
         No texts, or `out` is there already.
     ProfileError
@@ -124,8 +112,8 @@ def calibrate(
 
     from .llama import Llama
 
-    id = model_id(model_path)
-    path = Path(out) if out is not None else profile_path(id)
+    model = ModelFile.of(model)
+    path = Path(out) if out is not None else profile_path(model.id)
     if path.is_file() and not force:
         if out is not None:
             raise ArgumentError(f"out: expected a new file, got {path}, which is there; pass force=True to replace it")
@@ -138,16 +126,16 @@ def calibrate(
             f"out: expected a folder to write {path.name} to, got {error}; name another or set {models.CACHE_VARIABLE}"
         ) from error
     texts = read_texts() if texts is None else list(texts)
-    n_ctx_train = read_shape(model_path).n_ctx_train or n_ctx
+    n_ctx_train = model.shape.n_ctx_train or n_ctx
     if n_ctx_train < N_LEAST:
         raise ProfileError(
-            f"{os.fspath(model_path)}: expected a model of at least {N_LEAST} tokens to measure its heads on, got one "
+            f"{model.path}: expected a model of at least {N_LEAST} tokens to measure its heads on, got one "
             f"of {n_ctx_train}; pass kv_profile=None"
         )
     n_ctx = min(n_ctx, n_ctx_train // 256 * 256)
     ffi, lib = _native.load()
     llm = Llama(
-        str(model_path),
+        model,
         kv_compress="semanticache",
         kv_ratio=1.0,
         kv_stage=n_ctx,
@@ -168,27 +156,28 @@ def calibrate(
                     llm.eval(tokens[i : i + 256])
                     bar.update(len(tokens[i : i + 256]))
                 _native.check(lib.semcache_calibrate_add(_native.context(llm)))
-        _native.check(lib.semcache_calibrate_write(_native.context(llm), os.fsencode(path), id.encode()))
+        _native.check(lib.semcache_calibrate_write(_native.context(llm), os.fsencode(path), model.id.encode()))
     finally:
         llm.close()
     return path
 
 
-def ensure(model_path: str | os.PathLike[str], verbose: bool = True, n_threads: int | None = None) -> Path | None:
+def ensure(model: str | os.PathLike[str], verbose: bool = True, n_threads: int | None = None) -> Path | None:
     """The model's profile; calibrates on first use and says so once. None for a model of fewer than `N_HEAD_KV_FEW`
     compressed heads.
     """
-    if sum(layer.n_head_kv for layer in read_shape(model_path).of_kind("full")) < N_HEAD_KV_FEW:
+    model = ModelFile.of(model)
+    if model.shape.n_head_kv < N_HEAD_KV_FEW:
         return None
-    path = find(model_path)
+    path = find(model)
     if path is None:
         if verbose:
             import sys
 
             print(
-                f"llama-semanticache: first use of {Path(model_path).name} with compression: measuring which heads "
-                f"need how many rows; kept in {profile_path(model_id(model_path))}",
+                f"llama-semanticache: first use of {model.name} with compression: measuring which heads "
+                f"need how many rows; kept in {profile_path(model.id)}",
                 file=sys.stderr,
             )
-        path = calibrate(model_path, progress=verbose, n_threads=n_threads)
+        path = calibrate(model, progress=verbose, n_threads=n_threads)
     return path

@@ -24,6 +24,7 @@ from llama_semanticache.bench.runs import Run, machine
 from llama_semanticache.bench.settings import check_settings, parse_setting
 from llama_semanticache.cli import main
 from llama_semanticache.errors import ArgumentError, SemanticCacheError
+from llama_semanticache.model_file import ModelFile
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +176,10 @@ def test_a_process_that_ends_between_two_orders():
 def test_a_setting_that_the_library_refuses_is_refused_before(setting, message, tiny):
     """By the same rule: the library says so, too."""
     with pytest.raises(ArgumentError, match=message):
-        check_settings(tiny("llama"), [setting], 1024)
+        check_settings(ModelFile.read(tiny("llama")), [setting], 1024)
     with pytest.raises(ArgumentError):
         Llama(tiny("llama"), **{**parse_setting(setting), "kv_profile": None}, n_ctx=1024, verbose=False)
-    check_settings(tiny("llama"), ["semanticache:0.25:sink=0:stage=515"], 1024)
+    check_settings(ModelFile.read(tiny("llama")), ["semanticache:0.25:sink=0:stage=515"], 1024)
 
 
 def test_a_setting_that_cannot_be_is_named_before_anything_is_measured(tiny, tmp_path, monkeypatch):
@@ -784,7 +785,7 @@ def test_chat(smollm2, tmp_path):
         settings[0],
     )
     assert settings[0] in alone and "stock:f16" not in alone
-    assert chat.chat_options("shift:0.25", Path(smollm2), 8960)[1] in range(2048, 8960 // 2, 256)
+    assert chat.chat_options("shift:0.25", ModelFile.read(smollm2).shape, 8960)[1] in range(2048, 8960 // 2, 256)
 
 
 def test_recall_by_hand():

@@ -71,7 +71,7 @@ def kv_lines(text):
 
 @pytest.mark.parametrize("args", [["--help"], ["chat", "--help"], ["models"], ["memory", "{tiny}"]], ids=" ".join)
 def test_starts_without_loading_llama_cpp(args, tiny):
-    heavy = {"llama_cpp"} if args[0] == "memory" else {"llama_cpp", "numpy", "gguf", "rich"}
+    heavy = {"llama_cpp", "numpy"} if args[0] == "memory" else {"llama_cpp", "numpy", "rich"}
     code = (
         "import sys\nfrom llama_semanticache.cli import main\nmain(sys.argv[1:], standalone_mode=False)\n"
         f"loaded = {heavy!r} & set(sys.modules)\nassert not loaded, loaded\n"

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -22,6 +21,8 @@ import click
 from .. import models
 from ..errors import ArgumentError
 from ..llama import Llama
+from ..memory import estimate
+from ..shape import ModelShape
 from .cases import chat_facts
 from .harness import Snapshot, continue_greedily, render
 from .options import gpu_layers_option, json_option, text_option, threads_option, without_base_option
@@ -138,14 +139,10 @@ def chat_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["cache", "facts", "of full", *(f"turn {t}" for t in turns), "KV MiB"], cells
 
 
-def chat_options(setting: str, path: Path, n_ctx: int) -> tuple[dict[str, Any], int]:
+def chat_options(setting: str, shape: ModelShape, n_ctx: int) -> tuple[dict[str, Any], int]:
     """Arguments of `Llama`, and the context: of "shift:RATIO" as many tokens as fit the bytes of ours at that ratio."""
-    from ..memory import estimate
-    from ..shape import read_shape
-
     if not setting.startswith("shift:"):
         return llama_options(setting), n_ctx
-    shape = read_shape(path)
     try:
         ratio = float(setting.removeprefix("shift:"))
     except ValueError as error:
@@ -203,18 +200,18 @@ def chat(
     """Facts of a conversation's first turns, asked for in its last, also against llama.cpp's context shift."""
     from tqdm import tqdm
 
-    path = models.resolve(model)
+    model_file = models.open_model(model)
     settings = with_base(
         settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"), without_base
     )
-    options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
-    check_settings(path, [s for s in settings if not s.startswith("shift:")], n_ctx)
-    profiles = profiles_of(path, settings, threads)
+    options = {setting: chat_options(setting, model_file.shape, n_ctx) for setting in settings}
+    check_settings(model_file, [s for s in settings if not s.startswith("shift:")], n_ctx)
+    profiles = profiles_of(model_file, settings, threads)
     run = Run(
         json_path,
         "chat",
         {
-            "model": path.name,
+            "model": model_file.name,
             "text": text_path.name,
             "n_turns": n_turns,
             "n_facts": n_facts,
@@ -226,7 +223,7 @@ def chat(
             "n_gpu_layers": n_gpu_layers,
             "threads": threads,
         },
-        [path, text_path, *profiles],
+        [model_file, text_path, *profiles],
     )
     text = models.read_text(text_path)
     numbers = range(first_chat, first_chat + n_chats)
@@ -237,10 +234,10 @@ def chat(
                 bar.update(n_chats)
                 continue
             arguments, n = options[setting]
-            with closing(Llama(str(path), **context_options(n, threads, n_gpu_layers), **arguments)) as llm:
+            with closing(Llama(model_file, **context_options(n, threads, n_gpu_layers), **arguments)) as llm:
                 chats = [conversation(llm, text, i, n_turns, n_facts, n_answer) for i in numbers]
                 for name, (messages, facts) in zip(names, chats, strict=True):
                     bar.set_postfix_str(setting)
                     run.record(name, partial(measure_chat, llm, messages, facts, setting.startswith("shift:")))
                     bar.update()
-    print_table(f"{path.name}, {n_chats} conversations of {n_turns} turns, n_ctx {n_ctx}", *chat_table(run.data))
+    print_table(f"{model_file.name}, {n_chats} conversations of {n_turns} turns, n_ctx {n_ctx}", *chat_table(run.data))

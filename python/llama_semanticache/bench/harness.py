@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
-from pathlib import Path
 from typing import Any
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..llama import Llama
+from ..model_file import ModelFile
 from .settings import llama_options
 
 import llama_cpp  # the patched library is loaded by now
@@ -20,15 +21,15 @@ import llama_cpp  # the patched library is loaded by now
 class Loader:
     """Loads a model with one cache after the other; the same one is not loaded twice in a row."""
 
-    def __init__(self, path: Path, common: Mapping[str, Any]):
-        self.path, self.common = path, common
+    def __init__(self, model: str | os.PathLike[str], common: Mapping[str, Any]):
+        self.model, self.common = ModelFile.of(model), common
         self.setting: str | None = None
         self.llm: Llama | None = None
 
     def __call__(self, setting: str) -> Llama:
         if self.llm is None or setting != self.setting:
             self.close()
-            self.llm = Llama(str(self.path), **self.common, **llama_options(setting))
+            self.llm = Llama(self.model, **self.common, **llama_options(setting))
             self.setting = setting
         return self.llm
 

@@ -20,7 +20,7 @@ import click
 
 from .. import models
 from ..memory import largest_n_ctx
-from ..shape import ModelShape, read_shape
+from ..shape import ModelShape
 from .cards import card_bytes
 from .options import gpu_layers_option, json_option, setting_option, threads_option
 from .process import Worker
@@ -197,18 +197,18 @@ def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_p
     """KV bytes as allocated, resident size of a process that fills its cache, and the largest context that fits."""
     from tqdm import tqdm
 
-    path = models.resolve(model)
-    shape = read_shape(path)
+    model_file = models.open_model(model)
+    shape = model_file.shape
     settings = with_base(settings or DEFAULT_SETTINGS)
     options = {setting: llama_options(setting) for setting in settings}
     sizes = sorted(sizes)
-    check_settings(path, settings, sizes[0])
-    profiles = profiles_of(path, settings, threads)
+    check_settings(model_file, settings, sizes[0])
+    profiles = profiles_of(model_file, settings, threads)
     run = Run(
         json_path,
         "memory",
         {
-            "model": path.name,
+            "model": model_file.name,
             "sizes": sizes,
             "settings": settings,
             "fraction": fraction,
@@ -216,9 +216,13 @@ def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_p
             "n_gpu_layers": n_gpu_layers,
             "threads": threads,
         },
-        [path, *profiles],
+        [model_file, *profiles],
     )
     for n_ctx, setting in tqdm([(n, s) for n in sizes for s in settings], unit="run"):
-        llama = {"model_path": str(path), **context_options(n_ctx, threads, n_gpu_layers), **options[setting]}
+        llama = {
+            "model_path": str(model_file.path),
+            **context_options(n_ctx, threads, n_gpu_layers),
+            **options[setting],
+        }
         run.record(f"memory|{setting}|{n_ctx}", partial(measure, llama, fraction, setting, shape, gibs))
-    print_table(f"{path.name}, {fraction:.0%} of the context read", *memory_table(run.data))
+    print_table(f"{model_file.name}, {fraction:.0%} of the context read", *memory_table(run.data))

@@ -312,7 +312,7 @@ def quality(
     json_path,
 ) -> None:
     """Facts asked for after compression, and KL divergence on the text that follows, against the uncompressed cache."""
-    path = models.resolve(model)
+    model_file = models.open_model(model)
     settings = with_base(settings or DEFAULT_SETTINGS)
     lengths = sorted(lengths)
     n_ctx = n_ctx or -(-(lengths[-1] + max(512, n_following)) // 256) * 256
@@ -323,15 +323,15 @@ def quality(
         )
     for setting in filter(is_press, settings):
         parse_press(setting)
-    check_settings(path, [s for s in settings if not is_press(s)], n_ctx)
+    check_settings(model_file, [s for s in settings if not is_press(s)], n_ctx)
     if kvpress_python is None and any(map(is_press, settings)):
         raise ArgumentError(
             "--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set "
             f"{KVPRESS_VARIABLE}"
         )
-    profiles = profiles_of(path, settings, threads)
+    profiles = profiles_of(model_file, settings, threads)
     asked = {
-        "model": path.name,
+        "model": model_file.name,
         "text": text_path.name,
         "lengths": lengths,
         "suite": suite,
@@ -343,10 +343,10 @@ def quality(
         "n_gpu_layers": n_gpu_layers,
         "threads": threads,
     }
-    run = Run(json_path, "quality", asked, [path, text_path, *profiles])
+    run = Run(json_path, "quality", asked, [model_file, text_path, *profiles])
     with (
-        closing(Loader(path, context_options(n_ctx, threads, n_gpu_layers))) as load,
-        Presses(kvpress_python, path) as presses,
+        closing(Loader(model_file, context_options(n_ctx, threads, n_gpu_layers))) as load,
+        Presses(kvpress_python, model_file.path) as presses,
     ):
         measure_texts(
             run,
@@ -360,5 +360,6 @@ def quality(
             presses,
         )
     print_table(
-        f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data)
+        f"{model_file.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}",
+        *text_table(run.data),
     )

@@ -16,8 +16,8 @@ from typing import Any
 
 from .. import __version__, _native, upstream_commit
 from ..errors import ArgumentError
+from ..model_file import ModelFile
 from ..models import sha256
-from ..profile import model_id
 from .cards import cards
 
 
@@ -51,6 +51,11 @@ def build() -> str:
     ).hexdigest()[:16]
 
 
+def _input(file: Path | ModelFile) -> tuple[str, str]:
+    """Name and fingerprint of a file that is read."""
+    return (file.name, file.id) if isinstance(file, ModelFile) else (file.name, sha256(file))
+
+
 class Run:
     """Records by name, written after each one. A run that was cut off goes on where it stopped if the same is asked for
     again.
@@ -63,7 +68,7 @@ class Run:
         The subcommand.
     asked : dict
         All that the numbers depend on, as JSON has it.
-    inputs : sequence of Path
+    inputs : sequence of Path or ModelFile
         The files that are read: their contents count, too.
 
     Raises
@@ -72,7 +77,7 @@ class Run:
         The file holds another run, or there is no such folder.
     """
 
-    def __init__(self, path: Path | None, kind: str, asked: dict[str, Any], inputs: Sequence[Path] = ()):
+    def __init__(self, path: Path | None, kind: str, asked: dict[str, Any], inputs: Sequence[Path | ModelFile] = ()):
         self.path = path
         self.data: dict[str, Any] = {
             "kind": kind,
@@ -83,7 +88,7 @@ class Run:
             "version": __version__,
             "upstream_commit": upstream_commit(),
             "build": build(),
-            "inputs": {p.name: model_id(p) if p.suffix == ".gguf" else sha256(p) for p in inputs},
+            "inputs": dict(map(_input, inputs)),
             "records": {},
         }
         if path is not None and not path.parent.is_dir():

@@ -11,7 +11,8 @@ from .._cpu import warn_of_threads
 from ..errors import ArgumentError
 from ..llama import METHODS
 from ..memory import CacheEstimate, estimate
-from ..shape import ModelShape, read_shape
+from ..model_file import ModelFile
+from ..shape import ModelShape
 
 BASE = "stock:f16"
 STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
@@ -108,7 +109,7 @@ def estimated_options(setting: str) -> dict[str, Any]:
     return {name: value for name, value in {**options, **options.get("kv_params", {})}.items() if name in ESTIMATED}
 
 
-def check_settings(path: Path, settings: Iterable[str], n_ctx: int) -> None:
+def check_settings(model: ModelFile, settings: Iterable[str], n_ctx: int) -> None:
     """Says what is wrong with any of them before the first is measured.
 
     Raises
@@ -116,10 +117,9 @@ def check_settings(path: Path, settings: Iterable[str], n_ctx: int) -> None:
     ArgumentError
         As `estimated`.
     """
-    shape = read_shape(path)
     for setting in settings:
         try:
-            estimated(shape, n_ctx, setting)
+            estimated(model.shape, n_ctx, setting)
         except ArgumentError as error:
             raise ArgumentError(f"{setting}: {error}") from error
 
@@ -144,7 +144,7 @@ def context_options(n_ctx: int, threads: int | None, n_gpu_layers: int) -> dict[
     )
 
 
-def profiles_of(path: Path, settings: Iterable[str], threads: int | None) -> list[Path]:
+def profiles_of(model: ModelFile, settings: Iterable[str], threads: int | None) -> list[Path]:
     """The profiles that they decide by; the model's own is measured if it is missing and there is use for one."""
     chosen = [parse_setting(s).get("kv_profile", "auto") for s in settings if s.split(":")[0] in METHODS]
     files = [Path(choice) for choice in dict.fromkeys(chosen) if choice not in (None, "auto")]
@@ -154,7 +154,7 @@ def profiles_of(path: Path, settings: Iterable[str], threads: int | None) -> lis
                 f"profile: expected a file, got {file}, which is none; run `llama-semanticache profile MODEL --out "
                 f"{file}`"
             )
-    own = profile.ensure(path, n_threads=threads) if needs_profile(settings) else None
+    own = profile.ensure(model, n_threads=threads) if needs_profile(settings) else None
     return [*([own] if own else []), *files]
 
 

@@ -20,7 +20,7 @@ import click
 
 from .. import _native, models
 from ..errors import ArgumentError
-from ..shape import read_shape
+from ..model_file import ModelFile
 from .options import gpu_layers_option, json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
@@ -56,7 +56,7 @@ class Workers(ExitStack):
 
 def measure(
     run: Run,
-    path: Path,
+    model: ModelFile,
     text: str,
     settings: Sequence[str],
     depths: Sequence[int],
@@ -70,14 +70,13 @@ def measure(
     """
     from tqdm import tqdm
 
-    shape = read_shape(path)
-    stock_bytes = {s: estimated(shape, common["n_ctx"], s).kv_bytes for s in settings if s in STOCK}
+    stock_bytes = {s: estimated(model.shape, common["n_ctx"], s).kv_bytes for s in settings if s in STOCK}
     names = [(d, i, s, f"speed|{s}|{d}|{i}") for d in depths for i in range(rounds) for s in settings]
     missing = [name for *_, name in names if name not in run.records]
     if not missing:
         return
     with (
-        Workers({s: load_options(s, path, common) for s in settings}, stock_lib) as workers,
+        Workers({s: load_options(s, model.path, common) for s in settings}, stock_lib) as workers,
         tqdm(total=len(names), initial=len(names) - len(missing), unit="run") as bar,
     ):
         tokens = workers.ask(BASE, tokenize=text)["tokens"]
@@ -217,17 +216,17 @@ def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, th
             "--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass "
             f"build/stock/bin or set {STOCK_VARIABLE}"
         )
-    path = models.resolve(model)
+    model_file = models.open_model(model)
     settings = with_base(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))
     depths = sorted(depths)
     n_ctx = -(-(depths[-1] + n_decode) // 256) * 256
-    check_settings(path, settings, n_ctx)
-    profiles = profiles_of(path, settings, threads)
+    check_settings(model_file, settings, n_ctx)
+    profiles = profiles_of(model_file, settings, threads)
     run = Run(
         json_path,
         "speed",
         {
-            "model": path.name,
+            "model": model_file.name,
             "text": text_path.name,
             "depths": depths,
             "settings": settings,
@@ -236,11 +235,16 @@ def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, th
             "n_gpu_layers": n_gpu_layers,
             "threads": threads,
         },
-        [path, text_path, *profiles, *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink())],
+        [
+            model_file,
+            text_path,
+            *profiles,
+            *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink()),
+        ],
     )
     measure(
         run,
-        path,
+        model_file,
         models.read_text(text_path),
         settings,
         depths,
@@ -250,6 +254,6 @@ def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, th
         Path(stock_lib).resolve(),
     )
     print_table(
-        f"{path.name}, {text_path.name}, {rounds} rounds, threads: {threads or 'as llama-cpp-python chooses'}",
+        f"{model_file.name}, {text_path.name}, {rounds} rounds, threads: {threads or 'as llama-cpp-python chooses'}",
         *speed_table(run.data),
     )

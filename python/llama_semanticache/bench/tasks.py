@@ -236,7 +236,7 @@ class Answerers(ExitStack):
             worker = self.enter_context(
                 Worker("tasks", [sys.executable, "-c", f"from {__name__} import serve; serve()"])
             )
-            worker.ask(path=str(self.path), common=self.common)
+            worker.ask(model=str(self.path), common=self.common)
             self.of_thread.worker = worker
         return self.of_thread.worker.ask(setting=setting, item=item, tokens=tokens)
 
@@ -396,16 +396,16 @@ def tasks(
     json_path,
 ) -> None:
     """LongBench-style tasks from a file, with the tasks' own metrics."""
-    path = models.resolve(model)
+    model_file = models.open_model(model)
     settings = with_base(settings or DEFAULT_SETTINGS, without_base)
-    check_settings(path, settings, n_ctx)
+    check_settings(model_file, settings, n_ctx)
     items = read_items(tasks_path)
-    profiles = profiles_of(path, settings, threads)
+    profiles = profiles_of(model_file, settings, threads)
     run = Run(
         json_path,
         "tasks",
         {
-            "model": path.name,
+            "model": model_file.name,
             "tasks": tasks_path.name,
             "n_ctx": n_ctx,
             "whole": whole,
@@ -416,10 +416,10 @@ def tasks(
             "n_gpu_layers": n_gpu_layers,
             "threads": threads,
         },
-        [path, tasks_path, *profiles],
+        [model_file, tasks_path, *profiles],
     )
     common = context_options(n_ctx, threads, n_gpu_layers)
-    with closing(Loader(path, common)) as load:
+    with closing(Loader(model_file, common)) as load:
         prompts = fit(load(BASE), items, n_ctx, whole, min_tokens, max_tokens)
     if not prompts:
         lengths = f"at least {min_tokens} tokens" + (f" and at most {max_tokens}" if max_tokens else "")
@@ -427,10 +427,10 @@ def tasks(
             f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have {lengths}, got none of "
             f"{len(items)}; ask for other lengths"
         )
-    measure(run, path, common, prompts, settings, jobs)
+    measure(run, model_file.path, common, prompts, settings, jobs)
     left_out = (
         f", without {len(items) - len(prompts)} of {len(items)} items for their length"
         if len(prompts) < len(items)
         else ""
     )
-    print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))
+    print_table(f"{model_file.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))

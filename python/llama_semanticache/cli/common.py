@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SemanticCacheError
-from ..models import resolve
+from ..models import open_model
 
 if TYPE_CHECKING:
     from ..llama import KVStats, Llama
+    from ..model_file import ModelFile
 
 DEFAULT_N_CTX = 8192
 _VERBOSE = "llama_semanticache.verbose"
@@ -211,7 +212,7 @@ def note(text: str, style: str = "") -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
 
 
-def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
+def load_llama(model: str, load: LoadOptions) -> tuple[Llama, ModelFile]:
     """Load MODEL with the options of the command line.
 
     Raises
@@ -219,12 +220,10 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
     SemanticCacheError, ValueError, RuntimeError
         See `Llama`.
     """
-    path = resolve(model)
+    model_file = open_model(model)
     n_ctx = load.n_ctx
     if n_ctx is None:
-        from ..shape import read_shape
-
-        n_ctx = min(DEFAULT_N_CTX, read_shape(path).n_ctx_train or DEFAULT_N_CTX)
+        n_ctx = min(DEFAULT_N_CTX, model_file.shape.n_ctx_train or DEFAULT_N_CTX)
 
     from .. import Llama, profile
 
@@ -236,8 +235,8 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
     }
     if load.kv_compress == "semanticache" and load.kv_profile == "auto" and load.kv_ratio < 1:
         # Llama does this too, but silently unless llama.cpp's log is wanted
-        profile.ensure(path, verbose=True, n_threads=load.threads)
-    return Llama(str(path), **options, **load.kv_settings()), path
+        profile.ensure(model_file, verbose=True, n_threads=load.threads)
+    return Llama(model_file, **options, **load.kv_settings()), model_file
 
 
 def kv_line(stats: KVStats, tokens_per_s: float | None) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..models import resolve
-from .common import json_option, traceback_option
+from ..models import open_model
+from .common import DEFAULT_N_CTX, json_option, traceback_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,12 +62,11 @@ def memory(
 ) -> None:
     """Show the memory that MODEL needs, computed from its metadata; nothing is loaded."""
     from ..memory import memory_report
-    from ..shape import read_shape
 
-    path = resolve(model, progress=not as_json)
-    sizes = n_ctx or (read_shape(path).n_ctx_train or 8192,)
+    model_file = open_model(model, progress=not as_json)
+    sizes = n_ctx or (model_file.shape.n_ctx_train or DEFAULT_N_CTX,)
     options: dict[str, Any] = {"kv_type_k": kv_type_k, "kv_type_v": kv_type_v, "swa_full": swa_full}
-    report = memory_report(path, sizes, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, **options)
+    report = memory_report(model_file, sizes, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, **options)
     if as_json:
         click.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
         return
@@ -77,7 +76,7 @@ def memory(
     console = Console(highlight=False)
     shape = report.model
     console.print(
-        f"{shape.name or path.name} ({shape.arch}): weights {shape.weights_bytes / 2**20:,.1f} MiB, "
+        f"{shape.name or model_file.name} ({shape.arch}): weights {shape.weights_bytes / 2**20:,.1f} MiB, "
         f"{len(shape.of_kind('full'))} layers with full attention, {len(shape.of_kind('swa'))} with a sliding window; "
         f"trained for {shape.n_ctx_train:,} tokens",
         markup=False,

@@ -64,7 +64,7 @@ def run(
     if raw and system:
         raise click.UsageError("--system needs a chat template; leave out --raw or put the text into the prompt")
     text = _prompt(stdin, prompt, prompt_file)
-    llm, path = load_llama(model, load)
+    llm, model_file = load_llama(model, load)
     answer = Answer()
     meter = TokenMeter(llm)
     try:
@@ -78,7 +78,7 @@ def run(
         raise click.ClickException(explain(error)) from error
     if as_json:
         result = {
-            "model": str(path),
+            "model": str(model_file.path),
             "text": answer.text,
             "finish_reason": answer.finish_reason,
             **usage,

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_semanticache import KVStats, Llama, models, profile
+from llama_semanticache.config import KVConfig
 
 DOCUMENT = Path(__file__).parents[1] / "models" / "texts" / "long-document.txt"
 N_DOCUMENT = 6600  # tokens
@@ -102,20 +103,21 @@ def ask(llm: Llama, text: str, console: Console) -> tuple[int, KVStats, float, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=models.default_name(), help="GGUF file or name of a model")
-    parser.add_argument("--kv-ratio", type=float, default=0.25)
+    parser.add_argument("--kv-ratio", type=float, default=KVConfig.kv_ratio)
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
 
     console = Console(width=110)
-    path = models.resolve(args.model)
+    model = models.open_model(args.model)
     options = dict(n_ctx=N_CTX, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True, verbose=False)
-    profile.ensure(path, n_threads=args.threads)  # says so if it has to measure the model first
+    config = KVConfig("semanticache", args.kv_ratio)
+    profile.ensure(model, n_threads=args.threads, config=config)  # says so if it has to measure the model first
     results = {}
-    for name, kv in (("uncompressed", {}), ("semanticache", dict(kv_compress="semanticache", kv_ratio=args.kv_ratio))):
-        llm = Llama(str(path), **options, **kv)
+    for name, kv in (("uncompressed", {}), ("semanticache", config.arguments())):
+        llm = Llama(model, **options, **kv)
         text = document(llm)
         n_tokens = len(llm.tokenize(text.encode(), add_bos=False, special=False))
-        console.rule(f"{name}: {path.name}, document of {n_tokens} tokens")
+        console.rule(f"{name}: {model.name}, document of {n_tokens} tokens")
         results[name] = ask(llm, text, console)
         n_head = len(llm.kv_rows())
         llm.close()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._cpu import missing_instructions
+from .config import METHODS, KVConfig
 from .errors import (
     ArgumentError,
     LibraryError,
@@ -143,6 +146,54 @@ def last_error() -> SemanticCacheError | None:
     if status == lib.SEMCACHE_OK:
         return None
     return kinds[status](ffi.string(lib.semcache_last_error()).decode("utf-8", "replace"))
+
+
+@contextmanager
+def compressed(config: KVConfig, profile: Path | None = None, model_id: str = "") -> Iterator[None]:
+    """The model that is loaded within, on this thread, gets a compressed cache.
+
+    Parameters
+    ----------
+    config : KVConfig
+        Checked before.
+    profile : Path, optional
+        File that says how many rows a head gets; without one all have the same.
+    model_id : str
+        What the profile must be of.
+
+    Raises
+    ------
+    SemanticCacheError
+        What the library finds wrong with the configuration, or with the model that is loaded.
+    """
+    import llama_cpp
+
+    ffi, lib = load()
+    params = ffi.new("struct semcache_params *", lib.semcache_default_params())
+    params.method = getattr(lib, f"SEMCACHE_METHOD_{METHODS[str(config.kv_compress)]}")
+    params.ratio = float(config.kv_ratio)
+    params.n_stage, params.n_window, params.n_sink = map(int, (config.kv_stage, config.kv_window, config.kv_sink))
+    for name, kind in (("type_k", config.kv_type_k), ("type_v", config.kv_type_v)):
+        value = lib.SEMCACHE_TYPE_AUTO if kind == "auto" else getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
+        setattr(params, name, value)
+    for name, value in (config.kv_params or {}).items():
+        try:
+            setattr(params, name, value)
+        except (TypeError, OverflowError) as error:
+            raise ArgumentError(
+                f"kv_params: expected an integer for {name}, got {value!r} ({error}); see semcache.h"
+            ) from error
+    keep = []  # the strings that params points to
+    if profile is not None:
+        keep = [ffi.new("char[]", os.fsencode(profile)), ffi.new("char[]", model_id.encode())]
+        params.profile_path, params.model_id = keep
+    check(lib.semcache_configure_next(params))
+    try:
+        yield
+    except ValueError as error:
+        raise last_error() or error from error
+    finally:
+        lib.semcache_configure_next(ffi.NULL)
 
 
 def clear_error() -> None:

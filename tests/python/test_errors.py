@@ -80,7 +80,7 @@ def test_unsupported_architectures(arch, tiny, load, refused):
         (
             ArgumentError,
             dict(kv_stage=8192, kv_window=512, n_ctx=16384),
-            ["n_stage", "at most n_window + 4096", "8192"],
+            ["kv_stage", "at most kv_window + 4096", "8192"],
         ),
         (ArgumentError, dict(kv_stage=96.5), ["kv_stage", "96.5"]),
         (ArgumentError, dict(kv_stage="96"), ["kv_stage", "'96'"]),

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 from conftest import SMALL, last_logits, random_tokens
 
-from llama_semanticache import _native, memory, profile
+from llama_semanticache import memory, profile
 from llama_semanticache.errors import ArgumentError, ModelFileError
 from llama_semanticache.memory import estimate, largest_n_ctx, memory_report
 from llama_semanticache.model_file import ModelFile
@@ -333,10 +333,6 @@ def test_arguments_are_checked(n_ctx, options):
         estimate(SHAPE_8B, n_ctx, "semanticache", **options)
     with pytest.raises(ArgumentError, match="q5"):
         estimate(SHAPE_8B, 4096, "q5_1")
-
-
-def test_the_largest_room_is_the_library_s():
-    assert memory._MAX_ROOM == _native.load()[1].SEMCACHE_MAX_ROOM
 
 
 def test_file_without_a_language_model(tmp_path):

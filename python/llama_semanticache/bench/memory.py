@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from .. import models
+from ..config import OURS
 from ..memory import largest_n_ctx
 from ..shape import ModelShape
 from .cards import card_bytes
@@ -30,8 +31,8 @@ from .settings import (
     STOCK,
     check_settings,
     context_options,
-    estimated_options,
     llama_options,
+    parse_setting,
     profiles_of,
     with_base,
 )
@@ -108,7 +109,7 @@ def largest_tokens(shape: ModelShape, setting: str, gib: float) -> int:
     """Largest context whose cache, weights and buffers fit, at most what the model was trained for; 0 if none does."""
     if setting in STOCK:
         return largest_n_ctx(shape, gib, STOCK[setting])
-    return largest_n_ctx(shape, gib, "semanticache", **estimated_options(setting))
+    return largest_n_ctx(shape, gib, OURS, **parse_setting(setting))
 
 
 def _mib(n_bytes: int | None) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config import METHODS, OURS, ROW_TYPES, KVConfig
 from ..errors import SemanticCacheError
 from ..models import open_model
 
@@ -65,8 +66,7 @@ class LoadOptions:
         """Arguments of `Llama` that make its cache what it is."""
         if self.kv_compress is None:
             return {"kv_compress": None}
-        names = ("kv_compress", "kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v", "kv_profile")
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name.startswith("kv_")}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,38 @@ traceback_option = click.option(
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-_LOAD = (
+_HELP = {
+    "kv_ratio": "Rows kept, as a share of the context.",
+    "kv_stage": "Newest tokens that are held exactly until the next pass.",
+    "kv_window": "Newest tokens that a pass leaves alone.",
+    "kv_type_k": "How K of the older tokens is stored; auto: q8_0 where heads allow it.",
+    "kv_type_v": "How V of the older tokens is stored; auto: q8_0 where heads allow it.",
+}
+_TYPES = {
+    "kv_ratio": click.FloatRange(0, 1, min_open=True),
+    "kv_stage": click.IntRange(min=1),
+    "kv_window": click.IntRange(min=1),
+    "kv_type_k": click.Choice(ROW_TYPES),
+    "kv_type_v": click.Choice(ROW_TYPES),
+}
+
+
+def _kv_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    option = f"--{name.replace('_', '-')}"
+    return click.option(option, type=_TYPES[name], default=getattr(KVConfig, name), show_default=True, help=_HELP[name])
+
+
+_SIZES = [_kv_option(name) for name in _HELP]
+
+
+def kv_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds the options that say how large a compressed cache is."""
+    for option in reversed(_SIZES):
+        function = option(function)
+    return function
+
+
+_LOAD: tuple[Callable[..., Any], ...] = (
     click.option(
         "--n-ctx",
         type=click.IntRange(min=1),
@@ -113,46 +144,16 @@ _LOAD = (
     ),
     click.option(
         "--kv-compress",
-        type=click.Choice(["semanticache", "paper", "streaming", "none"]),
-        default="semanticache",
+        type=click.Choice([*METHODS, "none"]),
+        default=OURS,
         show_default=True,
         callback=_none_if("none"),
         help="How the KV cache is compressed.",
     ),
-    click.option(
-        "--kv-ratio",
-        type=click.FloatRange(0, 1, min_open=True),
-        default=0.25,
-        show_default=True,
-        help="Rows kept, as a share of the context.",
-    ),
-    click.option(
-        "--kv-stage",
-        type=click.IntRange(min=1),
-        default=768,
-        show_default=True,
-        help="Newest tokens that are held exactly until the next pass.",
-    ),
-    click.option(
-        "--kv-window",
-        type=click.IntRange(min=1),
-        default=512,
-        show_default=True,
-        help="Newest tokens that a pass leaves alone.",
-    ),
-    *(
-        click.option(
-            f"--kv-type-{part}",
-            type=click.Choice(["auto", "f16", "q8_0", "q4_0"]),
-            default="auto",
-            show_default=True,
-            help=f"How {part.upper()} of the older tokens is stored; auto: q8_0 where heads allow it.",
-        )
-        for part in "kv"
-    ),
+    *_SIZES,
     click.option(
         "--kv-profile",
-        default="auto",
+        default=KVConfig.kv_profile,
         show_default=True,
         metavar="auto|none|FILE",
         callback=_check_profile,
@@ -233,9 +234,8 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, ModelFile]:
         "n_threads_batch": load.threads,
         "verbose": load.verbose,
     }
-    if load.kv_compress == "semanticache" and load.kv_profile == "auto" and load.kv_ratio < 1:
-        # Llama does this too, but silently unless llama.cpp's log is wanted
-        profile.ensure(model_file, verbose=True, n_threads=load.threads)
+    # Llama does this too, but silently unless llama.cpp's log is wanted
+    profile.ensure(model_file, verbose=True, n_threads=load.threads, config=KVConfig(**load.kv_settings()))
     return Llama(model_file, **options, **load.kv_settings()), model_file
 
 

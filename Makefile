@@ -1,4 +1,4 @@
-# make demo | test | build | stock | sanitize | aarch64 | clean
+# make demo | test | lint | build | stock | sanitize | aarch64 | clean
 #
 # Everything lives in .venv and build. CMake options go in CMAKE_ARGS: make build CMAKE_ARGS=-DGGML_CUDA=ON
 
@@ -13,7 +13,7 @@ SOURCES  := $(shell find native python tests/native -type f -not -path '*/__pyca
             $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
             CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test build stock venv sanitize aarch64 clean FORCE
+.PHONY: demo test lint build stock venv sanitize aarch64 clean FORCE
 .DELETE_ON_ERROR:
 
 demo: build
@@ -22,6 +22,14 @@ demo: build
 test: build stock
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
 	LLAMA_SEMANTICACHE_STOCK_LIB=$(abspath $(STOCK))/bin $(BIN)/python -m pytest
+
+# mypy reads the types of the packages that are installed, hence the build.
+lint: $(VENV)/.lint $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' 'tests/native/*.cpp' 'tests/native/*.h' | \
+	    xargs $(BIN)/clang-format --dry-run --Werror
 
 build: $(VENV)/.installed
 
@@ -34,6 +42,11 @@ $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet cmake ninja "scikit-build-core>=0.11"
+	touch $@
+
+# The group "lint" of pyproject.toml alone, one quoted requirement a line: the package itself need not be built for it.
+$(VENV)/.lint: pyproject.toml $(VENV)/.tools
+	$(BIN)/python -m pip install --quiet $$(sed -n '/^lint = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml)
 	touch $@
 
 # The wheel of llama-cpp-python without its libraries, since ours replace them: llama.cpp is compiled once, not twice.

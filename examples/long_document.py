@@ -2,8 +2,8 @@
 
     make demo                                  # or: python examples/long_document.py [--model PATH] [--kv-ratio 0.25]
 
-The document is the beginning of Pride and Prejudice (models/texts) with five facts put in far apart. Every question comes
-after the whole document has been read, and its answer is streamed.
+The document is the beginning of Pride and Prejudice (models/texts) with five facts put in far apart. Every question
+comes after the whole document has been read, and its answer is streamed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,44 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_semanticache import KVStats, Llama, models, profile
+from llama_semanticache.config import KVConfig
 
 DOCUMENT = Path(__file__).parents[1] / "models" / "texts" / "long-document.txt"
 N_DOCUMENT = 6600  # tokens
 N_CTX = 8192
 
 FACTS = [  # (depth, sentence, question, what a right answer contains)
-    (0.08, "The access code of the Ashcombe lighthouse is 48213.", "What is the access code of the Ashcombe lighthouse?", "48213"),
-    (0.29, "The keeper of the Corvane library is called Edith Penrose.", "What is the keeper of the Corvane library called?", "Edith Penrose"),
-    (0.50, "The access code of the Merrow hospital is 70956.", "What is the access code of the Merrow hospital?", "70956"),
-    (0.71, "The Eastfold museum was opened on 9 October 1847.", "When was the Eastfold museum opened?", "9 October 1847"),
-    (0.90, "The keeper of the Glenholt chapel is called Hector Yarrow.", "What is the keeper of the Glenholt chapel called?", "Hector Yarrow"),
-]  # fmt: skip
+    (
+        0.08,
+        "The access code of the Ashcombe lighthouse is 48213.",
+        "What is the access code of the Ashcombe lighthouse?",
+        "48213",
+    ),
+    (
+        0.29,
+        "The keeper of the Corvane library is called Edith Penrose.",
+        "What is the keeper of the Corvane library called?",
+        "Edith Penrose",
+    ),
+    (
+        0.50,
+        "The access code of the Merrow hospital is 70956.",
+        "What is the access code of the Merrow hospital?",
+        "70956",
+    ),
+    (
+        0.71,
+        "The Eastfold museum was opened on 9 October 1847.",
+        "When was the Eastfold museum opened?",
+        "9 October 1847",
+    ),
+    (
+        0.90,
+        "The keeper of the Glenholt chapel is called Hector Yarrow.",
+        "What is the keeper of the Glenholt chapel called?",
+        "Hector Yarrow",
+    ),
+]
 
 
 def document(llm: Llama) -> str:
@@ -41,8 +67,8 @@ def document(llm: Llama) -> str:
 
 
 def ask(llm: Llama, text: str, console: Console) -> tuple[int, KVStats, float, float, float]:
-    """Asks every question; returns right answers, statistics, tokens per second of prefill and decode, and the share of passes in the
-    prefill.
+    """Asks every question; returns right answers, statistics, tokens per second of prefill and decode, and the share of
+    passes in the prefill.
     """
     n_right, n_new, decode_s = 0, 0, 0.0
     prefill_tps = passes = 0.0
@@ -77,20 +103,21 @@ def ask(llm: Llama, text: str, console: Console) -> tuple[int, KVStats, float, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=models.default_name(), help="GGUF file or name of a model")
-    parser.add_argument("--kv-ratio", type=float, default=0.25)
+    parser.add_argument("--kv-ratio", type=float, default=KVConfig.kv_ratio)
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
 
     console = Console(width=110)
-    path = models.resolve(args.model)
+    model = models.open_model(args.model)
     options = dict(n_ctx=N_CTX, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True, verbose=False)
-    profile.ensure(path, n_threads=args.threads)  # says so if it has to measure the model first
+    config = KVConfig("semanticache", args.kv_ratio)
+    profile.ensure(model, n_threads=args.threads, config=config)  # says so if it has to measure the model first
     results = {}
-    for name, kv in (("uncompressed", {}), ("semanticache", dict(kv_compress="semanticache", kv_ratio=args.kv_ratio))):
-        llm = Llama(str(path), **options, **kv)
+    for name, kv in (("uncompressed", {}), ("semanticache", config.arguments())):
+        llm = Llama(model, **options, **kv)
         text = document(llm)
         n_tokens = len(llm.tokenize(text.encode(), add_bos=False, special=False))
-        console.rule(f"{name}: {path.name}, document of {n_tokens} tokens")
+        console.rule(f"{name}: {model.name}, document of {n_tokens} tokens")
         results[name] = ask(llm, text, console)
         n_head = len(llm.kv_rows())
         llm.close()

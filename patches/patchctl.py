@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fetch the pinned llama.cpp and verify, apply, export, rebase and count the patches of this folder.
 
-Three trees are pinned: *clean* upstream, *stock*, which is upstream with our backports of its faults and what we compare
-with, and *patched*, which has all patches.
+Three trees are pinned: *clean* upstream, *stock*, which is upstream with our backports of its faults and what we
+compare with, and *patched*, which has all patches.
 
 Only tree hashes decide, never exit codes: `git apply` inside another repository can exit 0 and change nothing.
 Hashes of plain folders are computed here, so neither a `.git`, nor line-ending settings, nor a git identity of the
@@ -32,12 +32,24 @@ DATE = "Thu, 1 Jan 2026 00:00:00 +0000"
 
 # Local configuration of a tree must not change what is hashed or written.
 CONFIG = {
-    "am.threeWay": "false", "apply.whitespace": "nowarn", "commit.gpgSign": "false", "core.attributesFile": os.devnull,
-    "core.autocrlf": "false", "core.fileMode": "true", "core.hooksPath": os.devnull, "core.quotePath": "false",
-    "core.safecrlf": "false", "diff.external": "", "diff.interHunkContext": "0", "diff.mnemonicPrefix": "false",
-    "diff.noprefix": "false", "format.encodeEmailHeaders": "false", "gc.auto": "0",
-    "i18n.commitEncoding": "utf-8", "safe.directory": "*",
-}  # fmt: skip
+    "am.threeWay": "false",
+    "apply.whitespace": "nowarn",
+    "commit.gpgSign": "false",
+    "core.attributesFile": os.devnull,
+    "core.autocrlf": "false",
+    "core.fileMode": "true",
+    "core.hooksPath": os.devnull,
+    "core.quotePath": "false",
+    "core.safecrlf": "false",
+    "diff.external": "",
+    "diff.interHunkContext": "0",
+    "diff.mnemonicPrefix": "false",
+    "diff.noprefix": "false",
+    "format.encodeEmailHeaders": "false",
+    "gc.auto": "0",
+    "i18n.commitEncoding": "utf-8",
+    "safe.directory": "*",
+}
 
 
 class PatchError(Exception):
@@ -288,15 +300,30 @@ def patch_tree(src: Path, patches: Path, repo: Path, stock: bool = False) -> tup
 def format_patch(tree: Path, commit: str) -> str:
     """The mail of one commit; author and date are fixed, so that the same change gives the same bytes from everyone."""
     text = git(
-        tree, "format-patch", "--stdout", "-1", commit,
+        tree,
+        "format-patch",
+        "--stdout",
+        "-1",
+        commit,
         "--keep-subject",  # no [PATCH n/m], which would change when a patch is added
-        "--zero-commit",   # the commit's own hash depends on its parents
+        "--zero-commit",  # the commit's own hash depends on its parents
         "--no-signature",  # git's version
-        "--full-index",    # the short length depends on the size of the repository
-        "--no-attach", "--no-base", "--no-cover-letter", "--no-notes", "--no-signoff", "--no-add-header",
-        "--no-to", "--no-cc", "--no-stat", "--no-renames",
-        "--no-ext-diff", "--no-textconv", "--diff-algorithm=myers", "-U3",
-    )  # fmt: skip
+        "--full-index",  # the short length depends on the size of the repository
+        "--no-attach",
+        "--no-base",
+        "--no-cover-letter",
+        "--no-notes",
+        "--no-signoff",
+        "--no-add-header",
+        "--no-to",
+        "--no-cc",
+        "--no-stat",
+        "--no-renames",
+        "--no-ext-diff",
+        "--no-textconv",
+        "--diff-algorithm=myers",
+        "-U3",
+    )
     for key, value in (("From", f"{NAME} <{EMAIL}>"), ("Date", DATE)):
         text = re.sub(rf"^{key}: .*(\n[ \t].*)*$", f"{key}: {value}", text, count=1, flags=re.M)
     return text

@@ -8,8 +8,7 @@ Import this package before `llama_cpp`: it decides which library that loads.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._native import point_llama_cpp_here, upstream_commit
 from .errors import (
@@ -27,10 +26,8 @@ from .errors import (
 if TYPE_CHECKING:
     from .llama import KVStats, Llama
 
-try:
-    __version__ = version("llama-semanticache")
-except PackageNotFoundError:  # run from a source tree
-    __version__ = "0+source"
+    __version__: str
+
 __all__ = [
     "ArgumentError",
     "ContextOverflowError",
@@ -49,10 +46,17 @@ __all__ = [
 point_llama_cpp_here()
 
 
-def __getattr__(name: str):
-    # llama_cpp takes a second to import; commands that only look at files do without
+def __getattr__(name: str) -> Any:
+    # llama_cpp takes a second to import, the version a tenth of one; what only looks at files does without
     if name in ("Llama", "KVStats"):
         from . import llama
 
         return getattr(llama, name)
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("llama-semanticache")
+        except PackageNotFoundError:  # run from a source tree
+            return "0+source"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

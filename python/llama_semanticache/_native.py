@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._cpu import missing_instructions
+from .config import METHODS, KVConfig
 from .errors import (
     ArgumentError,
     LibraryError,
@@ -31,30 +34,47 @@ MTMD_VARIABLE = "MTMD_CPP_LIB"  # read by llama_cpp.mtmd_cpp, which handlers of 
 
 
 def point_llama_cpp_here() -> None:
-    """Let a later `import llama_cpp` load the patched library, if the processor can run it. A path that is already set wins."""
+    """Let a later `import llama_cpp` load the patched library, if the processor can run it; a path that is set wins."""
     if (HERE / "lib").is_dir() and LIB_VARIABLE not in os.environ and not missing_instructions(HERE / "lib"):
         os.environ[LIB_VARIABLE] = str(HERE / "lib")
         os.environ.setdefault(MTMD_VARIABLE, str(HERE / "lib"))
 
 
-@lru_cache(maxsize=None)
+def folder() -> Path:
+    """Where the native libraries lie: those that llama_cpp has loaded, or those that it would load.
+
+    Raises
+    ------
+    LibraryError
+        They are for another processor.
+    """
+    bindings = sys.modules.get("llama_cpp.llama_cpp")
+    if bindings is not None:
+        return Path(bindings._lib._name).parent
+    path = Path(os.environ.get(LIB_VARIABLE, HERE / "lib"))
+    if missing := missing_instructions(path):
+        raise LibraryError(
+            f"expected a processor with {', '.join(missing)}, which the library in {path} was compiled for, got one "
+            "without; build it again on this machine, or for any x86-64 processor with AVX2: "
+            "CMAKE_ARGS=-DGGML_NATIVE=OFF"
+        )
+    return path
+
+
+@cache
 def load() -> tuple[FFI, Any]:
     """(ffi, lib): cffi's view of semcache.h and of the library that llama_cpp loaded.
 
     Raises
     ------
     LibraryError
-        llama_cpp was imported first with its own library, or the library is missing, not ours, or for another processor.
+        llama_cpp was imported first with its own library, or the library is missing, not ours, or for another
+        processor.
     """
     from cffi import FFI
 
     stock_first = "llama_cpp" in sys.modules
-    folder = Path(os.environ.get(LIB_VARIABLE, HERE / "lib"))
-    if not stock_first and (missing := missing_instructions(folder)):
-        raise LibraryError(
-            f"expected a processor with {', '.join(missing)}, which the library in {folder} was compiled for, got one without; build it again on this "
-            "machine, or for any x86-64 processor with AVX2: CMAKE_ARGS=-DGGML_NATIVE=OFF"
-        )
+    folder()
     try:
         import llama_cpp.llama_cpp as bindings
     except (ImportError, FileNotFoundError, OSError, RuntimeError) as error:
@@ -93,9 +113,7 @@ def _declarations() -> str:
 def library_folder() -> Path:
     """Where the library that llama_cpp has loaded lies."""
     load()
-    import llama_cpp.llama_cpp as bindings
-
-    return Path(bindings._lib._name).parent
+    return folder()
 
 
 def context(llama: Any) -> Any:
@@ -128,6 +146,54 @@ def last_error() -> SemanticCacheError | None:
     if status == lib.SEMCACHE_OK:
         return None
     return kinds[status](ffi.string(lib.semcache_last_error()).decode("utf-8", "replace"))
+
+
+@contextmanager
+def compressed(config: KVConfig, profile: Path | None = None, model_id: str = "") -> Iterator[None]:
+    """The model that is loaded within, on this thread, gets a compressed cache.
+
+    Parameters
+    ----------
+    config : KVConfig
+        Checked before.
+    profile : Path, optional
+        File that says how many rows a head gets; without one all have the same.
+    model_id : str
+        What the profile must be of.
+
+    Raises
+    ------
+    SemanticCacheError
+        What the library finds wrong with the configuration, or with the model that is loaded.
+    """
+    import llama_cpp
+
+    ffi, lib = load()
+    params = ffi.new("struct semcache_params *", lib.semcache_default_params())
+    params.method = getattr(lib, f"SEMCACHE_METHOD_{METHODS[str(config.kv_compress)]}")
+    params.ratio = float(config.kv_ratio)
+    params.n_stage, params.n_window, params.n_sink = map(int, (config.kv_stage, config.kv_window, config.kv_sink))
+    for name, kind in (("type_k", config.kv_type_k), ("type_v", config.kv_type_v)):
+        value = lib.SEMCACHE_TYPE_AUTO if kind == "auto" else getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
+        setattr(params, name, value)
+    for name, value in (config.kv_params or {}).items():
+        try:
+            setattr(params, name, value)
+        except (TypeError, OverflowError) as error:
+            raise ArgumentError(
+                f"kv_params: expected an integer for {name}, got {value!r} ({error}); see semcache.h"
+            ) from error
+    keep = []  # the strings that params points to
+    if profile is not None:
+        keep = [ffi.new("char[]", os.fsencode(profile)), ffi.new("char[]", model_id.encode())]
+        params.profile_path, params.model_id = keep
+    check(lib.semcache_configure_next(params))
+    try:
+        yield
+    except ValueError as error:
+        raise last_error() or error from error
+    finally:
+        lib.semcache_configure_next(ffi.NULL)
 
 
 def clear_error() -> None:

@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-import numbers
 import os
 import struct
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _cpu, _native, profile
-from .errors import ArgumentError, ContextOverflowError, ProfileError, StateError, UnsupportedModelError
-from .gguf_file import read_gguf
+from .config import KVConfig
+from .errors import ArgumentError, ContextOverflowError, StateError, UnsupportedModelError
+from .model_file import ModelFile
 
 _ffi, _lib = _native.load()
 
 import llama_cpp  # noqa: E402  (after _native.load(), which decides which library it gets)
 from llama_cpp import llama_chat_format, llama_speculative  # noqa: E402
 
-METHODS = {
-    "semanticache": _lib.SEMCACHE_METHOD_SEMANTIC,
-    "paper": _lib.SEMCACHE_METHOD_PAPER,
-    "streaming": _lib.SEMCACHE_METHOD_STREAMING,
-    "keydiff": _lib.SEMCACHE_METHOD_KEYDIFF,
-    "knorm": _lib.SEMCACHE_METHOD_KNORM,
-    "snapkv": _lib.SEMCACHE_METHOD_SNAPKV,
-    "tova": _lib.SEMCACHE_METHOD_TOVA,
-    "h2o": _lib.SEMCACHE_METHOD_H2O,
-}
-
-ROW_TYPES = {
-    "auto": _lib.SEMCACHE_TYPE_AUTO,
-    "f16": llama_cpp.GGML_TYPE_F16,
-    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
-    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
-}
-
+_UPSTREAM = inspect.signature(llama_cpp.Llama.__init__)
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
 
@@ -81,8 +64,8 @@ class KVStats:
 
 
 class _ShortDrafts(llama_speculative.LlamaDraftModel):
-    """Drafts that fit a batch together with the token that they follow: upstream asks for the logits of all of them at once. All
-    attributes are the draft model's.
+    """Drafts that fit a batch together with the token that they follow: upstream asks for the logits of all of them at
+    once. All attributes are the draft model's.
 
     Parameters
     ----------
@@ -111,10 +94,10 @@ class Llama(llama_cpp.Llama):
 
     Parameters
     ----------
-    kv_compress : None or a name in `METHODS`
-        None leaves the cache alone. "semanticache" is this package's method, "paper" the one of the SemantiCache paper's
-        abstract, "streaming" keeps only the first and the newest tokens, "keydiff", "knorm", "snapkv", "tova" and "h2o" evict by
-        others' scores; all but the first are for comparison.
+    kv_compress : None or a name in `config.METHODS`
+        None leaves the cache alone. "semanticache" is this package's method, "paper" the one of the SemantiCache
+        paper's abstract, "streaming" keeps only the first and the newest tokens, "keydiff", "knorm", "snapkv", "tova"
+        and "h2o" evict by others' scores; all but the first are for comparison.
     kv_ratio : float
         Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
     kv_stage : int
@@ -125,14 +108,15 @@ class Llama(llama_cpp.Llama):
     kv_sink : int
         First tokens of the context, never merged or dropped; stored as ``kv_type_k`` and ``kv_type_v`` say.
     kv_type_k, kv_type_v : "auto", "f16", "q8_0" or "q4_0"
-        How K and V of the older tokens are stored; the stage is always f16. "auto" is q8_0, or f16 if heads are no multiple of 32
-        values.
+        How K and V of the older tokens are stored; the stage is always f16. "auto" is q8_0, or f16 if heads are no
+        multiple of 32 values.
     kv_profile : "auto", path or None
-        Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of others
-        and for models of fewer than `profile.N_HEAD_KV_FEW` compressed heads; None: all heads the same, which loses far more where there are many.
+        Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of
+        others and for models of fewer than `config.N_HEAD_KV_FEW` compressed heads; None: all heads the same, which
+        loses far more where there are many.
     kv_params : mapping, optional
-        Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, distinct, seed; calibrate
-        is for `profile.calibrate`.
+        Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, distinct, seed;
+        calibrate is for `profile.calibrate`.
 
     Raises
     ------
@@ -142,81 +126,63 @@ class Llama(llama_cpp.Llama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike[str],
         *,
         kv_compress: str | None = None,
-        kv_ratio: float = 0.25,
-        kv_stage: int = 768,
-        kv_window: int = 512,
-        kv_sink: int = 4,
-        kv_type_k: str = "auto",
-        kv_type_v: str = "auto",
-        kv_profile: str | os.PathLike[str] | None = "auto",
-        kv_params: Mapping[str, int] | None = None,
+        kv_ratio: float = KVConfig.kv_ratio,
+        kv_stage: int = KVConfig.kv_stage,
+        kv_window: int = KVConfig.kv_window,
+        kv_sink: int = KVConfig.kv_sink,
+        kv_type_k: str = KVConfig.kv_type_k,
+        kv_type_v: str = KVConfig.kv_type_v,
+        kv_profile: str | os.PathLike[str] | None = KVConfig.kv_profile,
+        kv_params: Mapping[str, int] | None = KVConfig.kv_params,
         **kwargs: Any,
     ) -> None:
+        self._kv = KVConfig(
+            kv_compress, kv_ratio, kv_stage, kv_window, kv_sink, kv_type_k, kv_type_v, kv_profile, kv_params
+        )
         self.kv_compress = kv_compress
-        self._kv_options = dict(
-            kv_compress=kv_compress, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, kv_sink=kv_sink,
-            kv_type_k=kv_type_k, kv_type_v=kv_type_v, kv_profile=kv_profile, kv_params=kv_params,
-        )  # fmt: skip
         unknown = sorted(name for name in kwargs if name.startswith("kv_") and name != "kv_overrides")
         if unknown:  # upstream takes any name and ignores it
             raise ArgumentError(
-                f"expected the arguments {', '.join(self._kv_options)}, got {', '.join(unknown)}; mend the name"
+                f"expected the arguments {', '.join(self._kv.arguments())}, got {', '.join(unknown)}; check the "
+                "spelling"
             )
         for name in ("n_threads", "n_threads_batch"):
             if isinstance(kwargs.get(name), int):
                 _cpu.warn_of_threads(kwargs[name], stacklevel=3)
-        if kv_compress is None:
-            unused = sorted(name for name, value in self._kv_options.items() if value != _INIT.parameters[name].default)
-            if unused:
-                warnings.warn(
-                    f'{", ".join(unused)}: no use without kv_compress, the KV cache is llama.cpp\'s own; pass kv_compress="semanticache" to compress it',
-                    stacklevel=2,
-                )
-            super().__init__(model_path, **kwargs)
+        if kv_compress is not None:
+            self._load_compressed(model_path, kwargs)
             return
+        if self._kv.changed():
+            warnings.warn(
+                f"{', '.join(self._kv.changed())}: no use without kv_compress, the KV cache is llama.cpp's own; pass "
+                'kv_compress="semanticache" to compress it',
+                stacklevel=2,
+            )
+        super().__init__(os.fspath(model_path), **kwargs)
 
-        _check_arguments(self._kv_options, kwargs)
-        read_gguf(model_path)
-        params = _ffi.new("struct semcache_params *", _lib.semcache_default_params())
-        params.method = METHODS[kv_compress]
-        params.ratio = float(kv_ratio)
-        params.n_stage, params.n_window, params.n_sink = int(kv_stage), int(kv_window), int(kv_sink)
-        params.type_k, params.type_v = ROW_TYPES[kv_type_k], ROW_TYPES[kv_type_v]
-        for name, value in (kv_params or {}).items():
-            try:
-                setattr(params, name, value)
-            except (TypeError, OverflowError) as error:
-                raise ArgumentError(
-                    f"kv_params: expected an integer for {name}, got {value!r} ({error}); see semcache.h"
-                ) from error
-        keep = []  # the strings that params points to
-        profile_file = self._profile_file(model_path, kwargs)
-        if profile_file is not None:
-            keep = [
-                _ffi.new("char[]", os.fsencode(profile_file)),
-                _ffi.new("char[]", profile.model_id(model_path).encode()),
-            ]
-            params.profile_path, params.model_id = keep
-        # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their window
+    def _load_compressed(self, model_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+        self._kv.check()
+        _check_others(self._kv, kwargs)
+        model = ModelFile.of(model_path)
+        file = profile.ensure(model, kwargs.get("verbose", True), kwargs.get("n_threads_batch"), config=self._kv)
+        # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their
+        # window
         kwargs.setdefault("swa_full", False)
         # without it values lie across the stage, which is slower to read; the cores' attention is ours in any case
         kwargs.setdefault("flash_attn", True)
-        _native.check(_lib.semcache_configure_next(params))
-        try:
-            super().__init__(model_path, **kwargs)
-        except ValueError as error:
-            raise _native.last_error() or error from error
-        finally:
-            _lib.semcache_configure_next(_ffi.NULL)
+        with _native.compressed(self._kv, file, model.id if file else ""):
+            super().__init__(os.fspath(model_path), **kwargs)
         stats = self._native_stats()
-        if kv_compress == "semanticache" and kv_ratio < 1 and stats.n_head_kv < profile.N_HEAD_KV_FEW:
+        if self._kv.has_too_few_heads(stats.n_head_kv):
             warnings.warn(
-                f"only {stats.n_head_kv} KV heads of this model attend to the whole text, too few to take rows from one another: expect facts to be lost (README, Limits); "
-                "ask what you need to remember, or leave kv_compress out", stacklevel=2
-            )  # fmt: skip
+                f"only {stats.n_head_kv} KV heads of this model attend to the whole text, too few to take rows from "
+                "one another: expect facts to be lost (README, Limits); ask what you need to remember, or leave "
+                "kv_compress out",
+                stacklevel=3,
+            )
         self.n_batch = min(self.n_batch, stats.n_batch)
         if self.draft_model is not None:
             self.draft_model = _ShortDrafts(self.draft_model, self.n_batch - 1)
@@ -224,22 +190,6 @@ class Llama(llama_cpp.Llama):
         self.input_ids = self.input_ids.__class__((self._n_ctx,), dtype=self.input_ids.dtype)
         if self._logits_all and self.scores.shape[0] < self._n_ctx:
             self.scores = self.scores.__class__((self._n_ctx, self._n_vocab), dtype=self.scores.dtype)
-
-    def _profile_file(self, model_path: str, kwargs: dict[str, Any]) -> Path | None:
-        choice = self._kv_options["kv_profile"]
-        if choice is None or (choice == "auto" and self.kv_compress != "semanticache"):
-            return None
-        if choice == "auto":
-            # at ratio 1 every head keeps everything, whatever its share
-            if self._kv_options["kv_ratio"] == 1:
-                return None
-            return profile.ensure(model_path, kwargs.get("verbose", True), kwargs.get("n_threads_batch"))
-        path = Path(choice).expanduser()
-        if not path.is_file():
-            raise ProfileError(
-                f'kv_profile: expected "auto", None or a file, got {path}, which is none; run `llama-semanticache profile`'
-            )
-        return path
 
     def _native_stats(self) -> Any:
         stats = _ffi.new("struct semcache_stats *")
@@ -261,11 +211,23 @@ class Llama(llama_cpp.Llama):
         s = self._native_stats()
         other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes - s.meta_bytes
         return KVStats(
-            kv_compress=self.kv_compress, n_ctx=s.n_ctx, n_tokens=s.n_tokens, n_tokens_stage=s.n_tokens_stage,
-            rows_allocated=s.rows_allocated, rows_used=s.rows_used, rows_merged=s.rows_merged, rows_dropped=s.rows_dropped,
-            n_pass=s.n_pass, pass_s=s.pass_us / 1e6, core_bytes=s.core_bytes, stage_bytes=s.stage_bytes,
-            query_bytes=s.query_bytes, meta_bytes=s.meta_bytes, other_bytes=other, full_bytes=s.full_bytes + other,
-        )  # fmt: skip
+            kv_compress=self.kv_compress,
+            n_ctx=s.n_ctx,
+            n_tokens=s.n_tokens,
+            n_tokens_stage=s.n_tokens_stage,
+            rows_allocated=s.rows_allocated,
+            rows_used=s.rows_used,
+            rows_merged=s.rows_merged,
+            rows_dropped=s.rows_dropped,
+            n_pass=s.n_pass,
+            pass_s=s.pass_us / 1e6,
+            core_bytes=s.core_bytes,
+            stage_bytes=s.stage_bytes,
+            query_bytes=s.query_bytes,
+            meta_bytes=s.meta_bytes,
+            other_bytes=other,
+            full_bytes=s.full_bytes + other,
+        )
 
     def kv_rows(self) -> list[tuple[int, int, int, int]]:
         """(layer, kv head, rows allocated, rows used) of every compressed head."""
@@ -288,8 +250,8 @@ class Llama(llama_cpp.Llama):
             return super().eval(tokens)
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise ContextOverflowError(
-                f"expected at most {self._n_ctx} tokens (n_ctx), got {self.n_tokens} in the cache and {len(tokens)} more; "
-                "shorten the text, call reset() or raise n_ctx"
+                f"expected at most {self._n_ctx} tokens (n_ctx), got {self.n_tokens} in the cache and {len(tokens)} "
+                "more; shorten the text, call reset() or raise n_ctx"
             )
         _native.clear_error()
         try:
@@ -313,7 +275,9 @@ class Llama(llama_cpp.Llama):
             super().close()
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
-        """Generator of tokens, see llama_cpp.Llama.generate; a prefix that is in the cache already is not read again."""
+        """Generator of tokens, see llama_cpp.Llama.generate; a prefix that is in the cache already is not read
+        again.
+        """
         if self.kv_compress is not None and self.n_tokens > 0:
             tokens = list(tokens)
             if _GENERATE.bind(self, tokens, *args, **kwargs).arguments.get("reset", True):
@@ -348,29 +312,32 @@ class Llama(llama_cpp.Llama):
         Raises
         ------
         StateError
-            The state is of another model, of other kv_* settings, or damaged. If the message does not say otherwise, the
-            cache is as it was.
+            The state is of another model, of other kv_* settings, or damaged. If the message does not say otherwise,
+            the cache is as it was.
         """
         if self.kv_compress is None:
             return super().load_state(state)
         if state.n_tokens > self._n_ctx:
             raise StateError(
-                f"state: expected at most n_ctx = {self._n_ctx} tokens, got {state.n_tokens}; use the n_ctx it was saved with"
+                f"state: expected at most n_ctx = {self._n_ctx} tokens, got {state.n_tokens}; use the n_ctx it was "
+                "saved with"
             )
         if not 0 < state.llama_state_size <= len(state.llama_state):
             raise StateError(
-                f"state: expected {state.llama_state_size} bytes, more than none, got {len(state.llama_state)}; the state is damaged, "
-                "the cache is as it was"
+                f"state: expected {state.llama_state_size} bytes, more than none, got {len(state.llama_state)}; the "
+                "state is damaged, the cache is as it was"
             )
         if state.scores.shape[1] != self._n_vocab:
             raise StateError(
-                f"state: expected one of a model of {self._n_vocab} tokens, got one of {state.scores.shape[1]}; load it into the model it was saved from, the cache is as it was"
+                f"state: expected one of a model of {self._n_vocab} tokens, got one of {state.scores.shape[1]}; load "
+                "it into the model it was saved from, the cache is as it was"
             )
         # llama.cpp writes the architecture first, and would tell a wrong one from a damaged state only in its log
         arch = self.metadata["general.architecture"].encode()
         if not bytes(state.llama_state).startswith(struct.pack("<I", len(arch)) + arch):
             raise StateError(
-                f"state: expected one of a {arch.decode()} model, got another; load it into the model it was saved from, the cache is as it was"
+                f"state: expected one of a {arch.decode()} model, got another; load it into the model it was saved "
+                "from, the cache is as it was"
             )
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         _native.clear_error()
@@ -393,59 +360,21 @@ class Llama(llama_cpp.Llama):
         self._seed = state.seed
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**super().__getstate__(), **self._kv_options}
+        state = {**super().__getstate__(), **self._kv.arguments()}
         if isinstance(self.draft_model, _ShortDrafts):
             state["draft_model"] = self.draft_model.draft_model
         return state
 
 
-_INIT = inspect.signature(Llama.__init__)
-
-
-def _check_arguments(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    """What can be said about the arguments before the model is read; the rest is checked by the library."""
-    if options["kv_compress"] not in METHODS:
-        raise ArgumentError(
-            f"kv_compress: expected None or one of {', '.join(METHODS)}, got {options['kv_compress']!r}; pass one of these"
-        )
-    ratio = options["kv_ratio"]
-    if not isinstance(ratio, numbers.Real) or not 0 < ratio <= 1:
-        raise ArgumentError(f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows")
-    for name in ("kv_type_k", "kv_type_v"):
-        if options[name] not in ROW_TYPES:
-            raise ArgumentError(
-                f"{name}: expected one of {', '.join(ROW_TYPES)}, got {options[name]!r}; pass one of these"
-            )
-    low = {"kv_sink": 0, "kv_window": 1, "kv_stage": 2}
-    for name, least in low.items():
-        if not isinstance(options[name], numbers.Integral) or not least <= options[name] < 2**31:
-            raise ArgumentError(
-                f"{name}: expected an integer of at least {least}, got {options[name]!r}; the default fits most uses"
-            )
-    if options["kv_stage"] <= options["kv_window"] + options["kv_sink"]:
-        raise ArgumentError(
-            f"kv_stage: expected more than kv_window + kv_sink = {options['kv_window'] + options['kv_sink']}, got {options['kv_stage']}; "
-            "raise kv_stage or lower kv_window"
-        )
-    unknown = set(options["kv_params"] or ()) - {"n_horizon", "n_chunk", "merge", "distinct", "seed", "calibrate"}
-    if unknown:
-        raise ArgumentError(
-            f"kv_params: expected n_horizon, n_chunk, merge, distinct or seed, got {', '.join(sorted(unknown))}; see semcache.h"
-        )
-    n_ctx = kwargs.get("n_ctx", 512)
-    if not isinstance(n_ctx, numbers.Integral):
-        raise ArgumentError(f"n_ctx: expected an integer, got {n_ctx!r}; 0 takes the model's own")
-    if 0 < n_ctx < options["kv_stage"]:
-        raise ArgumentError(
-            f"n_ctx: expected at least kv_stage = {options['kv_stage']}, got {n_ctx}; raise n_ctx or lower kv_stage"
-        )
+def _check_others(config: KVConfig, kwargs: dict[str, Any]) -> None:
+    """Check what upstream's arguments allow with compression, before the model is read."""
+    config.check_n_ctx(kwargs.get("n_ctx", _UPSTREAM.parameters["n_ctx"].default))
     if kwargs.get("embedding"):
         raise UnsupportedModelError(
             "expected text generation, got embedding=True; leave kv_compress out for embeddings"
         )
-    if isinstance(
-        kwargs.get("chat_handler"), (llama_chat_format.Llava15ChatHandler, llama_chat_format.MTMDChatHandler)
-    ):
+    image_handlers = (llama_chat_format.Llava15ChatHandler, llama_chat_format.MTMDChatHandler)
+    if isinstance(kwargs.get("chat_handler"), image_handlers):
         raise UnsupportedModelError("expected text, got a chat_handler for images; leave kv_compress out for images")
     if kwargs.get("vocab_only"):
         raise ArgumentError("expected a model with weights, got vocab_only=True; leave kv_compress out")

@@ -11,19 +11,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .config import OURS, KVConfig
 from .errors import ArgumentError
-from .shape import LayerShape, ModelShape, read_shape
+from .model_file import ModelFile
+from .shape import LayerShape, ModelShape
 
 GB = 1024**3
 CARDS_GB = (6, 8, 12, 16, 24)  # memory of common consumer cards
-CACHE_TYPES = ("f16", "q8_0", "q4_0", "semanticache")
+CACHE_TYPES = ("f16", "q8_0", "q4_0", OURS)
 
 _BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
-_MAX_ROOM = 4096  # SEMCACHE_MAX_ROOM
 _BIAS_BYTES, _META_BYTES = 4, 9  # of a row, besides K and V
 _VOTES_BYTES = 8  # of a token in the stage, per kv head
-_ASK_QUERIES = ("semanticache", "snapkv", "tova", "h2o")  # the other methods keep no queries
+_ASK_QUERIES = (OURS, "snapkv", "tova", "h2o")  # the other methods keep no queries
 _DRIVER_BYTES = 300 << 20  # context of a GPU driver, estimated
 
 
@@ -115,16 +116,9 @@ def estimate(
     n_ctx: int,
     cache: str,
     *,
-    kv_compress: str = "semanticache",
-    kv_ratio: float = 0.25,
-    kv_stage: int = 768,
-    kv_window: int = 512,
-    kv_sink: int = 4,
-    kv_type_k: str = "auto",
-    kv_type_v: str = "auto",
-    n_chunk: int = 32,
     n_ubatch: int = 512,
     swa_full: bool = False,
+    **kv: Any,
 ) -> CacheEstimate:
     """Memory for one kind of cache.
 
@@ -135,14 +129,13 @@ def estimate(
         Context size, tokens.
     cache : str
         One of `CACHE_TYPES`. The first three are llama.cpp's own caches for all layers.
-    kv_compress, kv_ratio, kv_stage, kv_window, kv_sink, kv_type_k, kv_type_v : str, float, int, int, int, str, str
-        As in `Llama`; used by "semanticache" only. Heads are taken to have equal budgets.
-    n_chunk : int
-        Longest chunk, tokens: a kv head never gets fewer rows than this and kv_sink.
     n_ubatch : int
         Tokens computed at a time.
     swa_full : bool
         Keep all n_ctx tokens in sliding-window layers too, as llama_cpp.Llama does unless told otherwise.
+    **kv
+        kv_* arguments of `Llama`; used by "semanticache" only, which kv_compress is by default. Heads are taken to have
+        equal budgets.
 
     Raises
     ------
@@ -156,24 +149,27 @@ def estimate(
     full, swa = shape.of_kind("full"), shape.of_kind("swa")
     f16_bytes = _plain_bytes(full, cells, "f16") + _plain_bytes(swa, cells_swa, "f16")
     core = stage = query = meta = 0
-    if cache == "semanticache":
+    if cache == OURS:
         if shape.refused:
             raise ArgumentError(f"expected a model whose cache can be compressed, got one where {shape.refused}")
-        rows = _check_budget(full, cells, kv_ratio, kv_stage, kv_window, kv_sink, n_chunk)
+        config = KVConfig(**{"kv_compress": OURS, **kv})
+        config.check()
+        config.check_n_ctx(n_ctx)
+        n_head_kv = shape.n_head_kv
+        rows = config.rows_per_head(cells, n_head_kv)
         if not swa_full:  # a batch is no larger than what a pass makes room for
-            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, kv_stage - kv_window)))
-        n_head_kv = sum(layer.n_head_kv for layer in full)
-        kv_type_k, kv_type_v = _row_type(full, kv_type_k, "k"), _row_type(full, kv_type_v, "v")
+            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, config.n_room)))
+        kv_type_k, kv_type_v = _row_type(full, config.kv_type_k, "k"), _row_type(full, config.kv_type_v, "v")
         core = round(
             rows
             * (_plain_bytes(full, 1, kv_type_k, "k") + _plain_bytes(full, 1, kv_type_v, "v") + _BIAS_BYTES * n_head_kv)
         )
-        meta = round((rows * _META_BYTES + kv_stage * _VOTES_BYTES) * n_head_kv)
-        stage = _plain_bytes(full, kv_stage, "f16")
-        n_ring = kv_stage - kv_window if kv_compress in _ASK_QUERIES else 0
+        meta = round((rows * _META_BYTES + config.kv_stage * _VOTES_BYTES) * n_head_kv)
+        stage = _plain_bytes(full, config.kv_stage, "f16")
+        n_ring = config.n_room if config.kv_compress in _ASK_QUERIES else 0
         query = sum(_query_rows(n_ring) * _query_row_bytes(layer.n_head * layer.n_embd_head_k) for layer in full)
         other = _plain_bytes(swa, cells_swa, "f16")
-        kv_cells = kv_stage
+        kv_cells = config.kv_stage
     else:
         other = _plain_bytes(full, cells, cache) + _plain_bytes(swa, cells_swa, cache)
         kv_cells = cells
@@ -230,42 +226,6 @@ def _plain_bytes(layers: Sequence[LayerShape], cells: int, cache: str, parts: st
     return total
 
 
-def _check_budget(
-    full: Sequence[LayerShape], cells: int, kv_ratio: float, kv_stage: int, kv_window: int, kv_sink: int, n_chunk: int
-) -> float:
-    """Rows per kv head, on average."""
-    if not 0 < kv_ratio <= 1:
-        raise ArgumentError(f"expected 0 < kv_ratio <= 1, got {kv_ratio}")
-    if not 0 < kv_stage <= cells:
-        raise ArgumentError(
-            f"expected 0 < kv_stage <= n_ctx, got kv_stage {kv_stage} and n_ctx {cells}; lower --kv-stage"
-        )
-    if kv_sink < 0 or kv_window < 1:
-        raise ArgumentError(
-            f"expected kv_sink >= 0 and kv_window >= 1, got {kv_sink} and {kv_window}; the defaults fit most uses"
-        )
-    if kv_stage <= kv_window + kv_sink:
-        raise ArgumentError(
-            f"expected kv_stage > kv_window + {kv_sink} sinks = {kv_window + kv_sink}, got kv_stage {kv_stage}; "
-            "raise --kv-stage or lower --kv-window"
-        )
-    if not 1 <= n_chunk <= 255:
-        raise ArgumentError(f"expected n_chunk of 1 to 255, got {n_chunk}; the default is 32")
-    if kv_stage - kv_window > _MAX_ROOM:
-        raise ArgumentError(
-            f"expected kv_stage <= kv_window + {_MAX_ROOM}, got kv_stage {kv_stage} and kv_window {kv_window}; raise --kv-window or lower --kv-stage"
-        )
-    n_head_kv = sum(layer.n_head_kv for layer in full)
-    rows = round(kv_ratio * cells * n_head_kv)
-    least = min(cells, kv_sink + n_chunk) * n_head_kv
-    if rows < least:
-        raise ArgumentError(
-            f"expected at least {kv_sink + n_chunk} rows per kv head, got {rows / n_head_kv:.0f} from "
-            f"kv_ratio {kv_ratio} and n_ctx {cells}; raise one of them"
-        )
-    return rows / n_head_kv
-
-
 def _compute_bytes(shape: ModelShape, kv_cells: int, n_ubatch: int) -> int:
     """Estimate of llama.cpp's compute buffer with flash attention: logits, activations, mask in f32 and f16."""
     per_token = 4 * (shape.n_vocab + 4 * shape.n_embd + 2 * shape.n_ff) + 6 * kv_cells
@@ -311,42 +271,36 @@ def largest_n_ctx(shape: ModelShape, card_gb: float, cache: str, **options: Any)
 
 
 def memory_report(
-    path: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     n_ctx: Sequence[int],
     *,
-    kv_ratio: float = 0.25,
-    kv_stage: int = 768,
-    kv_window: int = 512,
-    kv_type_k: str = "auto",
-    kv_type_v: str = "auto",
     cards_gb: Sequence[int] = CARDS_GB,
     swa_full: bool = False,
+    **kv: Any,
 ) -> MemoryReport:
     """Estimates for a model file.
 
     Parameters
     ----------
-    path : path
+    model : path
         GGUF file; only its metadata is read.
     n_ctx : sequence of int
         Context sizes, tokens.
-    kv_ratio, kv_stage, kv_window, kv_type_k, kv_type_v, swa_full
-        See `estimate`.
     cards_gb : sequence of int
         Memory of the cards, GB of 1024^3 bytes.
+    swa_full, **kv
+        See `estimate`.
 
     Raises
     ------
     ModelFileError
-        See `read_shape`.
+        See `ModelFile`.
     ArgumentError
         A context size below 1.
     """
-    shape = read_shape(path)
-    options = {
-        "kv_ratio": kv_ratio, "kv_stage": kv_stage, "kv_window": kv_window, "kv_type_k": kv_type_k, "kv_type_v": kv_type_v,
-        "swa_full": swa_full,
-    }  # fmt: skip
+    shape = ModelFile.of(model).shape
+    options = {"swa_full": swa_full, **kv}
+    config = KVConfig(**kv)
     estimates: list[CacheEstimate] = []
     largest: dict[str, dict[int, int]] = {}
     notes: dict[str, None] = {}  # ordered set
@@ -362,4 +316,6 @@ def memory_report(
             largest[cache] = {card: largest_n_ctx(shape, card, cache, **options) for card in cards_gb}
         except ArgumentError as error:
             notes[f"{cache}: {error}"] = None
-    return MemoryReport(shape, kv_ratio, kv_stage, tuple(cards_gb), tuple(estimates), largest, tuple(notes))
+    return MemoryReport(
+        shape, config.kv_ratio, config.kv_stage, tuple(cards_gb), tuple(estimates), largest, tuple(notes)
+    )

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .errors import ArgumentError, DownloadError, ModelFileError
-from .gguf_file import read_gguf
+from .model_file import ModelFile
 
 CACHE_VARIABLE = "LLAMA_SEMANTICACHE_CACHE"
 _MANIFEST = Path(__file__).with_name("manifest.toml")
@@ -66,7 +67,7 @@ def cache_dir() -> Path:
 
 
 @cache
-def _read_manifest() -> dict:
+def _read_manifest() -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -256,7 +257,12 @@ def _progress_bar(label: str, total_bytes: int, show: bool) -> Iterator[Callable
 
 
 def resolve(model: str | os.PathLike[str], progress: bool = True) -> Path:
-    """Path of a checked model file, fetched if it is a name and not yet in the cache.
+    """Path of a checked model file, fetched if it is a name and not yet in the cache; see `open_model`."""
+    return open_model(model, progress).path
+
+
+def open_model(model: str | os.PathLike[str], progress: bool = True) -> ModelFile:
+    """A checked model file, fetched if it is a name and not yet in the cache.
 
     Parameters
     ----------
@@ -277,5 +283,4 @@ def resolve(model: str | os.PathLike[str], progress: bool = True) -> Path:
         if path.is_dir() and str(model) not in manifest():
             raise ModelFileError(f"expected a GGUF file, got the folder {path}; give the path of a file in it")
         path = fetch(str(model), progress)
-    read_gguf(path)
-    return path
+    return ModelFile.read(path)

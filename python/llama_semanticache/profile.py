@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Sequence
+from typing import TYPE_CHECKING
 
-from . import _native, models
+from . import _cpu, _native, models
+from .config import OURS, KVConfig
 from .errors import ArgumentError, ProfileError
-from .gguf_file import split_files
-from .shape import read_shape
+from .model_file import ModelFile
+
+if TYPE_CHECKING:
+    import llama_cpp
 
 N_LEAST = 1024
 """Tokens that a model must have been trained on: what a head is measured on comes behind the window."""
 
 N_TEXT_TOKENS = 2048
-
-N_HEAD_KV_FEW = 8
-"""Models with fewer compressed KV heads than these do better with equal budgets (docs/decisions.md, 45), and draw a warning: with 3 facts are
-lost, with 48 they are kept; between is not measured.
-"""
+_N_BATCH = 256
+_DEFAULT = KVConfig(OURS)
 
 HEADER = b"semcache-profile 3\n"
 TEXTS = Path(__file__).parent / "texts"  # one file per text, public domain, see its README.md
 SHIPPED = Path(__file__).parent / "profiles"
 
 
-def model_id(model_path: str | os.PathLike[str]) -> str:
-    """Fingerprint of a model: SHA-256 of the size, the first MiB and 64 blocks spread over the rest of each of its files.
-
-    Reading all of a 40 GB file would take a minute; any other quantization, fine-tune or vocabulary differs here too.
-    """
-    digest = hashlib.sha256()
-    for path in split_files(model_path):
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            for i in range(64):
-                file.seek(i * max(0, size - (1 << 16)) // 63)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()
+def model_id(model: str | os.PathLike[str]) -> str:
+    """Fingerprint of a model, see `ModelFile.id`."""
+    return ModelFile.of(model).id
 
 
 def profile_path(id: str) -> Path:
@@ -49,9 +38,9 @@ def profile_path(id: str) -> Path:
     return models.cache_dir() / "profiles" / f"{id}.profile"
 
 
-def find(model_path: str | os.PathLike[str]) -> Path | None:
+def find(model: str | os.PathLike[str]) -> Path | None:
     """The profile of a model that was calibrated here or came with the package, or None."""
-    id = model_id(model_path)
+    id = model_id(model)
     shipped = SHIPPED / f"{id}.profile"
     return measured(id) or (shipped if _is_current(shipped) else None)
 
@@ -79,7 +68,7 @@ def read_texts(paths: Sequence[str | os.PathLike[str]] | None = None) -> list[st
 
 
 def calibrate(
-    model_path: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     *,
     texts: Sequence[str] | None = None,
     n_ctx: int = N_TEXT_TOKENS,
@@ -90,11 +79,12 @@ def calibrate(
 ) -> Path:
     """Measure how far each kv head of a model is off with how many rows, and write it to a file.
 
-    Every text is read uncompressed up to `n_ctx` tokens; then a copy of every head is compressed at several budgets. See
-    `reference.profile` for the definition.
+    Every text is read uncompressed up to `n_ctx` tokens; then a copy of every head is compressed at several budgets.
+    See `reference.profile` for the definition.
 
     Parameters
     ----------
+    model : path
     texts : sequence of str, optional
         Texts to calibrate on; by default those of the package (prose, code, dialogue, another language).
     n_ctx : int
@@ -112,6 +102,8 @@ def calibrate(
 
     Raises
     ------
+    ModelFileError
+        See `ModelFile.read`.
     ArgumentError
         No texts, or `out` is there already.
     ProfileError
@@ -121,10 +113,8 @@ def calibrate(
     """
     from tqdm import tqdm
 
-    from .llama import Llama
-
-    id = model_id(model_path)
-    path = Path(out) if out is not None else profile_path(id)
+    model = ModelFile.of(model)
+    path = Path(out) if out is not None else profile_path(model.id)
     if path.is_file() and not force:
         if out is not None:
             raise ArgumentError(f"out: expected a new file, got {path}, which is there; pass force=True to replace it")
@@ -137,45 +127,107 @@ def calibrate(
             f"out: expected a folder to write {path.name} to, got {error}; name another or set {models.CACHE_VARIABLE}"
         ) from error
     texts = read_texts() if texts is None else list(texts)
-    n_ctx_train = read_shape(model_path).n_ctx_train or n_ctx
+    n_ctx_train = model.shape.n_ctx_train or n_ctx
     if n_ctx_train < N_LEAST:
         raise ProfileError(
-            f"{os.fspath(model_path)}: expected a model of at least {N_LEAST} tokens to measure its heads on, got one of {n_ctx_train}; pass kv_profile=None"
+            f"{model.path}: expected a model of at least {N_LEAST} tokens to measure its heads on, got one "
+            f"of {n_ctx_train}; pass kv_profile=None"
         )
     n_ctx = min(n_ctx, n_ctx_train // 256 * 256)
-    ffi, lib = _native.load()
-    llm = Llama(
-        str(model_path), kv_compress="semanticache", kv_ratio=1.0, kv_stage=n_ctx, kv_profile=None,
-        kv_params={"calibrate": 1}, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, flash_attn=True, verbose=False,
-    )  # fmt: skip
+    if n_threads is not None:
+        _cpu.warn_of_threads(n_threads)
+    llm = _load(model, n_ctx, n_threads)
+    _, lib = _native.load()
     try:
         steps = [llm.tokenize(text.encode("utf-8"), special=False)[:n_ctx] for text in texts]
         with tqdm(total=sum(map(len, steps)), unit="token", desc="calibrating", disable=not progress) as bar:
             for tokens in steps:
-                llm.reset()
-                for i in range(0, len(tokens), 256):
-                    llm.eval(tokens[i : i + 256])
-                    bar.update(len(tokens[i : i + 256]))
+                _read_in(llm, tokens, bar.update)
                 _native.check(lib.semcache_calibrate_add(_native.context(llm)))
-        _native.check(lib.semcache_calibrate_write(_native.context(llm), os.fsencode(path), id.encode()))
+        _native.check(lib.semcache_calibrate_write(_native.context(llm), os.fsencode(path), model.id.encode()))
     finally:
         llm.close()
     return path
 
 
-def ensure(model_path: str | os.PathLike[str], verbose: bool = True, n_threads: int | None = None) -> Path | None:
-    """The model's profile; calibrates on first use and says so once. None for a model of fewer than `N_HEAD_KV_FEW` compressed heads."""
-    if sum(layer.n_head_kv for layer in read_shape(model_path).of_kind("full")) < N_HEAD_KV_FEW:
-        return None
-    path = find(model_path)
-    if path is None:
-        if verbose:
-            import sys
+def _load(model: ModelFile, n_ctx: int, n_threads: int | None) -> llama_cpp.Llama:
+    """llama_cpp's own object with a cache that keeps every row of a text and watches what a profile is made of."""
+    config = KVConfig(OURS, kv_ratio=1.0, kv_stage=n_ctx, kv_profile=None, kv_params={"calibrate": 1})
+    config.check()
+    with _native.compressed(config):
+        import llama_cpp
 
-            print(
-                f"llama-semanticache: first use of {Path(model_path).name} with compression: measuring which heads need "
-                f"how many rows; kept in {profile_path(model_id(model_path))}",
-                file=sys.stderr,
+        return llama_cpp.Llama(
+            os.fspath(model),
+            n_ctx=n_ctx,
+            n_batch=_N_BATCH,
+            n_threads=n_threads,
+            n_threads_batch=n_threads,
+            flash_attn=True,
+            swa_full=False,
+            verbose=False,
+        )
+
+
+def _read_in(llm: llama_cpp.Llama, tokens: Sequence[int], advance: Callable[[int], object]) -> None:
+    """Read a text into the empty cache; `advance` is told of every batch's tokens."""
+    import llama_cpp
+
+    llm.reset()
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), False)
+    _native.clear_error()
+    try:
+        for i in range(0, len(tokens), _N_BATCH):
+            llm.eval(tokens[i : i + _N_BATCH])
+            advance(len(tokens[i : i + _N_BATCH]))
+    except RuntimeError as error:
+        raise _native.last_error() or error from error
+
+
+def ensure(
+    model: str | os.PathLike[str],
+    verbose: bool = True,
+    n_threads: int | None = None,
+    config: KVConfig = _DEFAULT,
+) -> Path | None:
+    """The profile that a cache decides by which head gets how many rows; None if all get the same.
+
+    Parameters
+    ----------
+    model : path
+    verbose : bool
+        Say so if the model is calibrated first.
+    n_threads : int, optional
+        As in Llama.
+    config : KVConfig
+        The cache's settings: those of kv_profile "auto" that call for the model's own profile have it measured on first
+        use.
+
+    Raises
+    ------
+    ProfileError
+        The settings name a file that is none.
+    ArgumentError, ModelFileError, ProfileError, StateError
+        See `calibrate`.
+    """
+    if config.kv_profile not in ("auto", None):
+        path = Path(config.kv_profile).expanduser()
+        if not path.is_file():
+            raise ProfileError(
+                f'kv_profile: expected "auto", None or a file, got {path}, which is none; run `llama-semanticache '
+                f"profile MODEL --out {path}`"
             )
-        path = calibrate(model_path, progress=verbose, n_threads=n_threads)
-    return path
+        return path
+    model = ModelFile.of(model)
+    if not config.decides_by_own_profile(model):
+        return None
+    own = find(model)
+    if own is not None:
+        return own
+    if verbose:
+        print(
+            f"llama-semanticache: first use of {model.name} with compression: measuring which heads need how many "
+            f"rows; kept in {profile_path(model.id)}",
+            file=sys.stderr,
+        )
+    return calibrate(model, progress=verbose, n_threads=n_threads)

@@ -1,17 +1,21 @@
-"""What the metadata of a GGUF file says about the attention of a model, as llama.cpp reads it; the model is not loaded."""
+"""What the metadata of a GGUF file says about the attention of a model, as llama.cpp reads it; the model is not
+loaded.
+"""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelFileError
-from .gguf_file import read_gguf, split_files
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from ._gguf import TensorInfo
 
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+_MAX_NUMBER = 2**31 - 1
 _RECURRENT = ("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7")
 _ALIBI = ("bloom", "refact", "jais")
 _ENCODERS = ("t5", "t5encoder", "eagle3", "dflash")
@@ -105,28 +109,39 @@ class ModelShape:
         """Layers of one kind."""
         return [layer for layer in self.layers if layer.kind == kind]
 
+    @property
+    def n_head_kv(self) -> int:
+        """KV heads that are compressed: those of the layers with full attention."""
+        return sum(layer.n_head_kv for layer in self.of_kind("full"))
 
-def read_shape(path: str | os.PathLike[str]) -> ModelShape:
-    """Read the metadata of a GGUF file, of a model that is split over several the first; the model is not loaded.
+
+def shape_of(path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> ModelShape:
+    """What the header of a model says.
+
+    Parameters
+    ----------
+    path : Path
+        Of the model, for errors.
+    metadata : mapping
+        Numbers, texts, and arrays of numbers as lists.
+    tensors : sequence of TensorInfo
+        Of all files.
 
     Raises
     ------
     ModelFileError
-        Not a readable, complete GGUF file, or one without the metadata of a language model.
+        The metadata is not that of a language model, or has values that none can have.
     """
-    reader = read_gguf(path)
-    readers = [reader, *(read_gguf(file) for file in split_files(path, reader)[1:])]
-    meta = _Metadata(reader, path)
-    arch = meta.arch
-    n_block = meta.need("block_count")
-    n_layer = n_block - meta.get("nextn_predict_layers", 0)
-    n_embd = meta.need("embedding_length")
-    n_head = meta.per_layer("attention.head_count", n_block, 0)
+    meta = _Metadata(path, metadata)
+    n_block = meta.need("block_count", _MAX_LAYERS)
+    n_layer = n_block - meta.number("nextn_predict_layers", 0)
+    n_embd = meta.need("embedding_length", _MAX_NUMBER)
+    n_head = meta.per_layer("attention.head_count", n_block, [0] * n_block)
     n_head_kv = meta.per_layer("attention.head_count_kv", n_block, n_head)
     head = n_embd // n_head[0] if n_head[0] else 0
-    d_k, d_v = meta.get("attention.key_length", head), meta.get("attention.value_length", head)
-    d_k_swa, d_v_swa = meta.get("attention.key_length_swa", d_k), meta.get("attention.value_length_swa", d_v)
-    mla = bool(meta.get("attention.key_length_mla", 0))
+    d_k, d_v = meta.number("attention.key_length", head), meta.number("attention.value_length", head)
+    d_k_swa, d_v_swa = meta.number("attention.key_length_swa", d_k), meta.number("attention.value_length_swa", d_v)
+    mla = meta.number("attention.key_length_mla", 0) > 0
     n_swa, swa = _sliding_window(meta, n_layer)
     cached = _cached_layers(meta, n_layer, n_head_kv)
 
@@ -136,75 +151,103 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         k, v = (d_k_swa, d_v_swa) if swa[il] else (d_k, d_v)
         layers.append(LayerShape(il, kind, n_head[il], n_head_kv[il] if cached[il] else 0, k, 0 if mla else v))
 
-    tensors = [tensor for reader in readers for tensor in reader.tensors]
     embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
     return ModelShape(
         path=str(path),
-        name=meta.general("name", ""),
-        arch=arch,
-        n_ctx_train=meta.get("context_length", 0),
+        name=str(metadata.get("general.name", "")),
+        arch=meta.arch,
+        n_ctx_train=meta.number("context_length", 0),
         n_embd=n_embd,
-        n_ff=max(meta.per_layer("feed_forward_length", n_block, 0)),
-        n_vocab=int(embedding.shape[-1]) if embedding is not None else meta.get("vocab_size", 0),
+        n_ff=max(meta.per_layer("feed_forward_length", n_block, [0] * n_block)),
+        n_vocab=embedding.ne[1] if embedding is not None else meta.number("vocab_size", 0),
         n_swa=n_swa,
-        weights_bytes=sum(int(tensor.n_bytes) for tensor in tensors),
+        weights_bytes=sum(tensor.n_bytes for tensor in tensors),
         layers=tuple(layers),
         refused=_refusal(meta, layers),
     )
 
 
 class _Metadata:
-    """Typed look-ups under the prefix of the architecture."""
+    """Typed look-ups under the prefix of the architecture: a value of another kind is a damaged file."""
 
-    def __init__(self, reader: GGUFReader, path: str | os.PathLike[str]):
-        self.reader = reader
+    def __init__(self, path: Path, values: Mapping[str, Any]):
         self.path = path
-        self.arch = self.general("architecture", None)
-        if self.arch is None:
+        self.values = values
+        arch = values.get("general.architecture")
+        if not isinstance(arch, str):
             raise ModelFileError(
-                f"expected the metadata general.architecture in {path}, got none; convert the model again"
+                f"expected the metadata general.architecture in {path}, got {'none' if arch is None else repr(arch)}; "
+                "convert the model again"
             )
+        self.arch = arch
 
-    def general(self, key: str, default: Any) -> Any:
-        field = self.reader.get_field(f"general.{key}")
-        return default if field is None else field.contents()
+    def _refuse(self, key: str, expected: str, value: Any) -> ModelFileError:
+        return ModelFileError(
+            f"{self.path}: expected {expected} in the metadata {self.arch}.{key}, got {value!r}; download the file or "
+            "convert the model again"
+        )
 
-    def get(self, key: str, default: Any) -> Any:
-        field = self.reader.get_field(f"{self.arch}.{key}")
-        return default if field is None else field.contents()
+    def get(self, key: str) -> Any:
+        """The value of any kind, or None."""
+        return self.values.get(f"{self.arch}.{key}")
 
-    def need(self, key: str) -> int:
-        value = self.get(key, None)
+    def number(self, key: str, default: int) -> int:
+        """A whole number of at least 0."""
+        value = self.get(key)
         if value is None:
+            return default
+        if not _is_count(value):
+            raise self._refuse(key, "a whole number", value)
+        return int(value)
+
+    def need(self, key: str, most: int) -> int:
+        """A whole number from 1 to `most`, without which a file is no language model."""
+        if self.get(key) is None:
             raise ModelFileError(
                 f"expected the metadata {self.arch}.{key} of a language model in {self.path}, got none; "
                 "give the file of the model itself, not of an adapter, projector or vocabulary"
             )
+        value = self.number(key, 0)
+        if not 0 < value <= most:
+            raise self._refuse(key, f"1 to {most}", value)
         return value
 
-    def per_layer(self, key: str, n_layer: int, default: int | list[int]) -> list[int]:
-        """A value that may be one for all layers or one for each."""
-        value = self.get(key, default)
-        return [value] * n_layer if not isinstance(value, list) else value
+    def per_layer(self, key: str, n_layer: int, default: Sequence[int]) -> list[int]:
+        """A whole number that may be one for all layers or one for each."""
+        value = self.get(key)
+        if value is None:
+            return list(default)
+        if not isinstance(value, list):
+            return [self.number(key, 0)] * n_layer
+        if len(value) < n_layer or not all(map(_is_count, value)):
+            raise self._refuse(key, f"a whole number for each of {n_layer} layers", value)
+        return value[:n_layer]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def _sliding_window(meta: _Metadata, n_layer: int) -> tuple[int, list[bool]]:
     """Window in tokens and, per layer, whether it has one, as llama.cpp decides it."""
     arch = meta.arch
-    n_swa = meta.get("attention.sliding_window", _SWA_DEFAULT.get(arch, 0))
-    pattern = meta.get("attention.sliding_window_pattern", None)
+    n_swa = meta.number("attention.sliding_window", _SWA_DEFAULT.get(arch, 0))
+    key = "attention.sliding_window_pattern"
+    pattern = meta.per_layer(key, n_layer, ()) if isinstance(meta.get(key), list) else None
     if arch == "llama4":  # attends in chunks, kept like a window
-        n_swa, period = 0 if meta.get("attention.sliding_window", None) == 0 else 8192, 4
+        n_swa, period = 0 if meta.get("attention.sliding_window") == 0 else 8192, 4
     elif arch in _SWA_PERIOD:
-        period = pattern if isinstance(pattern, int) else _SWA_PERIOD[arch]
-    elif isinstance(pattern, list):
+        period = _SWA_PERIOD[arch] if pattern else meta.number(key, _SWA_PERIOD[arch])
+    elif pattern:
         period = 1
     else:
         return 0, [False] * n_layer  # llama.cpp ignores the window of other architectures
     if n_swa == 0:
         return 0, [False] * n_layer
-    if isinstance(pattern, list):
-        return n_swa, [bool(value) for value in pattern[:n_layer]]
+    if period == 0:
+        return n_swa, [True] * n_layer
+    if pattern:
+        return n_swa, [bool(value) for value in pattern]
     full = 0 if period < 0 else period - 1
     return n_swa, [il % abs(period) != full for il in range(n_layer)]
 
@@ -213,28 +256,29 @@ def _cached_layers(meta: _Metadata, n_layer: int, n_head_kv: list[int]) -> list[
     """Per layer, whether it has a KV cache of its own."""
     if meta.arch in _RECURRENT:
         return [False] * n_layer
-    n_own = n_layer - meta.get("attention.shared_kv_layers", 0)
-    recurrent = meta.get("attention.recurrent_layers", None)
-    if recurrent is None and meta.arch in _HYBRID_PERIOD:
-        period = meta.get("full_attention_interval", _HYBRID_PERIOD[meta.arch])
-        recurrent = [(il + 1) % period != 0 for il in range(n_layer)]
-    return [il < n_own and n_head_kv[il] > 0 and not (recurrent and recurrent[il]) for il in range(n_layer)]
+    n_own = n_layer - meta.number("attention.shared_kv_layers", 0)
+    period = 1
+    if meta.arch in _HYBRID_PERIOD:
+        period = meta.number("full_attention_interval", _HYBRID_PERIOD[meta.arch]) or 1
+    by_period = [int((il + 1) % period != 0) for il in range(n_layer)]
+    recurrent = meta.per_layer("attention.recurrent_layers", n_layer, by_period)
+    return [il < n_own and n_head_kv[il] > 0 and not recurrent[il] for il in range(n_layer)]
 
 
 def _refusal(meta: _Metadata, layers: list[LayerShape]) -> str | None:
     if not any(layer.kind == "full" for layer in layers):
         return f"{meta.arch} has no layer with full attention"
-    if meta.get("attention.kv_lora_rank", 0):
+    if meta.get("attention.kv_lora_rank"):
         return f"{meta.arch} uses multi-head latent attention (MLA)"
-    if meta.arch in _ALIBI or meta.get("attention.max_alibi_bias", 0):
+    if meta.arch in _ALIBI or meta.get("attention.max_alibi_bias"):
         return f"{meta.arch} uses ALiBi positions"
-    if meta.get("rope.dimension_sections", None):
+    if meta.get("rope.dimension_sections"):
         return f"{meta.arch} uses M-RoPE positions"
-    if meta.arch in _ENCODERS or meta.arch in _NOT_CAUSAL or not meta.get("attention.causal", True):
+    if meta.arch in _ENCODERS or meta.arch in _NOT_CAUSAL or meta.get("attention.causal") in (False, 0):
         return f"{meta.arch} is an encoder or has non-causal attention"
     if meta.arch in _SHARED_KV:
         return f"{meta.arch} may share K and V between layers"
-    if meta.get("attention.indexer.top_k", 0) or meta.get("attention.indexer.key_length", 0):
+    if meta.get("attention.indexer.top_k") or meta.get("attention.indexer.key_length"):
         return f"{meta.arch} chooses the tokens that it attends to by an indexer"
     if meta.arch in _UNUSUAL:
         return f"{meta.arch} has attention or a cache of its own kind"

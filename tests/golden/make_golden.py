@@ -1,9 +1,9 @@
 """Write the golden files from the numpy reference: `python tests/golden/make_golden.py [FOLDER]`.
 
-Inputs are drawn with numpy's frozen legacy generator, so the files come out the same everywhere but for the last digits of
-floats, which depend on the processor; a test checks that they do.
-A float32 implementation must reach the decisions in them (winners, clusters), so every case is drawn again until they have
-margins, see `has_margins`.
+Inputs are drawn with numpy's frozen legacy generator, so the files come out the same everywhere but for the last digits
+of floats, which depend on the processor; a test checks that they do.
+A float32 implementation must reach the decisions in them (winners, clusters), so every case is drawn again until they
+have margins, see `has_margins`.
 
 Files
 -----
@@ -14,7 +14,8 @@ tables.txt    the small functions; one call a line, see `tables`
 
 Layout of a case
 ----------------
-Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C order (last axis fastest). First 32 int32:
+Little-endian, no padding, every value 4 bytes (int32 or float32), arrays in C order (last axis fastest). First 32
+int32:
 
      0 magic 0x43474353 (bytes "SCGC")    12 n_past
      1 version, 5                         13 n_horizon
@@ -88,7 +89,9 @@ MARGIN = 1e-3
 """Least relative distance of every decision's best from its runner-up; float32 sums of these lengths err below 1e-4."""
 
 COSINE_NOISE = 1e-5
-"""The paper's clusters must come out the same with cosines that are off by this much; in float32 they err below 1e-6."""
+"""The paper's clusters must come out the same with cosines that are off by this much; in float32 they err below
+1e-6.
+"""
 
 
 @dataclass(frozen=True)
@@ -544,7 +547,9 @@ def case_bytes(case: Case) -> bytes:
 
 
 def golden_profile() -> reference.Profile:
-    """Profile of two layers with three kv heads: falling errors of all sizes, a noisy curve, one without error from a part on."""
+    """Profile of two layers with three kv heads: falling errors of all sizes, a noisy curve, one without error from a
+    part on.
+    """
     rng = np.random.RandomState(3)
     heads = tuple((il, head) for il in (0, 2) for head in range(3))
     parts = np.array(reference.PARTS)
@@ -565,7 +570,7 @@ def golden_text(n_past: int, n_pass: int, seed: int, noise: float = 0.0) -> tupl
     scale = [1.5, 1.0, 1.5]
     k, v, q = (
         np.round(64 * s * rng.standard_normal(shape)) / 64
-        for s, shape in zip(scale, ((n, d_k), (n, d_v), (n, gqa, d_k)))
+        for s, shape in zip(scale, ((n, d_k), (n, d_v), (n, gqa, d_k)), strict=True)
     )
     chunk = reference.chunk_ids(rng.rand(n_past - n_sink) < 0.15, 8, 0)
     other = np.random.RandomState(seed + 1000)
@@ -611,8 +616,8 @@ def tables() -> str:
     chunks <n_chunk> <first_id> <number of tokens> <is_delimiter...> <ids...>
     budgets <ratio> <n_ctx> <n_sink> <n_chunk> <rows...>             of profile.txt
     equal <n_head> <ratio> <n_ctx> <n_sink> <n_chunk> <rows...>
-    errors <n_sink> <n_past> <n_window> <n_probe> <n_pass> <n_skip> <n_horizon> <seed> <d_k> <d_v> <gqa> <number of parts>
-           <parts...> <chunks...> <k...> <v...> <q...> <errors...>   neox RoPE of angles 1, 1/2, ...
+    errors <n_sink> <n_past> <n_window> <n_probe> <n_pass> <n_skip> <n_horizon> <seed> <d_k> <d_v> <gqa>
+           <number of parts> <parts...> <chunks...> <k...> <v...> <q...> <errors...>   neox RoPE of angles 1, 1/2, ...
     """
     lines = []
 

@@ -1,6 +1,8 @@
-"""The tile configuration of llama.cpp's AMX product reaches the processor whole, whatever the compiler: seen without AMX.
+"""The tile configuration of llama.cpp's AMX product reaches the processor whole, whatever the compiler: seen without
+AMX.
 
-The function that loads it is compiled alone, with every `ldtilecfg ADDRESS` replaced by a jump to a check of the 64 bytes there.
+The function that loads it is compiled alone, with every `ldtilecfg ADDRESS` replaced by a jump to a check of the 64
+bytes there.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import llama_semanticache  # before llama_cpp: it decides which library that loads
+import llama_semanticache  # noqa: F401  before llama_cpp: it decides which library that loads
 
 import ctypes
 import random
@@ -81,11 +81,85 @@ def load():
 
 # ---------------------------------------------------------------------------------------------- texts
 
-_NAMES = "Ada Boris Clara Daniel Edith Frank Greta Henry Irene Jonas Karen Louis Maria Nora Oscar Paula".split()
-_PLACES = "harbour library station garden market castle bridge museum kitchen workshop forest village school".split()
-_THINGS = "letter lamp wheel violin basket clock map engine blanket mirror kettle compass ticket painting".split()
-_VERBS = "carried found painted repaired sold forgot described measured borrowed hid polished admired".split()
-_WORDS = "old green broken heavy small golden curious silent foreign empty narrow famous wooden strange".split()
+_NAMES = [
+    "Ada",
+    "Boris",
+    "Clara",
+    "Daniel",
+    "Edith",
+    "Frank",
+    "Greta",
+    "Henry",
+    "Irene",
+    "Jonas",
+    "Karen",
+    "Louis",
+    "Maria",
+    "Nora",
+    "Oscar",
+    "Paula",
+]
+_PLACES = [
+    "harbour",
+    "library",
+    "station",
+    "garden",
+    "market",
+    "castle",
+    "bridge",
+    "museum",
+    "kitchen",
+    "workshop",
+    "forest",
+    "village",
+    "school",
+]
+_THINGS = [
+    "letter",
+    "lamp",
+    "wheel",
+    "violin",
+    "basket",
+    "clock",
+    "map",
+    "engine",
+    "blanket",
+    "mirror",
+    "kettle",
+    "compass",
+    "ticket",
+    "painting",
+]
+_VERBS = [
+    "carried",
+    "found",
+    "painted",
+    "repaired",
+    "sold",
+    "forgot",
+    "described",
+    "measured",
+    "borrowed",
+    "hid",
+    "polished",
+    "admired",
+]
+_WORDS = [
+    "old",
+    "green",
+    "broken",
+    "heavy",
+    "small",
+    "golden",
+    "curious",
+    "silent",
+    "foreign",
+    "empty",
+    "narrow",
+    "famous",
+    "wooden",
+    "strange",
+]
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:

@@ -20,9 +20,16 @@ def test_ratio_1_is_full_attention_on_a_real_model(flash_attn, smollm2_f32, load
     tokens = text_tokens(full, n)
     full.eval(tokens)
     llm = load(
-        smollm2_f32, n_ctx=512, logits_all=True, flash_attn=flash_attn, kv_compress="semanticache", kv_ratio=1, **EXACT,
-        kv_stage=100, kv_window=32,  # batches of 64: below that upstream adds values up in f16
-    )  # fmt: skip
+        smollm2_f32,
+        n_ctx=512,
+        logits_all=True,
+        flash_attn=flash_attn,
+        kv_compress="semanticache",
+        kv_ratio=1,
+        **EXACT,
+        kv_stage=100,
+        kv_window=32,  # batches of 64: below that upstream adds values up in f16
+    )
     llm.eval(tokens)
     stats = llm.kv_stats()
     assert stats.n_pass >= 3

@@ -24,6 +24,7 @@ from llama_semanticache.bench.runs import Run, machine
 from llama_semanticache.bench.settings import check_settings, parse_setting
 from llama_semanticache.cli import main
 from llama_semanticache.errors import ArgumentError, SemanticCacheError
+from llama_semanticache.model_file import ModelFile
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,13 @@ def test_settings():
     assert parse_setting("semanticache:0.25") == {"kv_compress": "semanticache", "kv_ratio": 0.25}
     text = "semanticache:0.5:equal:stage=96:type_k=q8_0:merge=0:distinct=20:horizon=7:profile=a.profile"
     assert parse_setting(text) == {
-        "kv_compress": "semanticache", "kv_ratio": 0.5, "kv_stage": 96, "kv_type_k": "q8_0", "kv_profile": "a.profile",
+        "kv_compress": "semanticache",
+        "kv_ratio": 0.5,
+        "kv_stage": 96,
+        "kv_type_k": "q8_0",
+        "kv_profile": "a.profile",
         "kv_params": {"merge": 0, "distinct": 20, "n_horizon": 7},
-    }  # fmt: skip
+    }
     for bad in ("semanticache", "semanticache:x", "semanticache:0.5:stage", "semanticache:0.5:merge=yes"):
         with pytest.raises(ArgumentError, match="or METHOD:RATIO"):
             parse_setting(bad)
@@ -126,7 +131,7 @@ def test_speed_of_a_text_that_is_too_short(wide, tmp_path):
         ("stock:q5_0", "expected one of stock:f16, stock:q8_0, stock:q4_0 or METHOD:RATIO"),
         ("semanticache:much", "METHOD:RATIO"),
         ("stock:q8_0", "expected heads of a multiple of 32 values for q8_0"),
-        ("streaming:0.25:stage=5", "streaming:0.25:stage=5: expected kv_stage > kv_window"),
+        ("streaming:0.25:stage=5", "streaming:0.25:stage=5: kv_stage: expected more than kv_window + kv_sink"),
     ],
 )
 def test_speed_of_a_setting_that_cannot_be(setting, message, tiny, tmp_path):
@@ -158,18 +163,23 @@ def test_a_process_that_ends_between_two_orders():
         worker.ask(load={})
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ("semanticache:2:equal", "expected 0 < kv_ratio"), ("semanticache:0.25:sink=300", r"expected kv_stage > kv_window \+ 300 sinks"),
-    ("semanticache:0.05:sink=60", "expected at least 92 rows per kv head"), ("semanticache:0.25:chunk=256", "expected n_chunk of 1 to 255"),
-    ("semanticache:0.0625:chunk=64", "expected at least 68 rows per kv head"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("semanticache:2:equal", "expected 0 < kv_ratio"),
+        ("semanticache:0.25:sink=300", r"expected more than kv_window \+ kv_sink = 812"),
+        ("semanticache:0.05:sink=60", "expected at least 92 rows per kv head"),
+        ("semanticache:0.25:chunk=256", "expected n_chunk of 1 to 255"),
+        ("semanticache:0.0625:chunk=64", "expected at least 68 rows per kv head"),
+    ],
+)
 def test_a_setting_that_the_library_refuses_is_refused_before(setting, message, tiny):
     """By the same rule: the library says so, too."""
     with pytest.raises(ArgumentError, match=message):
-        check_settings(tiny("llama"), [setting], 1024)
+        check_settings(ModelFile.read(tiny("llama")), [setting], 1024)
     with pytest.raises(ArgumentError):
         Llama(tiny("llama"), **{**parse_setting(setting), "kv_profile": None}, n_ctx=1024, verbose=False)
-    check_settings(tiny("llama"), ["semanticache:0.25:sink=0:stage=515"], 1024)
+    check_settings(ModelFile.read(tiny("llama")), ["semanticache:0.25:sink=0:stage=515"], 1024)
 
 
 def test_a_setting_that_cannot_be_is_named_before_anything_is_measured(tiny, tmp_path, monkeypatch):
@@ -185,9 +195,11 @@ def test_a_setting_that_cannot_be_is_named_before_anything_is_measured(tiny, tmp
     ):
         words = [*map(str, command[1:]), "--n-ctx", "1024", "--setting", "semanticache:2", "--json", str(out)]
         done = CliRunner().invoke(main, ["bench", command[0], tiny("llama"), *words])
-        assert done.exit_code == 1 and "semanticache:2: expected 0 < kv_ratio" in done.output and not out.exists(), (
-            done.output
-        )
+        assert (
+            done.exit_code == 1
+            and "semanticache:2: kv_ratio: expected 0 < kv_ratio" in done.output
+            and not out.exists()
+        ), done.output
 
 
 def test_the_peak_is_seen_inside_a_call():
@@ -279,29 +291,55 @@ assert sys.argv[1].endswith("kvpress_worker.py")
 for line in sys.stdin:
     order = json.loads(line)
     answer = {{"ok": True}} if "load" in order else {{
-        "kl": 0.5, "same_top": 0.25, "log_ppl": 0.0, "prefill_s": 1.0, "pass_s": 0.0, "kv_bytes": int(2**20 * order["keep"]), "rows_used": len(order["tokens"]),
+        "kl": 0.5, "same_top": 0.25, "log_ppl": 0.0, "prefill_s": 1.0, "pass_s": 0.0,
+        "kv_bytes": int(2**20 * order["keep"]), "rows_used": len(order["tokens"]),
         "texts": [f"{{order['press']}} {{len(q['tokens'])}} {{q['n']}}" for q in order["questions"]]}}
     print(json.dumps(answer), flush=True)
 """
 
 
 def test_quality_asks_the_process_of_kvpress(tiny, tmp_path):
-    """With a process that knows nothing: what it is told, and what becomes of its answers. kvpress itself needs torch."""
+    """With a process that knows nothing: what it is told, and what becomes of its answers. kvpress itself needs
+    torch.
+    """
     stub, text, out = tmp_path / "stub", tmp_path / "text.txt", tmp_path / "q.json"
     stub.write_text(STUB.format(python=sys.executable))
     stub.chmod(0o755)
     text.write_text("the quick brown fox jumps over a lazy dog. " * 90)
-    run_command("quality", tiny("llama"), "--text", text, "--n-tokens", 400, "--cases", 1, "--n-following", 20, "--threads", 1,
-                "--setting", "kvpress:keydiff:0.5", "--kvpress-python", stub, "--json", out)  # fmt: skip
+    run_command(
+        "quality",
+        tiny("llama"),
+        "--text",
+        text,
+        "--n-tokens",
+        400,
+        "--cases",
+        1,
+        "--n-following",
+        20,
+        "--threads",
+        1,
+        "--setting",
+        "kvpress:keydiff:0.5",
+        "--kvpress-python",
+        stub,
+        "--json",
+        out,
+    )
     base, press = json.loads(out.read_text())["records"].values()
     assert press["rows_used"] == 400 and press["kl"] == 0.5 and press["kv_bytes"] == 2**19
     assert len(press["answers"]) == len(base["answers"]) == 5 and press["answers"][0]["got"].startswith("keydiff ")
     assert [a["want"] for a in press["answers"]] == [a["want"] for a in base["answers"]]
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ("kvpress:keydiff:0.5", "--kvpress-python: expected a Python with kvpress"), ("kvpress:nothing:0.5", "kvpress:NAME:KEEP"), ("kvpress:tova:2", "0 < KEEP <= 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("kvpress:keydiff:0.5", "--kvpress-python: expected a Python with kvpress"),
+        ("kvpress:nothing:0.5", "kvpress:NAME:KEEP"),
+        ("kvpress:tova:2", "0 < KEEP <= 1"),
+    ],
+)
 def test_kvpress_that_cannot_be(setting, message, tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("short")
@@ -481,18 +519,32 @@ def test_tasks(tiny, tmp_path):
     assert "all items" in run_command(*command)
     records = json.loads(out.read_text())["records"]
     assert len(records) == 4 and {r["tokens"] for r in records.values()} >= {1024 - 32}  # the long one lost its middle
-    head, cells = tasks.task_table({"asked": {"settings": ["stock:f16", "x:1"]}, "records": {
-        f"task|{setting}|{task}|0": {"score": score, "kv_bytes": n, "tokens": tokens} for setting, task, score, n, tokens in (
-            ("stock:f16", "trec", 1.0, 2**21, 1025), ("x:1", "trec", 0.5, 2**20, 1025), ("stock:f16", "lcc", 0.5, 2**21, 1024), ("x:1", "lcc", 0.25, 2**20, 1024),
-            ("stock:f16", "qasper", 1.0, 2**21, 3000),  # which x:1 has not answered yet
-        )
-    }})  # fmt: skip
+    head, cells = tasks.task_table(
+        {
+            "asked": {"settings": ["stock:f16", "x:1"]},
+            "records": {
+                f"task|{setting}|{task}|0": {"score": score, "kv_bytes": n, "tokens": tokens}
+                for setting, task, score, n, tokens in (
+                    ("stock:f16", "trec", 1.0, 2**21, 1025),
+                    ("x:1", "trec", 0.5, 2**20, 1025),
+                    ("stock:f16", "lcc", 0.5, 2**21, 1024),
+                    ("x:1", "lcc", 0.25, 2**20, 1024),
+                    ("stock:f16", "qasper", 1.0, 2**21, 3000),  # which x:1 has not answered yet
+                )
+            },
+        }
+    )
     assert head == ["task", "items", "stock:f16", "x:1"]
     assert cells == [
-        ["lcc", "1", "50.0", "25.0"], ["trec", "1", "100.0", "50.0"],
-        ["513 to 1024 tokens", "1", "50.0", "25.0"], ["1025 to 2048 tokens", "1", "100.0", "50.0"], ["all items", "2", "75.0", "37.5"],
-        ["of uncompressed", "", "100.0%", "50.0%"], ["95% interval", "", "100% to 100%", "50% to 50%"], ["KV MiB", "", "2.0", "1.0"],
-    ]  # fmt: skip
+        ["lcc", "1", "50.0", "25.0"],
+        ["trec", "1", "100.0", "50.0"],
+        ["513 to 1024 tokens", "1", "50.0", "25.0"],
+        ["1025 to 2048 tokens", "1", "100.0", "50.0"],
+        ["all items", "2", "75.0", "37.5"],
+        ["of uncompressed", "", "100.0%", "50.0%"],
+        ["95% interval", "", "100% to 100%", "50% to 50%"],
+        ["KV MiB", "", "2.0", "1.0"],
+    ]
     out.unlink()
     assert "without 1 of 2 items for their length" in " ".join(run_command(*command, "--whole").split())
     assert [name.split("|")[3] for name in json.loads(out.read_text())["records"]] == ["0", "0"]
@@ -650,12 +702,21 @@ def test_tasks_that_are_none(tiny, tmp_path):
     items = tmp_path / "items.jsonl"
     good = {"task": "lcc", "id": 0, "prompt": "x", "gold": "y"}
     for bad, message in (
-        (good, "a second lcc of the id 0"), ({"id": 1}, "no gold, prompt, task"), ([], "no JSON object"), ({**good, "task": "riddles"}, "the task 'riddles'"),
-        ({**good, "task": []}, "the task []"), ({**good, "prompt": ""}, "the prompt ''"), ({**good, "prompt": 5}, "the prompt 5"), ({**good, "gold": 3}, "the gold 3"),
-        ({**good, "gold": [3]}, "the gold [3]"), ({**good, "gold": []}, "the gold []"), ({**good, "id": "a|b"}, "the id 'a|b'"),
-        ({**good, "task": "trec"}, "the gold 'y'"), ({**good, "task": "trec", "gold": {"answers": ["y"]}}, "the gold {'answers': ['y']}"),
+        (good, "a second lcc of the id 0"),
+        ({"id": 1}, "no gold, prompt, task"),
+        ([], "no JSON object"),
+        ({**good, "task": "riddles"}, "the task 'riddles'"),
+        ({**good, "task": []}, "the task []"),
+        ({**good, "prompt": ""}, "the prompt ''"),
+        ({**good, "prompt": 5}, "the prompt 5"),
+        ({**good, "gold": 3}, "the gold 3"),
+        ({**good, "gold": [3]}, "the gold [3]"),
+        ({**good, "gold": []}, "the gold []"),
+        ({**good, "id": "a|b"}, "the id 'a|b'"),
+        ({**good, "task": "trec"}, "the gold 'y'"),
+        ({**good, "task": "trec", "gold": {"answers": ["y"]}}, "the gold {'answers': ['y']}"),
         ({**good, "gold": {"answers": ["y"], "all_classes": ["y"]}}, "the gold {'answers'"),
-    ):  # fmt: skip
+    ):
         items.write_text(f"{json.dumps(good)}\n{json.dumps(bad)}")
         with pytest.raises(ArgumentError, match=re.escape(f"got {message}")):
             tasks.read_items(items)
@@ -676,8 +737,27 @@ def test_chat(smollm2, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "chat.json"
     text.write_text("The quick brown fox jumps over a lazy dog and runs into the dark wood. " * 60)
     settings = ("semanticache:0.25:equal:stage=192:window=32", "shift:0.25")
-    output = run_command("chat", smollm2, "--text", text, "--turns", 6, "--facts", 2, "--n-answer", 40, "--chats", 1, "--first-chat", 1, "--n-ctx", 1024,
-                         *(w for s in settings for w in ("--setting", s)), "--json", out)  # fmt: skip
+    output = run_command(
+        "chat",
+        smollm2,
+        "--text",
+        text,
+        "--turns",
+        6,
+        "--facts",
+        2,
+        "--n-answer",
+        40,
+        "--chats",
+        1,
+        "--first-chat",
+        1,
+        "--n-ctx",
+        1024,
+        *(w for s in settings for w in ("--setting", s)),
+        "--json",
+        out,
+    )
     records = json.loads(out.read_text())["records"]
     assert [name.split("|")[1] for name in records] == ["stock:f16", *settings]
     wanted = [(turn, fact[3]) for turn, fact in enumerate(cases.chat_facts(1, 2), 1)]
@@ -685,10 +765,29 @@ def test_chat(smollm2, tmp_path):
         assert record["tokens"] > 300 and [(a["turn"], a["want"]) for a in record["answers"]] == wanted
     assert all(chat.has_words(a["got"], a["want"]) for a in records["chat|stock:f16|1"]["answers"])
     assert "turn 2" in output and "2/2" in output
-    alone = run_command("chat", smollm2, "--text", text, "--turns", 6, "--facts", 2, "--n-answer", 40, "--chats", 1, "--first-chat", 1, "--n-ctx", 1024,
-                        "--without-base", "--setting", settings[0])  # fmt: skip
+    alone = run_command(
+        "chat",
+        smollm2,
+        "--text",
+        text,
+        "--turns",
+        6,
+        "--facts",
+        2,
+        "--n-answer",
+        40,
+        "--chats",
+        1,
+        "--first-chat",
+        1,
+        "--n-ctx",
+        1024,
+        "--without-base",
+        "--setting",
+        settings[0],
+    )
     assert settings[0] in alone and "stock:f16" not in alone
-    assert chat.chat_options("shift:0.25", Path(smollm2), 8960)[1] in range(2048, 8960 // 2, 256)
+    assert chat.chat_options("shift:0.25", ModelFile.read(smollm2).shape, 8960)[1] in range(2048, 8960 // 2, 256)
 
 
 def test_recall_by_hand():
@@ -698,10 +797,19 @@ def test_recall_by_hand():
         and not chat.has_words(" 117 March", "17 March")
         and not chat.has_words(" 36741", "3674")
     )
-    run = {"asked": {"n_facts": 2}, "records": {
-        f"chat|{setting}|0": {"kv_bytes": n << 20, "answers": [{"turn": 1, "want": "Turin", "got": got}, {"turn": 2, "want": "17 March", "got": " March 17th"}]}
-        for setting, n, got in (("stock:f16", 4, " Turin"), ("x:1", 1, " Rome"))
-    }}  # fmt: skip
+    run = {
+        "asked": {"n_facts": 2},
+        "records": {
+            f"chat|{setting}|0": {
+                "kv_bytes": n << 20,
+                "answers": [
+                    {"turn": 1, "want": "Turin", "got": got},
+                    {"turn": 2, "want": "17 March", "got": " March 17th"},
+                ],
+            }
+            for setting, n, got in (("stock:f16", 4, " Turin"), ("x:1", 1, " Rome"))
+        },
+    }
     assert chat.chat_table(run)[1] == [
         ["stock:f16", "2/2", "100%", "1/1", "1/1", "4.0"],
         ["x:1", "1/2", "50%", "0/1", "1/1", "1.0"],
@@ -769,10 +877,46 @@ def test_report(tiny, wide, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over a lazy dog. " * 90)
     ours = "semanticache:0.25:equal:stage=96:window=12"
-    run_command("quality", tiny("llama"), "--text", text, "--n-tokens", 400, "--n-tokens", 500, "--cases", 1, "--n-following", 20,
-                "--setting", ours, "--threads", 1, "--json", tmp_path / "q.json")  # fmt: skip
-    run_command("quality", tiny("llama"), "--text", text, "--n-tokens", 400, "--n-tokens", 500, "--cases", 1, "--n-following", 20,
-                "--setting", "streaming:0.25:stage=96:window=12", "--threads", 1, "--json", tmp_path / "r.json")  # fmt: skip
+    run_command(
+        "quality",
+        tiny("llama"),
+        "--text",
+        text,
+        "--n-tokens",
+        400,
+        "--n-tokens",
+        500,
+        "--cases",
+        1,
+        "--n-following",
+        20,
+        "--setting",
+        ours,
+        "--threads",
+        1,
+        "--json",
+        tmp_path / "q.json",
+    )
+    run_command(
+        "quality",
+        tiny("llama"),
+        "--text",
+        text,
+        "--n-tokens",
+        400,
+        "--n-tokens",
+        500,
+        "--cases",
+        1,
+        "--n-following",
+        20,
+        "--setting",
+        "streaming:0.25:stage=96:window=12",
+        "--threads",
+        1,
+        "--json",
+        tmp_path / "r.json",
+    )
     run_command(
         "speed",
         wide,
@@ -823,9 +967,15 @@ def run_of_quality(build, date, recalled, suite="single", heads=()):
     common = {"kv_bytes": 2**20, "prefill_s": 1.0, "pass_s": 0.0}
     lost = {"kl": 0.25, "same_top": 0.5, "log_ppl": 0.0, "heads": heads}
     return {
-        "kind": "quality", "asked": {"settings": ["stock:f16", "x:1"], "suite": suite}, "build": build, "date": date,
-        "records": {"text|stock:f16|100|0": {**common, "answers": answers}, "text|x:1|100|0": {**common, **lost, "answers": answers}},
-    }  # fmt: skip
+        "kind": "quality",
+        "asked": {"settings": ["stock:f16", "x:1"], "suite": suite},
+        "build": build,
+        "date": date,
+        "records": {
+            "text|stock:f16|100|0": {**common, "answers": answers},
+            "text|x:1|100|0": {**common, **lost, "answers": answers},
+        },
+    }
 
 
 def test_what_a_figure_shows():

@@ -20,14 +20,19 @@ from llama_semanticache import __version__, models
 from llama_semanticache.cli import main
 
 PROGRAM = [sys.executable, "-m", "llama_semanticache"]
-SETTINGS = "--n-ctx 1024 --kv-stage 256 --kv-window 32 --kv-profile none --threads 1 --temp 0".split()
+SETTINGS = [
+    *("--n-ctx", "1024", "--kv-stage", "256", "--kv-window", "32", "--kv-profile", "none"),
+    *("--threads", "1", "--temp", "0"),
+]
 TIMEOUT = 120  # seconds
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and terminals")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def ctrl_c_is_heard():
-    """A shell starts what runs in the background with SIGINT ignored, and the programs under test would inherit that."""
+    """A shell starts what runs in the background with SIGINT ignored, and the programs under test would inherit
+    that.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -66,7 +71,7 @@ def kv_lines(text):
 
 @pytest.mark.parametrize("args", [["--help"], ["chat", "--help"], ["models"], ["memory", "{tiny}"]], ids=" ".join)
 def test_starts_without_loading_llama_cpp(args, tiny):
-    heavy = {"llama_cpp"} if args[0] == "memory" else {"llama_cpp", "numpy", "gguf", "rich"}
+    heavy = {"llama_cpp", "numpy"} if args[0] == "memory" else {"llama_cpp", "numpy", "rich"}
     code = (
         "import sys\nfrom llama_semanticache.cli import main\nmain(sys.argv[1:], standalone_mode=False)\n"
         f"loaded = {heavy!r} & set(sys.modules)\nassert not loaded, loaded\n"
@@ -116,7 +121,7 @@ def test_fetch_of_an_unknown_name(invoke):
 
 def test_fetch_prints_the_path_of_what_is_there(invoke, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path))
-    content = open(tiny, "rb").read()
+    content = Path(tiny).read_bytes()
     entry = {
         "description": "test",
         "requirement": "none==1",
@@ -207,7 +212,7 @@ def test_unknown_model_is_status_1(command, tmp_path):
 
 def test_damaged_model_is_status_1(tiny, tmp_path):
     path = tmp_path / "cut.gguf"
-    path.write_bytes(open(tiny, "rb").read()[:-1000])
+    path.write_bytes(Path(tiny).read_bytes()[:-1000])
     done = program("run", str(path), "--prompt", "x")
     assert done.returncode == 1
     assert "truncated or damaged" in done.err and "Traceback" not in done.err
@@ -222,7 +227,7 @@ def test_verbose_shows_the_traceback(tmp_path):
 def test_model_that_llama_cpp_refuses(tiny, tmp_path):
     """A whole file, but not a model that can be loaded."""
     path = tmp_path / "bad.gguf"
-    path.write_bytes(open(tiny, "rb").read().replace(b"token_embd.weight", b"token_ambd.weight"))
+    path.write_bytes(Path(tiny).read_bytes().replace(b"token_embd.weight", b"token_ambd.weight"))
     done = program("run", str(path), "--prompt", "x", *SETTINGS)
     assert done.returncode == 1
     assert done.out == "" and "Error: " in done.err and "--verbose" in done.err and "Traceback" not in done.err
@@ -302,8 +307,10 @@ def test_run_sampling_options(tiny):
 def test_run_into_a_closed_pipe(tiny):
     process = subprocess.Popen(
         [*PROGRAM, "run", tiny, "--prompt", "abc", "--max-tokens", "600", *SETTINGS],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read().decode()
@@ -315,8 +322,10 @@ def test_run_into_a_closed_pipe(tiny):
 def test_run_is_stopped_by_ctrl_c(tiny):
     process = subprocess.Popen(
         [*PROGRAM, "run", tiny, "--prompt", "abc", "--max-tokens", "900", *SETTINGS],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=TIMEOUT)

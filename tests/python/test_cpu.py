@@ -34,14 +34,17 @@ def machine(tmp_path, monkeypatch):
     return missing
 
 
-@pytest.mark.parametrize(("cpuinfo", "macros", "missing"), [
-    (CPUINFO, "__AVX2__ __FMA__ __BMI2__ __SSE4_2__ __OPTIMIZE__ __x86_64__", []),
-    (CPUINFO, "__AVX2__ __AVX512F__ __AVX512VNNI__", ["avx512f", "avx512_vnni"]),
-    (CPUINFO, "__AVX2__ __AMX_TILE__ __AMX_INT8__ __SHA__", []),  # asked for when it runs, or never used
-    (ARM_CPUINFO, "__ARM_FEATURE_ATOMICS __ARM_FEATURE_DOTPROD __ARM_FEATURE_FP16_VECTOR_ARITHMETIC", []),
-    (ARM_CPUINFO, "__ARM_FEATURE_DOTPROD __ARM_FEATURE_SVE __ARM_FEATURE_MATMUL_INT8", ["i8mm", "sve"]),
-    ("processor\t: 0\n", "__AVX2__ __AVX512F__", []),  # it does not say
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cpuinfo", "macros", "missing"),
+    [
+        (CPUINFO, "__AVX2__ __FMA__ __BMI2__ __SSE4_2__ __OPTIMIZE__ __x86_64__", []),
+        (CPUINFO, "__AVX2__ __AVX512F__ __AVX512VNNI__", ["avx512f", "avx512_vnni"]),
+        (CPUINFO, "__AVX2__ __AMX_TILE__ __AMX_INT8__ __SHA__", []),  # asked for when it runs, or never used
+        (ARM_CPUINFO, "__ARM_FEATURE_ATOMICS __ARM_FEATURE_DOTPROD __ARM_FEATURE_FP16_VECTOR_ARITHMETIC", []),
+        (ARM_CPUINFO, "__ARM_FEATURE_DOTPROD __ARM_FEATURE_SVE __ARM_FEATURE_MATMUL_INT8", ["i8mm", "sve"]),
+        ("processor\t: 0\n", "__AVX2__ __AVX512F__", []),  # it does not say
+    ],
+)
 def test_what_a_processor_lacks(cpuinfo, macros, missing, machine):
     assert machine(cpuinfo, macros) == missing
 

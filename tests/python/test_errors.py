@@ -80,7 +80,7 @@ def test_unsupported_architectures(arch, tiny, load, refused):
         (
             ArgumentError,
             dict(kv_stage=8192, kv_window=512, n_ctx=16384),
-            ["n_stage", "at most n_window + 4096", "8192"],
+            ["kv_stage", "at most kv_window + 4096", "8192"],
         ),
         (ArgumentError, dict(kv_stage=96.5), ["kv_stage", "96.5"]),
         (ArgumentError, dict(kv_stage="96"), ["kv_stage", "'96'"]),
@@ -253,8 +253,9 @@ def test_the_stock_library(tiny):
         "    print(type(error).__name__, error)\n"
     )
     for first, cause, remedy in (
-        ("import llama_cpp", "llama_cpp was imported first", "import llama_semanticache before llama_cpp"), ("", "LLAMA_CPP_LIB_PATH points there", "leave it unset"),
-    ):  # fmt: skip
+        ("import llama_cpp", "llama_cpp was imported first", "import llama_semanticache before llama_cpp"),
+        ("", "LLAMA_CPP_LIB_PATH points there", "leave it unset"),
+    ):
         done = run_python(code.format(first=first), LLAMA_CPP_LIB_PATH=stock)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("LibraryError expected the patched llama.cpp, got the stock library"), done.stdout
@@ -354,7 +355,8 @@ def test_a_model_without_a_vocabulary(tmp_path):
     path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", has_vocabulary=False)
     program = f"""
 from llama_semanticache import Llama
-llm = Llama({str(path)!r}, n_ctx=1024, kv_compress="semanticache", kv_profile=None, kv_stage=96, kv_window=12, verbose=False)
+llm = Llama({str(path)!r}, n_ctx=1024, kv_compress="semanticache", kv_profile=None, kv_stage=96, kv_window=12,
+            verbose=False)
 llm.eval(list(range(10, 210)))
 print("rows:", llm.kv_stats().rows_used)
 """

@@ -89,7 +89,7 @@ def test_logprobs(tiny, load):
     answer, n_prompt = completion["choices"][0], completion["usage"]["prompt_tokens"]
     logprobs = answer["logprobs"]
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 100
-    for i, (value, top) in enumerate(zip(logprobs["token_logprobs"], logprobs["top_logprobs"])):
+    for i, (value, top) in enumerate(zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)):
         best = np.argsort(-llm.scores[n_prompt - 1 + i], kind="stable")[:3]
         texts = {llm.detokenize([int(t)]).decode("utf-8", "ignore") for t in best}
         assert value <= 0 and set(top) == texts | {logprobs["tokens"][i]}  # by text: different tokens may have the same
@@ -370,9 +370,17 @@ def test_the_compressed_cache_is_used_by_from_pretrained_and_call(tiny, monkeypa
 @pytest.fixture(scope="module")
 def smol(smollm2):
     llm = Llama(
-        smollm2, n_ctx=2048, n_threads=N_THREADS, n_threads_batch=N_THREADS, verbose=False,
-        kv_compress="semanticache", kv_stage=128, kv_window=32, kv_ratio=0.25, kv_profile=None,
-    )  # fmt: skip
+        smollm2,
+        n_ctx=2048,
+        n_threads=N_THREADS,
+        n_threads_batch=N_THREADS,
+        verbose=False,
+        kv_compress="semanticache",
+        kv_stage=128,
+        kv_window=32,
+        kv_ratio=0.25,
+        kv_profile=None,
+    )
     yield llm
     llm.close()
 

@@ -10,11 +10,11 @@ import pytest
 import tiny_models
 from conftest import SMALL, last_logits, random_tokens
 
-from llama_semanticache import _native, memory, profile
+from llama_semanticache import memory, profile
 from llama_semanticache.errors import ArgumentError, ModelFileError
-from llama_semanticache.gguf_file import split_files
 from llama_semanticache.memory import estimate, largest_n_ctx, memory_report
-from llama_semanticache.shape import LayerShape, ModelShape, read_shape
+from llama_semanticache.model_file import ModelFile
+from llama_semanticache.shape import LayerShape, ModelShape, shape_of
 
 MIB = 1 << 20
 
@@ -26,6 +26,10 @@ SHAPE_8B = ModelShape("8b.gguf", "8b", "llama", 131072, 4096, 14336, 128256, 0, 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
+
+
+def read_shape(path):
+    return ModelFile.read(path).shape
 
 
 def tiny_shape(folder, arch, **options):
@@ -192,10 +196,20 @@ def test_refused_architectures(folder, arch):
     assert any(word in note for note in report.notes)
 
 
-@pytest.mark.parametrize(("arch", "metadata", "word"), [
-    ("gemma3n", {}, "share K and V"), ("gemma4", {}, "share K and V"), ("grok", {}, "of its own kind"), ("t5", {}, "encoder"), ("llada", {}, "non-causal"),
-    ("qwen3", {"attention.causal": False}, "non-causal"), ("qwen3", {"attention.indexer.top_k": 64}, "indexer"), ("qwen3", {}, None), ("qwen3", {"attention.causal": True}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arch", "metadata", "word"),
+    [
+        ("gemma3n", {}, "share K and V"),
+        ("gemma4", {}, "share K and V"),
+        ("grok", {}, "of its own kind"),
+        ("t5", {}, "encoder"),
+        ("llada", {}, "non-causal"),
+        ("qwen3", {"attention.causal": False}, "non-causal"),
+        ("qwen3", {"attention.indexer.top_k": 64}, "indexer"),
+        ("qwen3", {}, None),
+        ("qwen3", {"attention.causal": True}, None),
+    ],
+)
 def test_what_the_library_refuses_by_its_metadata(arch, metadata, word, tmp_path):
     import gguf
 
@@ -213,11 +227,56 @@ def test_what_the_library_refuses_by_its_metadata(arch, metadata, word, tmp_path
     assert refused is None if word is None else word in refused
 
 
+@pytest.mark.parametrize(
+    ("arch", "key", "value", "expected"),
+    [
+        ("llama", "attention.head_count", [4], "a whole number for each of 2 layers"),
+        ("llama", "attention.head_count_kv", [2], "a whole number for each of 2 layers"),
+        ("llama", "attention.head_count_kv", [], "a whole number for each of 2 layers"),
+        ("llama", "attention.head_count_kv", [2.0, 2.0], "a whole number for each of 2 layers"),
+        ("llama", "attention.head_count_kv", [2, -2], "a whole number for each of 2 layers"),
+        ("llama", "feed_forward_length", [128], "a whole number for each of 2 layers"),
+        ("gemma3", "attention.sliding_window_pattern", [1], "a whole number for each of 7 layers"),
+        ("gemma3", "attention.sliding_window_pattern", 2.5, "a whole number"),
+        ("gemma3", "attention.sliding_window", "wide", "a whole number"),
+        ("lfm2", "attention.recurrent_layers", [1, 0], "a whole number for each of"),
+        ("llama", "attention.key_length", -1, "a whole number"),
+        ("llama", "context_length", 1e6, "a whole number"),
+        ("llama", "nextn_predict_layers", "one", "a whole number"),
+        ("llama", "embedding_length", 0, "1 to 2147483647"),
+        ("llama", "embedding_length", [64], "a whole number"),
+        ("llama", "block_count", 0, "1 to 512"),
+        ("llama", "block_count", 4_000_000_000, "1 to 512"),
+    ],
+    ids=str,
+)
+def test_metadata_that_no_model_has(folder, arch, key, value, expected):
+    """A damaged file, however it is damaged, is told as one."""
+    good = ModelFile.read(tiny_models.write_tiny(folder / "m.gguf", arch))
+    bad = {**good.metadata, f"{arch}.{key}": value}
+    with pytest.raises(ModelFileError, match=rf"{expected}.* in the metadata {arch}.{key}, got .*; download") as error:
+        shape_of(good.path, bad, good.tensors)
+    assert str(value) in str(error.value) and "m.gguf" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "kinds"), [(0, "sssssss"), (1, "fffffff"), (3, "ssfssfs"), ([1, 0, 0, 0, 0, 0, 1], "sfffffs")]
+)
+def test_patterns_of_sliding_windows(folder, value, kinds):
+    good = ModelFile.read(tiny_models.write_tiny(folder / "m.gguf", "gemma3"))
+    shape = shape_of(good.path, {**good.metadata, "gemma3.attention.sliding_window_pattern": value}, good.tensors)
+    assert "".join(layer.kind[0] for layer in shape.layers) == kinds
+
+
 def test_a_model_that_is_split_over_files(tmp_path, load):
     """Counted and told from others as a whole, and loaded as llama.cpp does."""
     whole = tiny_models.write_tiny(tmp_path / "m.gguf", "llama")
     first = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_split_tensors=6)
-    assert first.name.startswith("m-00001-of-") and len(split_files(first)) >= 3 and split_files(whole) == [whole]
+    assert (
+        first.name.startswith("m-00001-of-")
+        and len(ModelFile.read(first).files) >= 3
+        and ModelFile.read(whole).files == (whole,)
+    )
     a, b = read_shape(whole), read_shape(first)
     assert (b.weights_bytes, b.n_vocab) == (a.weights_bytes, a.n_vocab) and a.weights_bytes > 0
     tokens = random_tokens(300)
@@ -228,16 +287,16 @@ def test_a_model_that_is_split_over_files(tmp_path, load):
         logits.append(last_logits(llm))
     assert np.array_equal(*logits)
 
-    last = split_files(first)[-1]
+    last = ModelFile.read(first).files[-1]
     id = profile.model_id(first)
     data = last.read_bytes()
     last.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert profile.model_id(first) != id
     with pytest.raises(ModelFileError, match="expected the first file .* got .*; name the first"):
-        read_shape(last)
+        ModelFile.read(last)
     last.unlink()
     with pytest.raises(ModelFileError, match=f"got no {last.name}; fetch"):
-        read_shape(first)
+        ModelFile.read(first)
 
 
 def test_weights_are_the_tensors(folder):
@@ -274,10 +333,6 @@ def test_arguments_are_checked(n_ctx, options):
         estimate(SHAPE_8B, n_ctx, "semanticache", **options)
     with pytest.raises(ArgumentError, match="q5"):
         estimate(SHAPE_8B, 4096, "q5_1")
-
-
-def test_the_largest_room_is_the_library_s():
-    assert memory._MAX_ROOM == _native.load()[1].SEMCACHE_MAX_ROOM
 
 
 def test_file_without_a_language_model(tmp_path):

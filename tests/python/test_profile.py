@@ -231,11 +231,22 @@ def test_errors_are_those_of_the_reference(tmp_path, load, cache):
     )
     expected = [
         ref.output_errors(
-            ref.TextInput(k[:, h], v[:, h], q[:, h * gqa : (h + 1) * gqa], np.arange(n), chunk, n_sink, n_window + n_probe, n_probe),
-            params, ref.PARTS,
-        ) / sizes[len(sizes) // 2]
+            ref.TextInput(
+                k[:, h],
+                v[:, h],
+                q[:, h * gqa : (h + 1) * gqa],
+                np.arange(n),
+                chunk,
+                n_sink,
+                n_window + n_probe,
+                n_probe,
+            ),
+            params,
+            ref.PARTS,
+        )
+        / sizes[len(sizes) // 2]
         for h in range(n_head_kv)
-    ]  # fmt: skip
+    ]
     # the ring's queries have 8 bits, and one choice more or less is made otherwise for it
     np.testing.assert_allclose(got.errors, expected, rtol=0.1)
 

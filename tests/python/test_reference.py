@@ -29,7 +29,7 @@ import reference as ref  # noqa: E402
 SEEDS = range(6)
 
 
-# ---------------------------------------------------------------------------------------------------------------- inputs
+# --------------------------------------------------------------------------------------------------------------- inputs
 
 
 def random_input(seed, n_sink=4, n_core=10, n_new=40, n_win=8, d_k=16, d_v=12, gqa=2, n_past=400):
@@ -91,7 +91,7 @@ def test_needs_numpy_alone():
     assert done.stdout.strip() == "[]"
 
 
-# ---------------------------------------------------------------------------------------------------------------- chunks
+# --------------------------------------------------------------------------------------------------------------- chunks
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_chunks_end_after_delimiters():
 
 def test_chunks_of_a_chinese_sentence():
     text = "秋天来了，天气凉了。一片片黄叶"
-    table = dict(zip(text, ref.delimiter_table([c.encode() for c in text], [False] * len(text))))
+    table = dict(zip(text, ref.delimiter_table([c.encode() for c in text], [False] * len(text)), strict=True))
     assert ref.chunk_ids([table[c] for c in text], 32, 0).tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
@@ -173,7 +173,7 @@ def test_no_tokens_no_chunks():
     assert len(ref.chunk_ids([], 32, 9)) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------- lookahead
+# ------------------------------------------------------------------------------------------------------------ lookahead
 
 
 def test_splitmix64_is_the_published_one():
@@ -240,7 +240,7 @@ def test_rotation_wants_an_angle_per_pair():
         ref.rotate(np.zeros((1, 8)), [1], np.ones(5), True)
 
 
-# ------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def plain_attention(q, k, v, scale):
@@ -248,7 +248,7 @@ def plain_attention(q, k, v, scale):
     for i in range(q.shape[0]):
         for h in range(q.shape[1]):
             e = [math.exp(scale * float(q[i, h] @ row)) for row in k]
-            out[i, h] = sum(p * row for p, row in zip(e, v)) / sum(e)
+            out[i, h] = sum(p * row for p, row in zip(e, v, strict=True)) / sum(e)
     return out
 
 
@@ -300,7 +300,7 @@ def test_huge_logits_do_not_overflow():
     np.testing.assert_allclose(out, v[np.argmax(q @ k.T, axis=-1)])
 
 
-# -------------------------------------------------------------------------------------------------------------- the pass
+# ------------------------------------------------------------------------------------------------------------- the pass
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -315,7 +315,7 @@ def test_score_by_definition(seed, softcap, n_rot, neox):
         for h in range(inp.q.shape[1]):
             y = [params.scale * float(q[h] @ k) for k in inp.k]
             y = [softcap * math.tanh(t / softcap) for t in y] if softcap else y
-            e = [math.exp(t + b) for t, b in zip(y, inp.bias)]
+            e = [math.exp(t + b) for t, b in zip(y, inp.bias, strict=True)]
             p.append([t / sum(e) for t in e][4:-8])
     p = np.array(p)
     got = ref.score(inp, params, ref.look_ahead(inp, params))
@@ -327,7 +327,9 @@ def test_score_by_definition(seed, softcap, n_rot, neox):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_votes_of_two_passes_are_those_of_one(seed):
-    """Queries that vote one after the other say of the stage what they say together, as long as the rows are the same."""
+    """Queries that vote one after the other say of the stage what they say together, as long as the rows are the
+    same.
+    """
     inp = random_input(seed)
     params = params_for(inp, 20)
     q = ref.look_ahead(inp, params)
@@ -374,7 +376,7 @@ def test_equal_values_do_not_decide():
 def test_below_budget_nothing_changes(extra, merge):
     inp = random_input(0)
     result = ref.compress_head(inp, params_for(inp, inp.n_cand + extra, merge=merge))
-    for got, before in zip(ref.rows_after(inp, result), (inp.k, inp.v, inp.bias)):
+    for got, before in zip(ref.rows_after(inp, result), (inp.k, inp.v, inp.bias), strict=True):
         np.testing.assert_array_equal(got, before)
     assert (result.n_merged, result.n_dropped) == (0, 0)
     assert result.rows.n_tok.tolist() == [*inp.n_tok, *[1] * inp.n_new]
@@ -536,7 +538,7 @@ def test_sinks_and_window_are_untouched(method, seed):
     result = run_method(method, inp, 20)
     for name, value in before.items():
         np.testing.assert_array_equal(getattr(inp, name), value, err_msg=name)
-    for after, old in zip(ref.rows_after(inp, result), (before["k"], before["v"], before["bias"])):
+    for after, old in zip(ref.rows_after(inp, result), (before["k"], before["v"], before["bias"]), strict=True):
         np.testing.assert_array_equal(after[:4], old[:4])
         np.testing.assert_array_equal(after[-8:], old[-8:])
     v = inp.v.copy()
@@ -673,7 +675,7 @@ def test_inputs_must_describe_the_same_rows():
         ref.compress_head_streaming(inp, -1)
 
 
-# ------------------------------------------------------------------------------------------------------------- baselines
+# ------------------------------------------------------------------------------------------------------------ baselines
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -694,7 +696,7 @@ def test_paper_rows(seed, budget):
         )
         assert result.winner[j] == np.flatnonzero(members)[0]  # the seed is the first in reading order
     kept = dict(ref.chunk_budgets(rows.chunk, rows.n_tok, budget))
-    for chunk, n in zip(*np.unique(result.rows.chunk, return_counts=True)):
+    for chunk, n in zip(*np.unique(result.rows.chunk, return_counts=True), strict=True):
         assert n <= kept[chunk]
     assert set(kept) == set(result.rows.chunk)
     assert all(c < min(kept) for c in set(rows.chunk) - set(kept))  # the oldest chunks go
@@ -745,11 +747,11 @@ def test_streaming_keeps_the_newest():
 @pytest.mark.parametrize("method", ["paper", "streaming"])
 def test_baselines_below_budget_change_nothing(method):
     inp = random_input(0)
-    for got, before in zip(ref.rows_after(inp, run_method(method, inp, 50)), (inp.k, inp.v, inp.bias)):
+    for got, before in zip(ref.rows_after(inp, run_method(method, inp, 50)), (inp.k, inp.v, inp.bias), strict=True):
         np.testing.assert_array_equal(got, before)
 
 
-# --------------------------------------------------------------------------------------------------------------- profile
+# -------------------------------------------------------------------------------------------------------------- profile
 
 
 def random_profile(seed=0, n_head=6):
@@ -901,7 +903,7 @@ def test_budgets_too_small_are_refused():
             call()
 
 
-# ----------------------------------------------------------------------------------------------------------- calibration
+# ---------------------------------------------------------------------------------------------------------- calibration
 
 
 def random_text(seed, n_past=60, n_exact=24, n_probe=12, n_sink=2, same=False):
@@ -960,7 +962,7 @@ def test_passes_cover_the_text_once():
     np.testing.assert_array_equal(everything.k, text.k[text.n_sink : text.n_past])
 
 
-# ---------------------------------------------------------------------------------------------------------- golden files
+# --------------------------------------------------------------------------------------------------------- golden files
 
 
 @pytest.fixture(scope="module")
@@ -972,8 +974,8 @@ def make_golden():
     return module
 
 
-# numpy and its BLAS round and add in an order of their own on every processor: of the float64 values behind a file, some
-# thousand operations deep, 1e-12 is not theirs to choose. Rounded to float32 they may come out one unit apart.
+# numpy and its BLAS round and add in an order of their own on every processor: of the float64 values behind a file,
+# some thousand operations deep, 1e-12 is not theirs to choose. Rounded to float32 they may come out one unit apart.
 F64_RTOL = 1e-12
 F32_RTOL = 2.0**-23
 
@@ -992,10 +994,10 @@ def assert_same_golden(name, got, want):
         return
     got, want = got.decode().splitlines(), want.decode().splitlines()
     assert len(got) == len(want), name
-    for line, (a, b) in enumerate(zip(got, want), start=1):
+    for line, (a, b) in enumerate(zip(got, want, strict=True), start=1):
         a, b = a.split(" "), b.split(" ")
         assert len(a) == len(b), (name, line)
-        for x, y in zip(a, b):
+        for x, y in zip(a, b, strict=True):
             assert x == y or "." in y and float(x) == pytest.approx(float(y), rel=F64_RTOL, abs=0), (name, line)
 
 
@@ -1045,10 +1047,24 @@ def read_case(data):
     """Read a case as its documentation describes it, without the generator."""
     h = struct.unpack_from("<32i", data)
     keys = (
-        "magic version method d_k d_v gqa n_rot rope_neox n_sink n_core n_new n_win n_past n_horizon seed_low seed_high budget merge "
-        "n_out n_merged n_dropped attempt n_q n_ahead n_full distinct"
-    ).split()
-    c = dict(zip(keys, h))
+        *(
+            "magic",
+            "version",
+            "method",
+            "d_k",
+            "d_v",
+            "gqa",
+            "n_rot",
+            "rope_neox",
+            "n_sink",
+            "n_core",
+            "n_new",
+            "n_win",
+        ),
+        *("n_past", "n_horizon", "seed_low", "seed_high", "budget", "merge", "n_out", "n_merged", "n_dropped"),
+        *("attempt", "n_q", "n_ahead", "n_full", "distinct"),
+    )
+    c = dict(zip(keys, h, strict=False))  # the rest is kept free
     assert (c["magic"], c["version"]) == (0x43474353, 5) and not any(h[26:])
     n_cand, n_stage, n_q = c["n_core"] + c["n_new"], c["n_new"] + c["n_win"], c["n_q"]
     n_rows, n_out = c["n_sink"] + n_cand + c["n_win"], c["n_out"]

@@ -40,7 +40,9 @@ def test_states_are_of_the_only_sequence(arch, tiny, load):
 
 
 def test_a_state_of_another_vocabulary(tiny, load):
-    """Of the same architecture and shapes, as a fine-tune with more tokens would be: refused before anything is read."""
+    """Of the same architecture and shapes, as a fine-tune with more tokens would be: refused before anything is
+    read.
+    """
     llm = load(tiny("llama"), **SMALL)
     llm.eval(TOKENS)
     state = llm.save_state()
@@ -80,9 +82,10 @@ def test_round_trip(arch, flash_attn, method, tiny, load):
         restored.append(continue_with(some, MORE))
         assert numbers(some)[:2] == end[:2]
     np.testing.assert_array_equal(*restored)
-    # llama.cpp restores the cells in another order, so sums differ in the last bit from those without a restore; where the
-    # sliding-window layers of gemma3 use its flash attention, which sums in f16, by a KL of 3e-4 without compression too.
-    # The next pass chooses, and a last bit may change who wins: only there may the tiny gemma3 differ by more.
+    # llama.cpp restores the cells in another order, so sums differ in the last bit from those without a restore; where
+    # the sliding-window layers of gemma3 use its flash attention, which sums in f16, by a KL of 3e-4 without
+    # compression too. The next pass chooses, and a last bit may change who wins: only there may the tiny gemma3 differ
+    # by more.
     noise = 1e-3 if arch == "gemma3" and flash_attn else 1e-5
     n_exact = SMALL["kv_stage"] - was[1]  # tokens until the next pass
     assert n_exact > 10

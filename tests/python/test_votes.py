@@ -1,4 +1,6 @@
-"""A window larger than the ring of queries: passes come before the stage overflows, and a token is judged by several."""
+"""A window larger than the ring of queries: passes come before the stage overflows, and a token is judged by
+several.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ WIDE = dict(n_ctx=1024, n_batch=N_BATCH, kv_compress="semanticache", kv_stage=19
 
 @pytest.fixture
 def beside_stock(tiny, load):
-    """beside_stock(f) does f(object) to a compressed cache that keeps every row, and to llama.cpp's: their next logits must agree."""
+    """beside_stock(f) does f(object) to a compressed cache that keeps every row, and to llama.cpp's: their next logits
+    must agree.
+    """
 
     def check(f):
         llm = load(tiny("llama"), **WIDE, **EXACT, kv_ratio=1, flash_attn=False)
@@ -140,7 +144,9 @@ def test_tokens_between_others_can_go(tiny, load, beside_stock):
 
 
 def test_a_cut_behind_a_gap(tiny, load):
-    """The text then ends before what the last pass had asked: what comes there must find room, and a state must be whole."""
+    """The text then ends before what the last pass had asked: what comes there must find room, and a state must be
+    whole.
+    """
     llm = load(tiny("llama"), **WIDE)
     llm.eval(TOKENS[:385])  # 360 of them were asked
     assert llm._ctx.kv_cache_seq_rm(0, 300, 370) and llm._ctx.kv_cache_seq_rm(0, 370, -1)

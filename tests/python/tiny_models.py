@@ -14,8 +14,9 @@ import gguf
 import numpy as np
 
 # Architectures whose cache can be compressed. "llama3" is llama with RoPE frequency factors, "mistral" is llama with a
-# head size that is not n_embd / n_head, "phi3-longrope" has long and short factors and rotates 3/4 of a head, every fourth layer
-# of "smollm3" is without RoPE, every second layer of "lfm2" is a short convolution, whose state cannot be cut.
+# head size that is not n_embd / n_head, "phi3-longrope" has long and short factors and rotates 3/4 of a head, every
+# fourth layer of "smollm3" is without RoPE, every second layer of "lfm2" is a short convolution, whose state cannot be
+# cut.
 SUPPORTED = (
     "llama",
     "llama3",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 from ..errors import ArgumentError
 from ..llama import Llama
@@ -13,10 +13,22 @@ from ..llama import Llama
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 PLACES = (
-    "Ashcombe lighthouse", "Brindle observatory", "Corvane library", "Dunmore granary", "Eastfold museum",
-    "Farrow aqueduct", "Glenholt chapel", "Harrowgate mint", "Ilverton archive", "Juniper foundry",
-    "Kestrel theatre", "Larkspur harbour", "Merrow hospital", "Northwick arsenal", "Osmund cathedral",
-)  # fmt: skip
+    "Ashcombe lighthouse",
+    "Brindle observatory",
+    "Corvane library",
+    "Dunmore granary",
+    "Eastfold museum",
+    "Farrow aqueduct",
+    "Glenholt chapel",
+    "Harrowgate mint",
+    "Ilverton archive",
+    "Juniper foundry",
+    "Kestrel theatre",
+    "Larkspur harbour",
+    "Merrow hospital",
+    "Northwick arsenal",
+    "Osmund cathedral",
+)
 FIRST = ("Agnes", "Bertram", "Clara", "Desmond", "Edith", "Felix", "Greta", "Hector", "Irene", "Jasper")
 LAST = ("Whitlock", "Marlowe", "Penrose", "Sandford", "Tolliver", "Umber", "Vance", "Wexford", "Yarrow", "Zeller")
 MONTHS = ("January", "March", "April", "June", "July", "September", "October", "December")
@@ -112,13 +124,14 @@ def single_facts(seed: int) -> list[Fact]:
     kinds = list(KINDS)
     return [
         _simple(rnd, kinds[(i + seed) % len(kinds)], depth, place)
-        for i, (place, depth) in enumerate(zip(places, DEPTHS))
+        for i, (place, depth) in enumerate(zip(places, DEPTHS, strict=True))
     ]
 
 
 def ruler_facts(seed: int) -> list[Fact]:
-    """In the manner of RULER: a fact among four of its like, one in other words, one of three values, one behind a chain of three
-    variables, and a plain one. The kinds take turns at the depths, so that any five seeds in a row have every kind at every depth.
+    """In the manner of RULER: a fact among four of its like, one in other words, one of three values, one behind a
+    chain of three variables, and a plain one. The kinds take turns at the depths, so that any five seeds in a row have
+    every kind at every depth.
     """
     rnd = random.Random(f"ruler {seed}")
     places = iter(rnd.sample(PLACES, 8))
@@ -136,10 +149,11 @@ def ruler_facts(seed: int) -> list[Fact]:
         )
 
     def multivalue(depth: float) -> Fact:
-        place, names = next(places), tuple(f"{f} {l}" for f, l in zip(rnd.sample(FIRST, 3), rnd.sample(LAST, 3)))
+        place = next(places)
+        names = tuple(" ".join(name) for name in zip(rnd.sample(FIRST, 3), rnd.sample(LAST, 3), strict=True))
         told = tuple(
             (d, f" A guide of the {place} is called {name}.")
-            for d, name in zip((depth, elsewhere(), elsewhere()), names)
+            for d, name in zip((depth, elsewhere(), elsewhere()), names, strict=True)
         )
         return Fact(
             "multivalue",
@@ -159,7 +173,7 @@ def ruler_facts(seed: int) -> list[Fact]:
         return Fact(
             "tracking",
             depth,
-            tuple(zip(depths, told)),
+            tuple(zip(depths, told, strict=True)),
             _prompt(f"What number is {names[2]}?", f"The number {names[2]} is"),
             (value,),
         )
@@ -235,8 +249,8 @@ def make_case(
     n_spare = len(text_tokens) - n_body - n_following
     if n_body < 1 or n_spare < 1:
         raise ArgumentError(
-            f"text: expected more than {n_body + n_following} tokens for a case of {n_tokens} tokens and {n_following} behind it, "
-            f"got {len(text_tokens)}; name a longer text or a smaller length"
+            f"text: expected more than {n_body + n_following} tokens for a case of {n_tokens} tokens and "
+            f"{n_following} behind it, got {len(text_tokens)}; name a longer text or a smaller length"
         )
     begin = rnd.randrange(n_spare)
     body = text_tokens[begin : begin + n_body]
@@ -245,7 +259,7 @@ def make_case(
     ]
     places = [min(ends, key=lambda e: abs(e - depth * n_body)) for depth, _ in told]
     tokens = list(bos)
-    for start, end, sentence in zip([0, *places], places, sentences):
+    for start, end, sentence in zip([0, *places[:-1]], places, sentences, strict=True):
         tokens += body[start:end] + sentence
     tokens += body[places[-1] :]
     return Case(tokens, text_tokens[begin + n_body : begin + n_body + n_following], facts)

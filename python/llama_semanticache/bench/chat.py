@@ -2,23 +2,27 @@
 
     llama-semanticache bench chat MODEL --text FILE --setting semanticache:0.25 --setting shift:0.25 --json chat.json
 
-The user tells a fact in each of the first turns and asks for stories from then on; the assistant's answers are pieces of a text,
-so that the conversation is the same for every cache. "shift:RATIO" is what llama.cpp does when its context is full (`n_keep`
-and context shift): a cache of as many bytes as ours at that ratio forgets the older half of what is behind the first message.
+The user tells a fact in each of the first turns and asks for stories from then on; the assistant's answers are pieces
+of a text, so that the conversation is the same for every cache. "shift:RATIO" is what llama.cpp does when its context
+is full (`n_keep` and context shift): a cache of as many bytes as ours at that ratio forgets the older half of what is
+behind the first message.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from pathlib import Path
-from typing import Any, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import click
 
 from .. import models
 from ..errors import ArgumentError
 from ..llama import Llama
+from ..memory import estimate
+from ..shape import ModelShape
 from .cases import chat_facts
 from .harness import Snapshot, continue_greedily, render
 from .options import gpu_layers_option, json_option, text_option, threads_option, without_base_option
@@ -38,7 +42,8 @@ def conversation(
     tokens = llm.tokenize(text.encode(), add_bos=False, special=False)
     if len(tokens) < (seed + 1) * n_turns * n_answer:
         raise ArgumentError(
-            f"text: expected at least {(seed + 1) * n_turns * n_answer} tokens, got {len(tokens)}; name a longer one or fewer conversations"
+            f"text: expected at least {(seed + 1) * n_turns * n_answer} tokens, got {len(tokens)}; name a longer one "
+            "or fewer conversations"
         )
     messages = [{"role": "system", "content": SYSTEM}]
     for turn in range(n_turns):
@@ -79,24 +84,23 @@ def measure_chat(
     room = max(map(len, asked)) + 32
     if not shift and len(tokens) + room > llm.n_ctx():
         raise ArgumentError(
-            f"--n-ctx: expected at least {len(tokens) + room} for this conversation, got {llm.n_ctx()}; raise it or take fewer turns"
+            f"--n-ctx: expected at least {len(tokens) + room} for this conversation, got {llm.n_ctx()}; raise it or "
+            "take fewer turns"
         )
     llm.reset()
     step = llm.n_batch // 2
-    for start in range(0, len(tokens), step):
-        part = tokens[start : start + step]
+    for first in range(0, len(tokens), step):
+        part = tokens[first : first + step]
         if shift:  # the questions' room is made before the last part: what was shifted is turned by the next eval
-            shift_if_full(llm, len(part) + (room if start + step >= len(tokens) else 0), n_keep)
+            shift_if_full(llm, len(part) + (room if first + step >= len(tokens) else 0), n_keep)
         llm.eval(part)
     stats = llm.kv_stats()
     snapshot = Snapshot(llm)
     answers = []
-    for turn, (question, (_, _, start, want)) in enumerate(zip(asked, facts), 1):
+    for turn, (question, (_, _, start, want)) in enumerate(zip(asked, facts, strict=True), 1):
         snapshot.restore(llm)
-        start_tokens = llm.tokenize(start.encode(), add_bos=False, special=False)
-        got = continue_greedily(
-            llm, [*question, *start_tokens], len(llm.tokenize(want.encode(), add_bos=False, special=False)) + 3
-        )
+        begin, end = (llm.tokenize(text.encode(), add_bos=False, special=False) for text in (start, want))
+        got = continue_greedily(llm, [*question, *begin], len(end) + 3)
         answers.append({"turn": turn, "want": want, "got": got})
     return {"tokens": len(tokens), "kv_bytes": stats.total_bytes, "answers": answers}
 
@@ -123,21 +127,22 @@ def chat_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         records, answers = list(chats.values()), [a for r in chats.values() for a in r["answers"]]
         right, base = n_right(records), n_right(r for number, r in groups.get(BASE, {}).items() if number in chats)
         by_turn = [[has_words(a["got"], a["want"]) for a in answers if a["turn"] == t] for t in turns]
-        cells.append([
-            setting, f"{right}/{len(answers)}", f"{right / base:.0%}" if base else "", *(f"{sum(s)}/{len(s)}" for s in by_turn),
-            f"{records[0]['kv_bytes'] / 2**20:.1f}",
-        ])  # fmt: skip
+        cells.append(
+            [
+                setting,
+                f"{right}/{len(answers)}",
+                f"{right / base:.0%}" if base else "",
+                *(f"{sum(s)}/{len(s)}" for s in by_turn),
+                f"{records[0]['kv_bytes'] / 2**20:.1f}",
+            ]
+        )
     return ["cache", "facts", "of full", *(f"turn {t}" for t in turns), "KV MiB"], cells
 
 
-def chat_options(setting: str, path: Path, n_ctx: int) -> tuple[dict[str, Any], int]:
+def chat_options(setting: str, shape: ModelShape, n_ctx: int) -> tuple[dict[str, Any], int]:
     """Arguments of `Llama`, and the context: of "shift:RATIO" as many tokens as fit the bytes of ours at that ratio."""
-    from ..memory import estimate
-    from ..shape import read_shape
-
     if not setting.startswith("shift:"):
         return llama_options(setting), n_ctx
-    shape = read_shape(path)
     try:
         ratio = float(setting.removeprefix("shift:"))
     except ValueError as error:
@@ -195,17 +200,31 @@ def chat(
     """Facts of a conversation's first turns, asked for in its last, also against llama.cpp's context shift."""
     from tqdm import tqdm
 
-    path = models.resolve(model)
+    model_file = models.open_model(model)
     settings = with_base(
         settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"), without_base
     )
-    options = {setting: chat_options(setting, path, n_ctx) for setting in settings}
-    check_settings(path, [s for s in settings if not s.startswith("shift:")], n_ctx)
-    profiles = profiles_of(path, settings, threads)
-    run = Run(json_path, "chat", {
-        "model": path.name, "text": text_path.name, "n_turns": n_turns, "n_facts": n_facts, "n_answer": n_answer, "n_chats": n_chats, "first_chat": first_chat,
-        "settings": settings, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "threads": threads,
-    }, [path, text_path, *profiles])  # fmt: skip
+    options = {setting: chat_options(setting, model_file.shape, n_ctx) for setting in settings}
+    check_settings(model_file, [s for s in settings if not s.startswith("shift:")], n_ctx)
+    profiles = profiles_of(model_file, settings, threads)
+    run = Run(
+        json_path,
+        "chat",
+        {
+            "model": model_file.name,
+            "text": text_path.name,
+            "n_turns": n_turns,
+            "n_facts": n_facts,
+            "n_answer": n_answer,
+            "n_chats": n_chats,
+            "first_chat": first_chat,
+            "settings": settings,
+            "n_ctx": n_ctx,
+            "n_gpu_layers": n_gpu_layers,
+            "threads": threads,
+        },
+        [model_file, text_path, *profiles],
+    )
     text = models.read_text(text_path)
     numbers = range(first_chat, first_chat + n_chats)
     with tqdm(total=len(settings) * n_chats, unit="chat") as bar:
@@ -215,10 +234,10 @@ def chat(
                 bar.update(n_chats)
                 continue
             arguments, n = options[setting]
-            with closing(Llama(str(path), **context_options(n, threads, n_gpu_layers), **arguments)) as llm:
+            with closing(Llama(model_file, **context_options(n, threads, n_gpu_layers), **arguments)) as llm:
                 chats = [conversation(llm, text, i, n_turns, n_facts, n_answer) for i in numbers]
-                for name, (messages, facts) in zip(names, chats):
+                for name, (messages, facts) in zip(names, chats, strict=True):
                     bar.set_postfix_str(setting)
-                    run.record(name, lambda: measure_chat(llm, messages, facts, setting.startswith("shift:")))
+                    run.record(name, partial(measure_chat, llm, messages, facts, setting.startswith("shift:")))
                     bar.update()
-    print_table(f"{path.name}, {n_chats} conversations of {n_turns} turns, n_ctx {n_ctx}", *chat_table(run.data))
+    print_table(f"{model_file.name}, {n_chats} conversations of {n_turns} turns, n_ctx {n_ctx}", *chat_table(run.data))

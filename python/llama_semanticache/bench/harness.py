@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
-from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from ..errors import ArgumentError
 from ..llama import Llama
+from ..model_file import ModelFile
 from .settings import llama_options
 
 import llama_cpp  # the patched library is loaded by now
@@ -19,22 +21,22 @@ import llama_cpp  # the patched library is loaded by now
 class Loader:
     """Loads a model with one cache after the other; the same one is not loaded twice in a row."""
 
-    def __init__(self, path: Path, common: Mapping[str, Any]):
-        self.path, self.common = path, common
+    def __init__(self, model: str | os.PathLike[str], common: Mapping[str, Any]):
+        self.model, self.common = ModelFile.of(model), common
         self.setting: str | None = None
         self.llm: Llama | None = None
 
     def __call__(self, setting: str) -> Llama:
-        if setting != self.setting:
+        if self.llm is None or setting != self.setting:
             self.close()
-            self.llm = Llama(str(self.path), **self.common, **llama_options(setting))
+            self.llm = Llama(self.model, **self.common, **llama_options(setting))
             self.setting = setting
         return self.llm
 
     def close(self) -> None:
         if self.llm is not None:
             self.llm.close()
-        self.llm = self.setting = None
+        self.llm, self.setting = None, None
 
 
 def next_logits(llm: Llama, tokens: Sequence[int]) -> np.ndarray:
@@ -71,13 +73,13 @@ class Snapshot:
 def continue_greedily(
     llm: Llama, tokens: Sequence[int], n_tokens: int, is_end: Callable[[str], bool] = lambda text: False
 ) -> str:
-    """At most `n_tokens` most likely tokens behind the cache's text and `tokens`, as text; until the model or `is_end` of the
-    text so far ends it.
+    """At most `n_tokens` most likely tokens behind the cache's text and `tokens`, as text; until the model or `is_end`
+    of the text so far ends it.
     """
     out: list[int] = []
     text = ""
-    for start in range(0, len(tokens), llm.n_batch):
-        logits = next_logits(llm, tokens[start : start + llm.n_batch])[-1]
+    starts = range(0, len(tokens), llm.n_batch)
+    logits = [next_logits(llm, tokens[start : start + llm.n_batch])[-1] for start in starts][-1]
     while len(out) < n_tokens:
         top = int(logits.argmax())
         if llama_cpp.llama_vocab_is_eog(llm._model.vocab, top):
@@ -106,7 +108,7 @@ def read_in(llm: Llama, tokens: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def render(llm: Llama, messages: Sequence[dict[str, str]], prompt: bool) -> list[int]:
+def render(llm: Llama, messages: Sequence[Any], prompt: bool) -> list[int]:
     """Tokens of a conversation by the model's own template; with the head of the next answer if it is a prompt."""
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 

@@ -1,8 +1,9 @@
-"""A process that measures presses of NVIDIA's kvpress: `quality.py` starts it with a Python that has kvpress, torch and gguf.
+"""A process that measures presses of NVIDIA's kvpress: `quality.py` starts it with a Python that has kvpress, torch and
+gguf.
 
-It reads one JSON object a line from standard input and answers each with one line; it imports nothing of this package. The GGUF
-file is loaded by transformers, with its weights dequantized to float32, and read whole; every layer's cache is pruned
-when its keys are there, as kvpress does. KL is taken against the same model with its whole cache.
+It reads one JSON object a line from standard input and answers each with one line; it imports nothing of this package.
+The GGUF file is loaded by transformers, with its weights dequantized to float32, and read whole; every layer's cache is
+pruned when its keys are there, as kvpress does. KL is taken against the same model with its whole cache.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def lengths(cache: DynamicCache) -> list[int]:
 
 def cut(cache: DynamicCache, to: list[int]) -> None:
     """Takes away what was read behind the context."""
-    for layer, n in zip(cache.layers, to):
+    for layer, n in zip(cache.layers, to, strict=True):
         layer.keys, layer.values = layer.keys[:, :, :n], layer.values[:, :, :n]
 
 
@@ -106,9 +107,13 @@ def measure(model: Model, order: dict[str, Any]) -> dict[str, Any]:
         "kl": float((reference.exp() * (reference - logp)).sum(-1).mean()),
         "same_top": float((reference.argmax(-1) == logp.argmax(-1)).float().mean()),
         "log_ppl": float((reference[at] - logp[at]).mean()),
-        "prefill_s": seconds, "pass_s": 0.0, "kv_bytes": n_bytes, "rows_used": sum(held), "texts": [],
+        "prefill_s": seconds,
+        "pass_s": 0.0,
+        "kv_bytes": n_bytes,
+        "rows_used": sum(held),
+        "texts": [],
         "versions": VERSIONS,
-    }  # fmt: skip
+    }
     for question in order["questions"]:
         cut(cache, held)
         record["texts"].append(model.answer(question["tokens"], len(tokens), cache, question["n"]))

@@ -1,9 +1,10 @@
-"""How much memory? What llama.cpp and ours allocate for the KV cache, and what the process holds, for every kind of cache.
+"""How much memory? What llama.cpp and ours allocate for the KV cache, and what the process holds, for every kind of
+cache.
 
     llama-semanticache bench memory MODEL --n-ctx 8192 --n-ctx 32768 --setting semanticache:0.25 --json memory.json
 
-Every setting has a process of its own, which fills its cache with random tokens. The largest context of a number of GiB comes
-from the formula that `llama-semanticache memory` uses, which the tests hold to llama.cpp's allocation.
+Every setting has a process of its own, which fills its cache with random tokens. The largest context of a number of GiB
+comes from the formula that `llama-semanticache memory` uses, which the tests hold to llama.cpp's allocation.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import click
 
 from .. import models
+from ..config import OURS
 from ..memory import largest_n_ctx
-from ..shape import ModelShape, read_shape
+from ..shape import ModelShape
 from .cards import card_bytes
 from .options import gpu_layers_option, json_option, setting_option, threads_option
 from .process import Worker
@@ -27,8 +31,8 @@ from .settings import (
     STOCK,
     check_settings,
     context_options,
-    estimated_options,
     llama_options,
+    parse_setting,
     profiles_of,
     with_base,
 )
@@ -39,8 +43,8 @@ DEFAULT_SETTINGS = (*STOCK, "semanticache:0.25", "semanticache:0.125", "semantic
 
 
 class PeakResident:
-    """The most that this process holds while it is entered, `bytes`: a thread looks every two milliseconds, since a pass takes and gives back its
-    working memory inside one call.
+    """The most that this process holds while it is entered, `bytes`: a thread looks every two milliseconds, since a
+    pass takes and gives back its working memory inside one call.
     """
 
     def __enter__(self) -> PeakResident:
@@ -74,10 +78,17 @@ def fill(options: dict[str, Any], fraction: float) -> dict[str, Any]:
         llm.eval(tokens)
     stats, card_after, steady = llm.kv_stats(), card_bytes(), resident_bytes()
     return {
-        "n_tokens": n, "kv_bytes": stats.total_bytes, "core_bytes": stats.core_bytes, "stage_bytes": stats.stage_bytes,
-        "query_bytes": stats.query_bytes, "meta_bytes": stats.meta_bytes, "resident_loaded": loaded - before, "resident_steady": steady - before,
-        "resident_peak": max(peak.bytes, steady) - before, "card_bytes": None if card is None or card_after is None else card_after - card,
-    }  # fmt: skip
+        "n_tokens": n,
+        "kv_bytes": stats.total_bytes,
+        "core_bytes": stats.core_bytes,
+        "stage_bytes": stats.stage_bytes,
+        "query_bytes": stats.query_bytes,
+        "meta_bytes": stats.meta_bytes,
+        "resident_loaded": loaded - before,
+        "resident_steady": steady - before,
+        "resident_peak": max(peak.bytes, steady) - before,
+        "card_bytes": None if card is None or card_after is None else card_after - card,
+    }
 
 
 def serve() -> None:
@@ -85,17 +96,24 @@ def serve() -> None:
     print(json.dumps(fill(**json.loads(sys.stdin.readline()))), flush=True)
 
 
-def measure(options: dict[str, Any], fraction: float, setting: str) -> dict[str, Any]:
-    """`fill` in a new process."""
+def measure(
+    options: dict[str, Any], fraction: float, setting: str, shape: ModelShape, gibs: Sequence[float]
+) -> dict[str, Any]:
+    """`fill` in a new process, and the largest context for so many GiB each."""
     with Worker(setting, [sys.executable, "-c", f"from {__name__} import serve; serve()"]) as worker:
-        return worker.ask(options=options, fraction=fraction)
+        record = worker.ask(options=options, fraction=fraction)
+    return {**record, "largest": [largest_tokens(shape, setting, gib) for gib in gibs]}
 
 
 def largest_tokens(shape: ModelShape, setting: str, gib: float) -> int:
     """Largest context whose cache, weights and buffers fit, at most what the model was trained for; 0 if none does."""
     if setting in STOCK:
         return largest_n_ctx(shape, gib, STOCK[setting])
-    return largest_n_ctx(shape, gib, "semanticache", **estimated_options(setting))
+    return largest_n_ctx(shape, gib, OURS, **parse_setting(setting))
+
+
+def _mib(n_bytes: int | None) -> str:
+    return "" if n_bytes is None else f"{n_bytes / 2**20:.1f}"
 
 
 def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -123,21 +141,18 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         _, setting, n_ctx = name.split("|")
         base = run["records"].get(f"memory|{BASE}|{n_ctx}", r)
 
-        def mib(key: str) -> str:
-            return "" if r[key] is None else f"{r[key] / 2**20:.1f}"
-
         ours = [r[key] for key in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes")]
         parts = [f"{n / 2**20:.1f}" if r["core_bytes"] else "" for n in (*ours, r["kv_bytes"] - sum(ours))]
         resident = [
-            mib("resident_loaded"),
+            _mib(r["resident_loaded"]),
             str(r["n_tokens"]),
-            *(mib(key) for key in ("resident_steady", "resident_peak", "card_bytes")),
+            *(_mib(r[key]) for key in ("resident_steady", "resident_peak", "card_bytes")),
         ]
         cells.append(
             [
                 n_ctx,
                 setting,
-                mib("kv_bytes"),
+                _mib(r["kv_bytes"]),
                 f"{r['kv_bytes'] / base['kv_bytes']:.1%}",
                 *parts,
                 *resident,
@@ -183,26 +198,32 @@ def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_p
     """KV bytes as allocated, resident size of a process that fills its cache, and the largest context that fits."""
     from tqdm import tqdm
 
-    path = models.resolve(model)
-    shape = read_shape(path)
+    model_file = models.open_model(model)
+    shape = model_file.shape
     settings = with_base(settings or DEFAULT_SETTINGS)
     options = {setting: llama_options(setting) for setting in settings}
     sizes = sorted(sizes)
-    check_settings(path, settings, sizes[0])
-    profiles = profiles_of(path, settings, threads)
-    run = Run(json_path, "memory", {
-        "model": path.name, "sizes": sizes, "settings": settings, "fraction": fraction, "gibs": list(gibs), "n_gpu_layers": n_gpu_layers, "threads": threads,
-    }, [path, *profiles])  # fmt: skip
+    check_settings(model_file, settings, sizes[0])
+    profiles = profiles_of(model_file, settings, threads)
+    run = Run(
+        json_path,
+        "memory",
+        {
+            "model": model_file.name,
+            "sizes": sizes,
+            "settings": settings,
+            "fraction": fraction,
+            "gibs": list(gibs),
+            "n_gpu_layers": n_gpu_layers,
+            "threads": threads,
+        },
+        [model_file, *profiles],
+    )
     for n_ctx, setting in tqdm([(n, s) for n in sizes for s in settings], unit="run"):
-        run.record(
-            f"memory|{setting}|{n_ctx}",
-            lambda: {
-                **measure(
-                    {"model_path": str(path), **context_options(n_ctx, threads, n_gpu_layers), **options[setting]},
-                    fraction,
-                    setting,
-                ),
-                "largest": [largest_tokens(shape, setting, g) for g in gibs],
-            },
-        )
-    print_table(f"{path.name}, {fraction:.0%} of the context read", *memory_table(run.data))
+        llama = {
+            "model_path": str(model_file.path),
+            **context_options(n_ctx, threads, n_gpu_layers),
+            **options[setting],
+        }
+        run.record(f"memory|{setting}|{n_ctx}", partial(measure, llama, fraction, setting, shape, gibs))
+    print_table(f"{model_file.name}, {fraction:.0%} of the context read", *memory_table(run.data))

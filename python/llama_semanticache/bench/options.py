@@ -7,9 +7,12 @@ from pathlib import Path
 import click
 
 setting_option = click.option(
-    "--setting", "settings", multiple=True,
-    help="stock:q8_0, stock:q4_0 or METHOD:RATIO[:equal][:NAME=VALUE]..., as in semanticache:0.25:type_k=f16; repeatable. stock:f16 is always there.",
-)  # fmt: skip
+    "--setting",
+    "settings",
+    multiple=True,
+    help="stock:q8_0, stock:q4_0 or METHOD:RATIO[:equal][:NAME=VALUE]..., as in semanticache:0.25:type_k=f16; "
+    "repeatable. stock:f16 is always there.",
+)
 without_base_option = click.option(
     "--without-base",
     is_flag=True,

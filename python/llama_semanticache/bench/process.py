@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import subprocess
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import SemanticCacheError
 
@@ -27,32 +28,29 @@ class Worker:
         self.name = name
         told = {"PYTHONWARNINGS": "ignore:threads"}  # by the process that starts it
         env = {**os.environ, **told, **(env or {})}
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={key: value for key, value in env.items() if value is not None},
-        )
+        pipe = subprocess.PIPE
+        kept = {key: value for key, value in env.items() if value is not None}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=kept)
+        self.orders: Any = self.process.stdin
+        self.answers: Any = self.process.stdout
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended with an order unread
-            self.process.stdin.close()
+            self.orders.close()
         self.process.wait()
 
     def ask(self, **order: Any) -> dict[str, Any]:
         """The answer to one order."""
-        try:
-            self.process.stdin.write(json.dumps(order) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: said below
-        line = self.process.stdout.readline()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: said below
+            self.orders.write(json.dumps(order) + "\n")
+            self.orders.flush()
+        line = self.answers.readline()
         if not line:
             raise SemanticCacheError(
-                f"{self.name}: expected a measurement, got the end of its process (status {self.process.wait()}); its own message stands above"
+                f"{self.name}: expected a measurement, got the end of its process (status {self.process.wait()}); its "
+                "own message stands above"
             )
         return json.loads(line)

@@ -1,13 +1,16 @@
 """Does the model still remember? Facts, and the text that follows, each against the uncompressed cache.
 
-llama-semanticache bench quality MODEL --text FILE --n-tokens 7600 --cases 3 --setting semanticache:0.25 --json quality.json
+    llama-semanticache bench quality MODEL --text FILE --n-tokens 7600 --cases 3 --setting semanticache:0.25 \\
+        --json quality.json
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import click
 import numpy as np
@@ -35,8 +38,8 @@ def follow(llm: Llama, case: Case) -> np.ndarray:
 
 
 def divergence(reference: np.ndarray, logp: np.ndarray, following: Sequence[int]) -> dict[str, float]:
-    """Means over the following tokens: KL divergence (nats), share with the same most likely token, log of the factor by which the
-    perplexity rises.
+    """Means over the following tokens: KL divergence (nats), share with the same most likely token, log of the factor
+    by which the perplexity rises.
 
     Parameters
     ----------
@@ -62,7 +65,8 @@ def question_of(llm: Llama, fact: Fact) -> tuple[list[int], int]:
 def answers_of(case: Case, texts: Sequence[str]) -> list[dict[str, Any]]:
     """The answers to the case's questions, beside what was wanted; a table judges them."""
     return [
-        {"kind": f.kind, "depth": f.depth, "want": list(f.answers), "got": text} for f, text in zip(case.facts, texts)
+        {"kind": f.kind, "depth": f.depth, "want": list(f.answers), "got": text}
+        for f, text in zip(case.facts, texts, strict=True)
     ]
 
 
@@ -94,9 +98,13 @@ class Presses(ExitStack):
             self.worker.ask(load=str(self.model.resolve()))
         press, keep = parse_press(setting)
         record = self.worker.ask(
-            case=name, tokens=case.tokens, following=case.following, press=press, keep=keep,
+            case=name,
+            tokens=case.tokens,
+            following=case.following,
+            press=press,
+            keep=keep,
             questions=[{"tokens": tokens, "n": n_answer} for tokens, n_answer in questions],
-        )  # fmt: skip
+        )
         return {**record, "answers": answers_of(case, record.pop("texts"))}
 
 
@@ -154,10 +162,10 @@ def measure_texts(
                         load.close()  # its memory is wanted
                         run.record(
                             name_of(setting, key),
-                            lambda: presses.measure(setting, f"{key[0]}|{key[1]}", cases[key], questions[key]),
+                            partial(presses.measure, setting, f"{key[0]}|{key[1]}", cases[key], questions[key]),
                         )
                     else:
-                        run.record(name_of(setting, key), lambda: measure(setting, key))
+                        run.record(name_of(setting, key), partial(measure, setting, key))
                     bar.update()
                 elif setting == BASE and any((s, key) in missing for s in settings if not is_press(s)):
                     read_in(load(BASE), cases[key].tokens)
@@ -183,14 +191,23 @@ def text_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
             for some in (answers, [a for r in full for a in r["answers"]])
         )
         kl = [r["kl"] for r in records if "kl" in r]
-        rows.append({
-            "setting": setting, "tokens": n, "facts": facts, "questions": len(answers), "of_full": facts / facts_base if facts_base else None,
-            "kl": float(np.mean(kl)) if kl else None, "kl_least": min(kl, default=None), "kl_most": max(kl, default=None),
-            "same_top": float(np.mean([r["same_top"] for r in records])) if kl else None,
-            "ppl_factor": float(np.exp(np.mean([r["log_ppl"] for r in records]))) if kl else None,
-            "kv_mib": records[0]["kv_bytes"] / 2**20, "prefill_tps": n / float(np.median([r["prefill_s"] for r in records])),
-            "passes": sum(r["pass_s"] for r in records) / sum(r["prefill_s"] for r in records),
-        })  # fmt: skip
+        rows.append(
+            {
+                "setting": setting,
+                "tokens": n,
+                "facts": facts,
+                "questions": len(answers),
+                "of_full": facts / facts_base if facts_base else None,
+                "kl": float(np.mean(kl)) if kl else None,
+                "kl_least": min(kl, default=None),
+                "kl_most": max(kl, default=None),
+                "same_top": float(np.mean([r["same_top"] for r in records])) if kl else None,
+                "ppl_factor": float(np.exp(np.mean([r["log_ppl"] for r in records]))) if kl else None,
+                "kv_mib": records[0]["kv_bytes"] / 2**20,
+                "prefill_tps": n / float(np.median([r["prefill_s"] for r in records])),
+                "passes": sum(r["pass_s"] for r in records) / sum(r["prefill_s"] for r in records),
+            }
+        )
     return rows
 
 
@@ -214,12 +231,19 @@ def text_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     cells = [
         [
-            str(r["tokens"]), r["setting"], f"{r['facts']:.4g}/{r['questions']}", show(r["of_full"], ".0%"),
-            "" if r["kl"] is None else f"{r['kl']:.4f} ({r['kl_least']:.4f} to {r['kl_most']:.4f})", show(r["same_top"], ".1%"),
-            show(r["ppl_factor"], ".3f"), f"{r['kv_mib']:.1f}", f"{r['prefill_tps']:.0f}", show(r["passes"] or None, ".1%"),
+            str(r["tokens"]),
+            r["setting"],
+            f"{r['facts']:.4g}/{r['questions']}",
+            show(r["of_full"], ".0%"),
+            "" if r["kl"] is None else f"{r['kl']:.4f} ({r['kl_least']:.4f} to {r['kl_most']:.4f})",
+            show(r["same_top"], ".1%"),
+            show(r["ppl_factor"], ".3f"),
+            f"{r['kv_mib']:.1f}",
+            f"{r['prefill_tps']:.0f}",
+            show(r["passes"] or None, ".1%"),
         ]
         for r in text_rows(run)
-    ]  # fmt: skip
+    ]
     return head, cells
 
 
@@ -265,8 +289,12 @@ ROOM = 192
 )
 @gpu_layers_option
 @threads_option
-@click.option("--kvpress-python", type=click.Path(exists=True, dir_okay=False, path_type=Path), envvar=KVPRESS_VARIABLE,
-              help=f"A Python with kvpress, torch and gguf, for settings kvpress:NAME:KEEP.  [env: {KVPRESS_VARIABLE}]")  # fmt: skip
+@click.option(
+    "--kvpress-python",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar=KVPRESS_VARIABLE,
+    help=f"A Python with kvpress, torch and gguf, for settings kvpress:NAME:KEEP.  [env: {KVPRESS_VARIABLE}]",
+)
 @json_option
 def quality(
     model,
@@ -284,30 +312,41 @@ def quality(
     json_path,
 ) -> None:
     """Facts asked for after compression, and KL divergence on the text that follows, against the uncompressed cache."""
-    path = models.resolve(model)
+    model_file = models.open_model(model)
     settings = with_base(settings or DEFAULT_SETTINGS)
     lengths = sorted(lengths)
     n_ctx = n_ctx or -(-(lengths[-1] + max(512, n_following)) // 256) * 256
     if n_ctx < lengths[-1] + max(ROOM, n_following):
         raise ArgumentError(
-            f"--n-ctx: expected at least {lengths[-1] + max(ROOM, n_following)} for a case of {lengths[-1]} tokens and what is asked of it, got {n_ctx}; raise it or leave it out"
+            f"--n-ctx: expected at least {lengths[-1] + max(ROOM, n_following)} for a case of {lengths[-1]} tokens and "
+            f"what is asked of it, got {n_ctx}; raise it or leave it out"
         )
     for setting in filter(is_press, settings):
         parse_press(setting)
-    check_settings(path, [s for s in settings if not is_press(s)], n_ctx)
+    check_settings(model_file, [s for s in settings if not is_press(s)], n_ctx)
     if kvpress_python is None and any(map(is_press, settings)):
         raise ArgumentError(
-            f"--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set {KVPRESS_VARIABLE}"
+            "--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set "
+            f"{KVPRESS_VARIABLE}"
         )
-    profiles = profiles_of(path, settings, threads)
+    profiles = profiles_of(model_file, settings, threads)
     asked = {
-        "model": path.name, "text": text_path.name, "lengths": lengths, "suite": suite, "n_cases": n_cases, "first_case": first_case,
-        "n_following": n_following, "settings": settings, "n_ctx": n_ctx, "n_gpu_layers": n_gpu_layers, "threads": threads,
-    }  # fmt: skip
-    run = Run(json_path, "quality", asked, [path, text_path, *profiles])
+        "model": model_file.name,
+        "text": text_path.name,
+        "lengths": lengths,
+        "suite": suite,
+        "n_cases": n_cases,
+        "first_case": first_case,
+        "n_following": n_following,
+        "settings": settings,
+        "n_ctx": n_ctx,
+        "n_gpu_layers": n_gpu_layers,
+        "threads": threads,
+    }
+    run = Run(json_path, "quality", asked, [model_file, text_path, *profiles])
     with (
-        closing(Loader(path, context_options(n_ctx, threads, n_gpu_layers))) as load,
-        Presses(kvpress_python, path) as presses,
+        closing(Loader(model_file, context_options(n_ctx, threads, n_gpu_layers))) as load,
+        Presses(kvpress_python, model_file.path) as presses,
     ):
         measure_texts(
             run,
@@ -321,5 +360,6 @@ def quality(
             presses,
         )
     print_table(
-        f"{path.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}", *text_table(run.data)
+        f"{model_file.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}",
+        *text_table(run.data),
     )

@@ -1,16 +1,18 @@
 """One page of tables and plots from the JSON files of runs: `llama-semanticache bench report DIR`.
 
-Writes report.html (self-contained), report.md and its plots (the folder plots) into the folder. Nothing is measured; every figure
-carries the model, command, machine and date of its runs. Runs that asked the same of other caches share their plots.
+Writes report.html (self-contained), report.md and its plots (the folder plots) into the folder. Nothing is measured;
+every figure carries the model, command, machine and date of its runs. Runs that asked the same of other caches share
+their plots.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Container, Iterable, Sequence
+from typing import Any
 
 import click
 import numpy as np
@@ -26,8 +28,12 @@ from .speed import ratios, speed_records, speed_table
 from .tasks import task_table
 
 TABLES: dict[str, Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]] = {
-    "quality": text_table, "speed": speed_table, "memory": memory_table, "tasks": task_table, "chat": chat_table,
-}  # fmt: skip
+    "quality": text_table,
+    "speed": speed_table,
+    "memory": memory_table,
+    "tasks": task_table,
+    "chat": chat_table,
+}
 
 
 def short(setting: str) -> str:
@@ -50,8 +56,8 @@ def scatter(
     earlier: Container[str],
     log: bool = False,
 ) -> Any:
-    """Named points (x, and y with its least and its most); the better is up and left, or down and left on a logarithmic axis. llama.cpp's
-    caches are squares, ours dots; those of `earlier` are pale.
+    """Named points (x, and y with its least and its most); the better is up and left, or down and left on a logarithmic
+    axis. llama.cpp's caches are squares, ours dots; those of `earlier` are pale.
     """
     from adjustText import adjust_text
     from matplotlib.figure import Figure
@@ -64,7 +70,7 @@ def scatter(
     names = []
     for name, x, (y, least, most) in points:
         kind = "stock" if name.startswith("stock") else "ours" if name.startswith("semanticache") else "others"
-        look = {
+        look: dict[str, Any] = {
             "color": {"stock": "black", "ours": "tab:blue", "others": "tab:red"}[kind],
             "alpha": 0.45 if name in earlier else 1,
         }
@@ -89,7 +95,7 @@ def lines(title: str, x_label: str, y_label: str, series: dict[str, list[tuple[f
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, points in series.items():
-        axes.plot(*zip(*sorted(points)), marker="o", label=name)
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
@@ -108,6 +114,7 @@ def heat_map(
 ) -> Any:
     from matplotlib.figure import Figure
 
+    top = float(np.nanmax(values)) if top is None else top
     figure = Figure(figsize=(2.5 + 0.06 * max(map(len, y)) + 0.5 * len(x), 1.4 + 0.3 * len(y)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=top)
@@ -123,7 +130,7 @@ def heat_map(
                 ha="center",
                 va="center",
                 fontsize=6,
-                color="black" if values[i, j] > 0.6 * image.norm.vmax else "white",
+                color="black" if values[i, j] > 0.6 * top else "white",
             )
     figure.colorbar(image)
     return figure
@@ -247,7 +254,9 @@ PARTS = ("min_tokens", "max_tokens", "first_chat", "n_chats")
 
 
 def subject(run: dict[str, Any]) -> str:
-    """What a run has in common with those that its caches may be compared with: all that was asked but the caches and `PARTS`."""
+    """What a run has in common with those that its caches may be compared with: all that was asked but the caches and
+    `PARTS`.
+    """
     return json.dumps(
         [
             run["kind"],
@@ -263,13 +272,19 @@ def subject(run: dict[str, Any]) -> str:
 def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The runs of a subject as one; of a record in two of them the later."""
     return {
-        "kind": runs[0]["kind"], "asked": {**runs[0]["asked"], "settings": list(dict.fromkeys(s for run in runs for s in run["asked"]["settings"]))},
+        "kind": runs[0]["kind"],
+        "asked": {
+            **runs[0]["asked"],
+            "settings": list(dict.fromkeys(s for run in runs for s in run["asked"]["settings"])),
+        },
         "records": {name: record for run in runs for name, record in run["records"].items()},
-    }  # fmt: skip
+    }
 
 
 def of_earlier_builds(runs: Sequence[dict[str, Any]]) -> set[str]:
-    """Settings that were last measured before the first run of the build that measured our method last (else of the last build)."""
+    """Settings that were last measured before the first run of the build that measured our method last (else of the
+    last build).
+    """
     ours = [run for run in runs if any(s.startswith("semanticache:") for s in run["asked"]["settings"])]
     first = [run.get("build") for run in runs].index((ours or runs)[-1].get("build"))
     later = {s for run in runs[first:] for s in run["asked"]["settings"]}
@@ -317,7 +332,9 @@ def show_table(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the page says of each run, and of tasks and conversations in several runs before that what they say together; of tasks, of the caches that have answered all."""
+    """What the page says of each run, and of tasks and conversations in several runs before that what they say
+    together; of tasks, of the caches that have answered all.
+    """
     together = []
     if runs[0]["kind"] in ("tasks", "chat") and len(runs) > 1:
         run = merged(runs)
@@ -329,8 +346,13 @@ def show(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         run["asked"]["settings"] = [s for s, items in answered.items() if items == everything]
         together = [{"where": f"{len(runs)} runs together", "command": "", **show_table(run)}]
     return together + [
-        {"where": f"{run['machine']}; {run['date']}; llama.cpp {run['upstream_commit'][:9]}", "command": run["command"], **show_table(run)} for run in runs
-    ]  # fmt: skip
+        {
+            "where": f"{run['machine']}; {run['date']}; llama.cpp {run['upstream_commit'][:9]}",
+            "command": run["command"],
+            **show_table(run),
+        }
+        for run in runs
+    ]
 
 
 @click.command()
@@ -358,12 +380,13 @@ def report(folder: Path) -> None:
         run = group[name]
         by_date = sorted(group.values(), key=lambda r: r["date"])
         figures = PLOTS.get(run["kind"], lambda _: [])(by_date)
-        caption = f"{run['asked']['model']}; {'; '.join(dict.fromkeys(r['machine'] for r in by_date))}; {by_date[0]['date'][:10]} to {by_date[-1]['date'][:10]}"
+        machines = "; ".join(dict.fromkeys(r["machine"] for r in by_date))
+        caption = f"{run['asked']['model']}; {machines}; {by_date[0]['date'][:10]} to {by_date[-1]['date'][:10]}"
         for figure in figures:
             figure.suptitle(caption, fontsize=6, color="gray")
         plots = list(map(svg, figures))
         names = [f"plots/{name}-{i}.svg" for i in range(1, len(plots) + 1)]
-        for plot, file_name in zip(plots, names):
+        for plot, file_name in zip(plots, names, strict=True):
             (folder / file_name).write_text(plot, encoding="utf-8")
         title = f"{run['kind']}: {run['asked']['model']}" + "".join(
             f", {run['asked'][key]}" for key in ("text", "tasks") if key in run["asked"]

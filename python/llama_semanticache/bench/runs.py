@@ -9,19 +9,22 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from .. import __version__, _native, upstream_commit
 from ..errors import ArgumentError
+from ..model_file import ModelFile
 from ..models import sha256
-from ..profile import model_id
 from .cards import cards
 
 
 def machine() -> str:
-    """The processor, how many of it, the cards and the system, in words. Family and model tell generations apart that share a name."""
+    """The processor, how many of it, the cards and the system, in words. Family and model tell generations apart that
+    share a name.
+    """
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -48,8 +51,14 @@ def build() -> str:
     ).hexdigest()[:16]
 
 
+def _input(file: Path | ModelFile) -> tuple[str, str]:
+    """Name and fingerprint of a file that is read."""
+    return (file.name, file.id) if isinstance(file, ModelFile) else (file.name, sha256(file))
+
+
 class Run:
-    """Records by name, written after each one. A run that was cut off goes on where it stopped if the same is asked for again.
+    """Records by name, written after each one. A run that was cut off goes on where it stopped if the same is asked for
+    again.
 
     Parameters
     ----------
@@ -59,7 +68,7 @@ class Run:
         The subcommand.
     asked : dict
         All that the numbers depend on, as JSON has it.
-    inputs : sequence of Path
+    inputs : sequence of Path or ModelFile
         The files that are read: their contents count, too.
 
     Raises
@@ -68,13 +77,20 @@ class Run:
         The file holds another run, or there is no such folder.
     """
 
-    def __init__(self, path: Path | None, kind: str, asked: dict[str, Any], inputs: Sequence[Path] = ()):
+    def __init__(self, path: Path | None, kind: str, asked: dict[str, Any], inputs: Sequence[Path | ModelFile] = ()):
         self.path = path
         self.data: dict[str, Any] = {
-            "kind": kind, "asked": json.loads(json.dumps(asked)), "command": command_line(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine(), "version": __version__,
-            "upstream_commit": upstream_commit(), "build": build(), "inputs": {p.name: model_id(p) if p.suffix == ".gguf" else sha256(p) for p in inputs}, "records": {},
-        }  # fmt: skip
+            "kind": kind,
+            "asked": json.loads(json.dumps(asked)),
+            "command": command_line(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "version": __version__,
+            "upstream_commit": upstream_commit(),
+            "build": build(),
+            "inputs": dict(map(_input, inputs)),
+            "records": {},
+        }
         if path is not None and not path.parent.is_dir():
             raise ArgumentError(
                 f"{path}: expected a folder to write to, got none of the name {path.parent}; make it first"
@@ -88,7 +104,8 @@ class Run:
             ]
             if differ:
                 raise ArgumentError(
-                    f"{path}: expected the same run to go on with, got one with another {', '.join(differ)}; name another file"
+                    f"{path}: expected the same run to go on with, got one with another {', '.join(differ)}; name "
+                    "another file"
                 )
             self.data = there
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 from .. import profile
 from .._cpu import warn_of_threads
+from ..config import METHODS, OURS, KVConfig
 from ..errors import ArgumentError
-from ..llama import METHODS
 from ..memory import CacheEstimate, estimate
-from ..shape import ModelShape, read_shape
+from ..model_file import ModelFile
+from ..shape import ModelShape
 
 BASE = "stock:f16"
 STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
@@ -19,9 +21,6 @@ STOCK = {BASE: "f16", "stock:q8_0": "q8_0", "stock:q4_0": "q4_0"}
 
 DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.3", "streaming:0.3")
 """The peers hold no queries, so that 0.3 of theirs are about the bytes of our 0.25."""
-
-ESTIMATED = ("kv_compress", "kv_ratio", "kv_stage", "kv_window", "kv_sink", "kv_type_k", "kv_type_v", "n_chunk")
-"""Arguments of `Llama`, or of its `kv_params`, that `memory.estimate` takes, too."""
 
 PARAMS = {"horizon": "n_horizon", "chunk": "n_chunk", "merge": "merge", "distinct": "distinct", "seed": "seed"}
 """Options that are `kv_params` of `Llama`, and their names there."""
@@ -41,19 +40,21 @@ def parse_press(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise ArgumentError(
-        f"setting: expected kvpress:NAME:KEEP with one of {', '.join(PRESSES)} and 0 < KEEP <= 1, got {text!r}; as in kvpress:keydiff:0.25"
+        f"setting: expected kvpress:NAME:KEEP with one of {', '.join(PRESSES)} and 0 < KEEP <= 1, got {text!r}; as in "
+        "kvpress:keydiff:0.25"
     )
 
 
 def parse_setting(text: str) -> dict[str, Any]:
-    """Arguments of `Llama` for one of our settings: 'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal', '...:stage=1024',
-    '...:type_k=q8_0', '...:merge=0', '...:distinct=0', '...:horizon=2048', '...:profile=FILE'.
+    """Arguments of `Llama` for one of our settings: 'semanticache:0.25', 'paper:0.125', 'semanticache:0.25:equal',
+    '...:stage=1024', '...:type_k=q8_0', '...:merge=0', '...:distinct=0', '...:horizon=2048', '...:profile=FILE'.
     """
     try:
         return _parse(text)
     except ValueError as error:
         raise ArgumentError(
-            f"setting: expected one of {', '.join(STOCK)} or METHOD:RATIO[:equal][:NAME=VALUE]..., got {text!r} ({error}); as in semanticache:0.25"
+            f"setting: expected one of {', '.join(STOCK)} or METHOD:RATIO[:equal][:NAME=VALUE]..., got {text!r} "
+            f"({error}); as in semanticache:0.25"
         ) from error
 
 
@@ -96,16 +97,10 @@ def estimated(shape: ModelShape, n_ctx: int, setting: str) -> CacheEstimate:
     """
     if setting in STOCK:
         return estimate(shape, n_ctx, STOCK[setting])
-    return estimate(shape, n_ctx, "semanticache", **estimated_options(setting))
+    return estimate(shape, n_ctx, OURS, **parse_setting(setting))
 
 
-def estimated_options(setting: str) -> dict[str, Any]:
-    """Arguments of `memory.estimate` for one of our settings."""
-    options = parse_setting(setting)
-    return {name: value for name, value in {**options, **options.get("kv_params", {})}.items() if name in ESTIMATED}
-
-
-def check_settings(path: Path, settings: Iterable[str], n_ctx: int) -> None:
+def check_settings(model: ModelFile, settings: Iterable[str], n_ctx: int) -> None:
     """Says what is wrong with any of them before the first is measured.
 
     Raises
@@ -113,10 +108,9 @@ def check_settings(path: Path, settings: Iterable[str], n_ctx: int) -> None:
     ArgumentError
         As `estimated`.
     """
-    shape = read_shape(path)
     for setting in settings:
         try:
-            estimated(shape, n_ctx, setting)
+            estimated(model.shape, n_ctx, setting)
         except ArgumentError as error:
             raise ArgumentError(f"{setting}: {error}") from error
 
@@ -141,19 +135,15 @@ def context_options(n_ctx: int, threads: int | None, n_gpu_layers: int) -> dict[
     )
 
 
-def profiles_of(path: Path, settings: Iterable[str], threads: int | None) -> list[Path]:
-    """The profiles that they decide by; the model's own is measured if it is missing and there is use for one."""
-    chosen = [parse_setting(s).get("kv_profile", "auto") for s in settings if s.split(":")[0] in METHODS]
-    files = [Path(choice) for choice in dict.fromkeys(chosen) if choice not in (None, "auto")]
-    for file in files:
-        if not file.is_file():
-            raise ArgumentError(
-                f"profile: expected a file, got {file}, which is none; run `llama-semanticache profile MODEL --out {file}`"
-            )
-    own = profile.ensure(path, n_threads=threads) if needs_profile(settings) else None
-    return [*([own] if own else []), *files]
+def profiles_of(model: ModelFile, settings: Iterable[str], threads: int | None) -> list[Path]:
+    """The profiles that they decide by; the model's own is measured if it is missing and there is use for one.
 
-
-def needs_profile(settings: Iterable[str]) -> bool:
-    """Whether any of them decides by a profile how many rows a head may keep."""
-    return any(s.startswith("semanticache") and parse_setting(s).get("kv_profile", "auto") == "auto" for s in settings)
+    Raises
+    ------
+    ProfileError
+        One names a file that is none; nothing was measured.
+    """
+    configs = [KVConfig(**parse_setting(s)) for s in settings if s.split(":")[0] in METHODS]
+    configs.sort(key=lambda config: config.kv_profile == "auto")
+    chosen = [profile.ensure(model, n_threads=threads, config=config) for config in configs]
+    return list(dict.fromkeys(file for file in chosen if file is not None))

@@ -2,23 +2,25 @@
 
     llama-semanticache bench speed MODEL --text FILE --depth 7600 --stock-lib build/stock/bin --json speed.json
 
-Every setting has a process of its own that keeps its model; in each round all settings are measured one after the other, so
-that what disturbs the machine disturbs them alike. A speed is compared with stock f16 within its round.
+Every setting has a process of its own that keeps its model; in each round all settings are measured one after the
+other, so that what disturbs the machine disturbs them alike. A speed is compared with stock f16 within its round.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Sequence
+from typing import Any
 
 import click
 
 from .. import _native, models
 from ..errors import ArgumentError
-from ..shape import read_shape
+from ..model_file import ModelFile
 from .options import gpu_layers_option, json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
@@ -54,7 +56,7 @@ class Workers(ExitStack):
 
 def measure(
     run: Run,
-    path: Path,
+    model: ModelFile,
     text: str,
     settings: Sequence[str],
     depths: Sequence[int],
@@ -63,37 +65,44 @@ def measure(
     common: dict[str, Any],
     stock_lib: Path,
 ) -> None:
-    """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s and decode_pass_s (of prefill
-    and of decoding), rows_used.
+    """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s and
+    decode_pass_s (of prefill and of decoding), rows_used.
     """
     from tqdm import tqdm
 
-    shape = read_shape(path)
-    stock_bytes = {s: estimated(shape, common["n_ctx"], s).kv_bytes for s in settings if s in STOCK}
+    stock_bytes = {s: estimated(model.shape, common["n_ctx"], s).kv_bytes for s in settings if s in STOCK}
     names = [(d, i, s, f"speed|{s}|{d}|{i}") for d in depths for i in range(rounds) for s in settings]
     missing = [name for *_, name in names if name not in run.records]
     if not missing:
         return
     with (
-        Workers({s: load_options(s, path, common) for s in settings}, stock_lib) as workers,
+        Workers({s: load_options(s, model.path, common) for s in settings}, stock_lib) as workers,
         tqdm(total=len(names), initial=len(names) - len(missing), unit="run") as bar,
     ):
         tokens = workers.ask(BASE, tokenize=text)["tokens"]
         if len(tokens) < max(depths) + n_decode:
             raise ArgumentError(
-                f"text: expected at least {max(depths) + n_decode} tokens, got {len(tokens)}; name a longer one or a smaller depth"
+                f"text: expected at least {max(depths) + n_decode} tokens, got {len(tokens)}; name a longer one or a "
+                "smaller depth"
             )
         for depth, _, setting, name in names:
             if name not in missing:
                 continue
             bar.set_postfix_str(f"{setting} at {depth}")
             order = dict(warm_up=tokens[:32], prompt=tokens[:depth], decode=tokens[depth : depth + n_decode])
-            run.record(name, lambda: {"kv_bytes": stock_bytes.get(setting), **workers.ask(setting, **order)})
+            run.record(name, partial(_ask, workers, setting, order, stock_bytes.get(setting)))
             bar.update()
 
 
+def _ask(workers: Workers, setting: str, order: dict[str, Any], kv_bytes: int | None) -> dict[str, Any]:
+    """One record; a stock llama.cpp does not tell the bytes of its cache."""
+    return {"kv_bytes": kv_bytes, **workers.ask(setting, **order)}
+
+
 def speed_records(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s, decode_pass_s, resident_bytes."""
+    """One record per setting and depth, with lists over the rounds: prefill_s, decode_s, pass_s, decode_pass_s,
+    resident_bytes.
+    """
     out: dict[tuple[str, int], dict[str, Any]] = {}
     for name, record in run["records"].items():
         part, setting, depth, _ = name.split("|")
@@ -126,7 +135,7 @@ def rate(record: dict[str, Any], what: str, n_tokens: int) -> float:
 
 def ratios(record: dict[str, Any], base: dict[str, Any], what: str) -> list[float]:
     """Times faster than the base, round by round."""
-    return [theirs / ours for theirs, ours in zip(base[what], record[what])]
+    return [theirs / ours for theirs, ours in zip(base[what], record[what], strict=False)]
 
 
 def share(part: Sequence[float], whole: Sequence[float]) -> str:
@@ -153,11 +162,20 @@ def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for r in records:
         prefill, decode = (ratios(r, base[r["depth"]], what) for what in ("prefill_s", "decode_s"))
-        cells.append([
-            str(r["depth"]), r["setting"], f"{r['kv_bytes'] / 2**20:.1f}", f"{median(r['resident_bytes']) / 2**20:.0f}",
-            f"{rate(r, 'prefill_s', r['depth']):.0f}", f"{median(prefill):.2f}", f"{rate(r, 'decode_s', run['asked']['n_decode']):.1f}",
-            f"{median(decode):.2f} ({min(decode):.2f} to {max(decode):.2f})", share(r["pass_s"], r["prefill_s"]), share(r["decode_pass_s"], r["decode_s"]),
-        ])  # fmt: skip
+        cells.append(
+            [
+                str(r["depth"]),
+                r["setting"],
+                f"{r['kv_bytes'] / 2**20:.1f}",
+                f"{median(r['resident_bytes']) / 2**20:.0f}",
+                f"{rate(r, 'prefill_s', r['depth']):.0f}",
+                f"{median(prefill):.2f}",
+                f"{rate(r, 'decode_s', run['asked']['n_decode']):.1f}",
+                f"{median(decode):.2f} ({min(decode):.2f} to {max(decode):.2f})",
+                share(r["pass_s"], r["prefill_s"]),
+                share(r["decode_pass_s"], r["decode_s"]),
+            ]
+        )
     return head, cells
 
 
@@ -195,20 +213,38 @@ def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, th
     """Prefill and decode speed of MODEL, against stock llama.cpp of the same commit."""
     if stock_lib is None:
         raise ArgumentError(
-            f"--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass build/stock/bin or set {STOCK_VARIABLE}"
+            "--stock-lib: expected the folder of stock llama.cpp's libraries, got none; run `make stock` and pass "
+            f"build/stock/bin or set {STOCK_VARIABLE}"
         )
-    path = models.resolve(model)
+    model_file = models.open_model(model)
     settings = with_base(settings or (*STOCK, "semanticache:0.25", "semanticache:0.125"))
     depths = sorted(depths)
     n_ctx = -(-(depths[-1] + n_decode) // 256) * 256
-    check_settings(path, settings, n_ctx)
-    profiles = profiles_of(path, settings, threads)
-    run = Run(json_path, "speed", {
-        "model": path.name, "text": text_path.name, "depths": depths, "settings": settings, "n_decode": n_decode, "rounds": rounds, "n_gpu_layers": n_gpu_layers, "threads": threads,
-    }, [path, text_path, *profiles, *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink())])  # fmt: skip
+    check_settings(model_file, settings, n_ctx)
+    profiles = profiles_of(model_file, settings, threads)
+    run = Run(
+        json_path,
+        "speed",
+        {
+            "model": model_file.name,
+            "text": text_path.name,
+            "depths": depths,
+            "settings": settings,
+            "n_decode": n_decode,
+            "rounds": rounds,
+            "n_gpu_layers": n_gpu_layers,
+            "threads": threads,
+        },
+        [
+            model_file,
+            text_path,
+            *profiles,
+            *(p for p in Path(stock_lib).iterdir() if p.is_file() and not p.is_symlink()),
+        ],
+    )
     measure(
         run,
-        path,
+        model_file,
         models.read_text(text_path),
         settings,
         depths,
@@ -218,6 +254,6 @@ def speed(model, text_path, depths, settings, n_decode, rounds, n_gpu_layers, th
         Path(stock_lib).resolve(),
     )
     print_table(
-        f"{path.name}, {text_path.name}, {rounds} rounds, threads: {threads or 'as llama-cpp-python chooses'}",
+        f"{model_file.name}, {text_path.name}, {rounds} rounds, threads: {threads or 'as llama-cpp-python chooses'}",
         *speed_table(run.data),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 
 def print_table(title: str, head: Sequence[str], cells: Sequence[Sequence[str]]) -> None:

@@ -2,9 +2,10 @@
 
     llama-semanticache bench tasks MODEL --tasks items.jsonl --n-ctx 16384 --setting semanticache:0.25 --json tasks.json
 
-A line of the file holds "task", "id", "prompt" and "gold" (a string or a list of them); of trec and lsht "gold" is an object
-of "answers" (such a list) and "all_classes". Metrics and answer lengths are those of LongBench (Bai et al. 2023, arXiv 2308.14508); as there, a prompt that is
-too long loses its middle, and it stands in the model's chat template unless it is made of examples or code to go on with.
+A line of the file holds "task", "id", "prompt" and "gold" (a string or a list of them); of trec and lsht "gold" is an
+object of "answers" (such a list) and "all_classes". Metrics and answer lengths are those of LongBench (Bai et al. 2023,
+arXiv 2308.14508); as there, a prompt that is too long loses its middle, and it stands in the model's chat template
+unless it is made of examples or code to go on with.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import string
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import click
 import numpy as np
@@ -41,8 +44,8 @@ def _words(text: str) -> list[str]:
 
 
 def _characters(text: str) -> list[str]:
-    """Numbers, Latin words, and all other letters one by one. LongBench splits Chinese into words (jieba); this moves the scores, but
-    those of all caches alike.
+    """Numbers, Latin words, and all other letters one by one. LongBench splits Chinese into words (jieba); this moves
+    the scores, but those of all caches alike.
     """
     return re.findall(r"[a-z0-9]+|[^\W_]", text.lower())
 
@@ -96,14 +99,30 @@ FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
 PLAIN = FIRST_LINE | {"lcc", "repobench-p"}
 """Tasks whose prompt the model goes on with, outside its chat template."""
 
-TASKS: dict[str, tuple[Callable[[str, str], float], int]] = {
+TASKS: dict[str, tuple[Callable[..., float], int]] = {
     # task: (metric, tokens of an answer)
-    "narrativeqa": (f1, 128), "qasper": (f1, 128), "multifieldqa_en": (f1, 64), "multifieldqa_zh": (f1_zh, 64), "hotpotqa": (f1, 32),
-    "2wikimqa": (f1, 32), "musique": (f1, 32), "dureader": (rouge_l_zh, 128), "gov_report": (rouge_l, 512), "qmsum": (rouge_l, 512),
-    "multi_news": (rouge_l, 512), "vcsum": (rouge_l_zh, 512), "trec": (contains, 64), "triviaqa": (f1, 32), "samsum": (rouge_l, 128),
-    "lsht": (contains, 64), "passage_retrieval_en": (numbers, 32), "passage_count": (numbers, 32), "passage_retrieval_zh": (numbers, 32),
-    "lcc": (edit_similarity, 64), "repobench-p": (edit_similarity, 64),
-}  # fmt: skip
+    "narrativeqa": (f1, 128),
+    "qasper": (f1, 128),
+    "multifieldqa_en": (f1, 64),
+    "multifieldqa_zh": (f1_zh, 64),
+    "hotpotqa": (f1, 32),
+    "2wikimqa": (f1, 32),
+    "musique": (f1, 32),
+    "dureader": (rouge_l_zh, 128),
+    "gov_report": (rouge_l, 512),
+    "qmsum": (rouge_l, 512),
+    "multi_news": (rouge_l, 512),
+    "vcsum": (rouge_l_zh, 512),
+    "trec": (contains, 64),
+    "triviaqa": (f1, 32),
+    "samsum": (rouge_l, 128),
+    "lsht": (contains, 64),
+    "passage_retrieval_en": (numbers, 32),
+    "passage_count": (numbers, 32),
+    "passage_retrieval_zh": (numbers, 32),
+    "lcc": (edit_similarity, 64),
+    "repobench-p": (edit_similarity, 64),
+}
 
 
 def score(task: str, answer: str, gold: Sequence[str], classes: Sequence[str] = ()) -> float:
@@ -157,8 +176,9 @@ def read_items(path: Path) -> list[dict[str, Any]]:
             got = f"a second {item['task']} of the id {item['id']!r}"
         if got:
             raise ArgumentError(
-                f"{path}, line {number}: expected a task of {', '.join(TASKS)}, an id without |, a prompt, and gold (a text or a list of them; "
-                f"of trec and lsht an object of answers and all_classes), got {got}; mend the line"
+                f"{path}, line {number}: expected a task of {', '.join(TASKS)}, an id without |, a prompt, and gold "
+                f"(a text or a list of them; of trec and lsht an object of answers and all_classes), got {got}; mend "
+                "the line"
             )
         gold = item["gold"]
         answers, classes = (
@@ -175,7 +195,7 @@ def template_frame(llm: Any) -> tuple[list[int], list[int]]:
     if "tokenizer.chat_template" not in llm.metadata:
         return llm.tokenize(b"", special=False), []
     a, b = (render(llm, [{"role": "user", "content": word}], prompt=True) for word in "ab")
-    differ = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
+    differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
     if len(a) != len(b) or len(differ) != 1:
         raise ArgumentError(
             "model: expected a chat template that leaves a message as it is, got another; take another model"
@@ -186,11 +206,11 @@ def template_frame(llm: Any) -> tuple[list[int], list[int]]:
 def fit(
     llm: Any, items: Sequence[dict[str, Any]], n_ctx: int, whole: bool, least: int = 0, most: int | None = None
 ) -> list[tuple[dict[str, Any], list[int]]]:
-    """Items and the tokens of their prompts, the shortest first; what leaves no room for the answer loses its middle, or is left
-    out if it must be `whole`. So is what has fewer than `least` tokens or more than `most`.
+    """Items and the tokens of their prompts, the shortest first; what leaves no room for the answer loses its middle,
+    or is left out if it must be `whole`. So is what has fewer than `least` tokens or more than `most`.
     """
     framed = template_frame(llm)
-    plain = llm.tokenize(b"", special=False), []
+    plain: tuple[list[int], list[int]] = llm.tokenize(b"", special=False), []
     prompts = []
     for item in items:
         before, behind = plain if item["task"] in PLAIN else framed
@@ -216,7 +236,7 @@ class Answerers(ExitStack):
             worker = self.enter_context(
                 Worker("tasks", [sys.executable, "-c", f"from {__name__} import serve; serve()"])
             )
-            worker.ask(path=str(self.path), common=self.common)
+            worker.ask(model=str(self.path), common=self.common)
             self.of_thread.worker = worker
         return self.of_thread.worker.ask(setting=setting, item=item, tokens=tokens)
 
@@ -238,7 +258,9 @@ def measure(
     settings: Sequence[str],
     jobs: int,
 ) -> None:
-    """Records "task|SETTING|TASK|ID" of items and their prompts, all settings of an item one after the other; `jobs` at a time."""
+    """Records "task|SETTING|TASK|ID" of items and their prompts, all settings of an item one after the other; `jobs` at
+    a time.
+    """
     from tqdm import tqdm
 
     names = {
@@ -257,7 +279,7 @@ def measure(
             for answer in as_completed(answers):
                 record = answer.result()
                 bar.set_postfix_str(f"{answers[answer]}, {record['tokens']} tokens")
-                run.record(answers[answer], lambda: record)
+                run.record(answers[answer], partial(dict, record))
                 bar.update()
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
@@ -278,7 +300,9 @@ def answer_item(llm: Any, item: dict[str, Any], tokens: Sequence[int]) -> dict[s
 
 
 def task_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Means by task and by length of the prompt, and over all items; scores of 100. Items that one of the caches has not answered do not count."""
+    """Means by task and by length of the prompt, and over all items; scores of 100. Items that one of the caches has
+    not answered do not count.
+    """
     by_item: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for name, record in run["records"].items():
         part, setting, task, number = name.split("|")
@@ -372,27 +396,41 @@ def tasks(
     json_path,
 ) -> None:
     """LongBench-style tasks from a file, with the tasks' own metrics."""
-    path = models.resolve(model)
+    model_file = models.open_model(model)
     settings = with_base(settings or DEFAULT_SETTINGS, without_base)
-    check_settings(path, settings, n_ctx)
+    check_settings(model_file, settings, n_ctx)
     items = read_items(tasks_path)
-    profiles = profiles_of(path, settings, threads)
-    run = Run(json_path, "tasks", {
-        "model": path.name, "tasks": tasks_path.name, "n_ctx": n_ctx, "whole": whole, "min_tokens": min_tokens, "max_tokens": max_tokens,
-        "settings": settings, "jobs": jobs, "n_gpu_layers": n_gpu_layers, "threads": threads,
-    }, [path, tasks_path, *profiles])  # fmt: skip
+    profiles = profiles_of(model_file, settings, threads)
+    run = Run(
+        json_path,
+        "tasks",
+        {
+            "model": model_file.name,
+            "tasks": tasks_path.name,
+            "n_ctx": n_ctx,
+            "whole": whole,
+            "min_tokens": min_tokens,
+            "max_tokens": max_tokens,
+            "settings": settings,
+            "jobs": jobs,
+            "n_gpu_layers": n_gpu_layers,
+            "threads": threads,
+        },
+        [model_file, tasks_path, *profiles],
+    )
     common = context_options(n_ctx, threads, n_gpu_layers)
-    with closing(Loader(path, common)) as load:
+    with closing(Loader(model_file, common)) as load:
         prompts = fit(load(BASE), items, n_ctx, whole, min_tokens, max_tokens)
     if not prompts:
         lengths = f"at least {min_tokens} tokens" + (f" and at most {max_tokens}" if max_tokens else "")
         raise ArgumentError(
-            f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have {lengths}, got none of {len(items)}; ask for other lengths"
+            f"{tasks_path}: expected items whose prompts fit --n-ctx {n_ctx} and have {lengths}, got none of "
+            f"{len(items)}; ask for other lengths"
         )
-    measure(run, path, common, prompts, settings, jobs)
+    measure(run, model_file.path, common, prompts, settings, jobs)
     left_out = (
         f", without {len(items) - len(prompts)} of {len(items)} items for their length"
         if len(prompts) < len(items)
         else ""
     )
-    print_table(f"{path.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))
+    print_table(f"{model_file.name}, {tasks_path.name}, n_ctx {n_ctx}{left_out}", *task_table(run.data))

@@ -1,7 +1,8 @@
-"""A process that holds one model with one kind of cache, and times what it is told to: `speed.py` starts one per setting.
+"""A process that holds one model with one kind of cache, and times what it is told to: `speed.py` starts one per
+setting.
 
-It reads one JSON object a line from standard input and answers each with one line. Imported as a file of its own, so that a
-stock llama.cpp can be measured too: llama_cpp loads the library that LLAMA_CPP_LIB_PATH names.
+It reads one JSON object a line from standard input and answers each with one line. Imported as a file of its own, so
+that a stock llama.cpp can be measured too: llama_cpp loads the library that LLAMA_CPP_LIB_PATH names.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def timed(llm: Any, tokens: list[int], name: str, pass_name: str, one_by_one: bo
 
 
 def main() -> None:
-    llm = None
+    llm: Any = None
     for line in sys.stdin:
         order = json.loads(line)
         if "load" in order:

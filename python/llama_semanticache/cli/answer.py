@@ -34,6 +34,7 @@ class TokenMeter:
         self.prefill_s: float | None = None
         self.decode_s = 0.0
         self.n_decoded = 0
+        self._first = 0.0  # when the first token came
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -42,7 +43,7 @@ class TokenMeter:
 
     def __enter__(self) -> TokenMeter:
         self._begin = time.perf_counter()
-        self.llm.generate = self._generate
+        self.llm.generate = self._generate  # type: ignore[method-assign,assignment]  # for as long as the context lasts
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -55,10 +56,10 @@ class TokenMeter:
                 now = time.perf_counter()
                 if self.prefill_s is None:
                     self.prefill_s = now - self._begin
-                    first = now
+                    self._first = now
                 else:
                     self.n_decoded += 1
-                    self.decode_s = now - first
+                    self.decode_s = now - self._first
                 yield token
         finally:
             stream.close()
@@ -89,12 +90,12 @@ def explain(error: Exception) -> str:
     return str(error)
 
 
-def stream_answer(chunks: Iterator[dict[str, Any]], answer: Answer) -> None:
+def stream_answer(chunks: Any, answer: Answer) -> None:
     """Write a stream of completion or chat completion chunks to stdout and into `answer`, valid even if this raises.
 
     Parameters
     ----------
-    chunks : iterator
+    chunks : iterator of dict
         What create_completion or create_chat_completion returned with stream=True.
     answer : Answer
         Filled as the text comes.

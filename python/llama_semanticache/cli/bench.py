@@ -34,7 +34,8 @@ class BenchGroup(click.Group):
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
             raise SemanticCacheError(
-                f"bench: expected the package {error.name}, got none; install the extra: pip install 'llama-semanticache[bench]'"
+                f"bench: expected the package {error.name}, got none; install the extra: pip install "
+                "'llama-semanticache[bench]'"
             ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from .common import LoadOptions, SamplingOptions, kv_line, llama_options, load_l
 
 if TYPE_CHECKING:
     from ..llama import Llama
+    from ..model_file import ModelFile
 
 HELP = """\
 /stats       everything about the KV cache
@@ -31,15 +33,13 @@ HELP = """\
 @llama_options
 def chat(model: str, system: str | None, sampling: SamplingOptions, load: LoadOptions) -> None:
     """Talk with MODEL. Type /help for the commands."""
-    llm, path = load_llama(model, load)
-    conversation = Conversation(llm, path, load, sampling, system)
+    llm, model_file = load_llama(model, load)
+    conversation = Conversation(llm, model_file, load, sampling, system)
     interactive = sys.stdin.isatty()
     if interactive:
-        note(f"{path.name}, {llm.n_ctx():,} tokens of context. /help lists the commands.", style="dim")
-        try:
+        note(f"{model_file.name}, {llm.n_ctx():,} tokens of context. /help lists the commands.", style="dim")
+        with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() editing and history
-        except ImportError:
-            pass
     at_prompt = True
     while True:
         try:
@@ -69,8 +69,7 @@ class Conversation:
     Parameters
     ----------
     llm : Llama
-    path : Path
-        Of the model file.
+    model : ModelFile
     load : LoadOptions
         What `llm` was loaded with.
     sampling : SamplingOptions
@@ -78,9 +77,9 @@ class Conversation:
         First message.
     """
 
-    def __init__(self, llm: Llama, path: Path, load: LoadOptions, sampling: SamplingOptions, system: str | None):
+    def __init__(self, llm: Llama, model: ModelFile, load: LoadOptions, sampling: SamplingOptions, system: str | None):
         self.llm = llm
-        self.path = path
+        self.model = model
         self.load = load
         self.sampling = sampling
         self.first = [{"role": "system", "content": system}] if system else []
@@ -132,7 +131,7 @@ class Conversation:
         meter = TokenMeter(self.llm)
         try:
             with meter:
-                messages = [*self.messages, message]
+                messages: list[Any] = [*self.messages, message]
                 chunks = self.llm.create_chat_completion(messages, stream=True, **self.sampling.arguments())
                 stream_answer(chunks, answer)
         except KeyboardInterrupt:
@@ -186,9 +185,8 @@ class Conversation:
     def settings(self) -> dict[str, Any]:
         """What a saved chat depends on."""
         from ..models import sha256
-        from ..profile import model_id
 
-        settings = {"model_id": model_id(str(self.path)), "n_ctx": self.llm.n_ctx(), **self.load.kv_settings()}
+        settings = {"model_id": self.model.id, "n_ctx": self.llm.n_ctx(), **self.load.kv_settings()}
         if settings.get("kv_profile") not in (None, "auto"):
             settings["kv_profile"] = sha256(Path(settings["kv_profile"]))
         return settings

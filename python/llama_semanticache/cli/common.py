@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config import METHODS, OURS, ROW_TYPES, KVConfig
 from ..errors import SemanticCacheError
-from ..models import resolve
+from ..models import open_model
 
 if TYPE_CHECKING:
     from ..llama import KVStats, Llama
+    from ..model_file import ModelFile
 
 DEFAULT_N_CTX = 8192
 _VERBOSE = "llama_semanticache.verbose"
 
 
 class ErrorGroup(click.Group):
-    """Reports an error of ours, llama_cpp's or the system's as 'Error: ...' with exit status 1, with a traceback only under --verbose,
-    and warnings as 'Warning: ...'.
+    """Reports an error of ours, llama_cpp's or the system's as 'Error: ...' with exit status 1, with a traceback only
+    under --verbose, and warnings as 'Warning: ...'.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -64,8 +66,7 @@ class LoadOptions:
         """Arguments of `Llama` that make its cache what it is."""
         if self.kv_compress is None:
             return {"kv_compress": None}
-        names = ("kv_compress", "kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v", "kv_profile")
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name.startswith("kv_")}
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,38 @@ traceback_option = click.option(
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-_LOAD = (
+_HELP = {
+    "kv_ratio": "Rows kept, as a share of the context.",
+    "kv_stage": "Newest tokens that are held exactly until the next pass.",
+    "kv_window": "Newest tokens that a pass leaves alone.",
+    "kv_type_k": "How K of the older tokens is stored; auto: q8_0 where heads allow it.",
+    "kv_type_v": "How V of the older tokens is stored; auto: q8_0 where heads allow it.",
+}
+_TYPES = {
+    "kv_ratio": click.FloatRange(0, 1, min_open=True),
+    "kv_stage": click.IntRange(min=1),
+    "kv_window": click.IntRange(min=1),
+    "kv_type_k": click.Choice(ROW_TYPES),
+    "kv_type_v": click.Choice(ROW_TYPES),
+}
+
+
+def _kv_option(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    option = f"--{name.replace('_', '-')}"
+    return click.option(option, type=_TYPES[name], default=getattr(KVConfig, name), show_default=True, help=_HELP[name])
+
+
+_SIZES = [_kv_option(name) for name in _HELP]
+
+
+def kv_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds the options that say how large a compressed cache is."""
+    for option in reversed(_SIZES):
+        function = option(function)
+    return function
+
+
+_LOAD: tuple[Callable[..., Any], ...] = (
     click.option(
         "--n-ctx",
         type=click.IntRange(min=1),
@@ -112,46 +144,16 @@ _LOAD = (
     ),
     click.option(
         "--kv-compress",
-        type=click.Choice(["semanticache", "paper", "streaming", "none"]),
-        default="semanticache",
+        type=click.Choice([*METHODS, "none"]),
+        default=OURS,
         show_default=True,
         callback=_none_if("none"),
         help="How the KV cache is compressed.",
     ),
-    click.option(
-        "--kv-ratio",
-        type=click.FloatRange(0, 1, min_open=True),
-        default=0.25,
-        show_default=True,
-        help="Rows kept, as a share of the context.",
-    ),
-    click.option(
-        "--kv-stage",
-        type=click.IntRange(min=1),
-        default=768,
-        show_default=True,
-        help="Newest tokens that are held exactly until the next pass.",
-    ),
-    click.option(
-        "--kv-window",
-        type=click.IntRange(min=1),
-        default=512,
-        show_default=True,
-        help="Newest tokens that a pass leaves alone.",
-    ),
-    *(
-        click.option(
-            f"--kv-type-{part}",
-            type=click.Choice(["auto", "f16", "q8_0", "q4_0"]),
-            default="auto",
-            show_default=True,
-            help=f"How {part.upper()} of the older tokens is stored; auto: q8_0 where heads allow it.",
-        )
-        for part in "kv"
-    ),
+    *_SIZES,
     click.option(
         "--kv-profile",
-        default="auto",
+        default=KVConfig.kv_profile,
         show_default=True,
         metavar="auto|none|FILE",
         callback=_check_profile,
@@ -181,17 +183,19 @@ _SAMPLING = (
 )
 
 
-def _group_options(options: tuple, kind: type, argument: str) -> Callable:
+def _group_options(
+    options: Iterable[Callable[..., Any]], kind: type[LoadOptions] | type[SamplingOptions], argument: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that adds `options` to a command and hands their values over as one `argument` of type `kind`."""
-    names = kind.__dataclass_fields__
+    names = [field.name for field in fields(kind)]
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(**values: Any) -> Any:
             values[argument] = kind(**{name: values.pop(name) for name in names})
             return function(**values)
 
-        for option in reversed(options):
+        for option in reversed(list(options)):
             wrapper = option(wrapper)
         return wrapper
 
@@ -209,7 +213,7 @@ def note(text: str, style: str = "") -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
 
 
-def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
+def load_llama(model: str, load: LoadOptions) -> tuple[Llama, ModelFile]:
     """Load MODEL with the options of the command line.
 
     Raises
@@ -217,20 +221,22 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, Path]:
     SemanticCacheError, ValueError, RuntimeError
         See `Llama`.
     """
-    path = resolve(model)
+    model_file = open_model(model)
     n_ctx = load.n_ctx
     if n_ctx is None:
-        from ..shape import read_shape
-
-        n_ctx = min(DEFAULT_N_CTX, read_shape(path).n_ctx_train or DEFAULT_N_CTX)
+        n_ctx = min(DEFAULT_N_CTX, model_file.shape.n_ctx_train or DEFAULT_N_CTX)
 
     from .. import Llama, profile
 
-    options = {"n_ctx": n_ctx, "n_threads": load.threads, "n_threads_batch": load.threads, "verbose": load.verbose}
-    if load.kv_compress == "semanticache" and load.kv_profile == "auto" and load.kv_ratio < 1:
-        # Llama does this too, but silently unless llama.cpp's log is wanted
-        profile.ensure(path, verbose=True, n_threads=load.threads)
-    return Llama(str(path), **options, **load.kv_settings()), path
+    options: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "n_threads": load.threads,
+        "n_threads_batch": load.threads,
+        "verbose": load.verbose,
+    }
+    # Llama does this too, but silently unless llama.cpp's log is wanted
+    profile.ensure(model_file, verbose=True, n_threads=load.threads, config=KVConfig(**load.kv_settings()))
+    return Llama(model_file, **options, **load.kv_settings()), model_file
 
 
 def kv_line(stats: KVStats, tokens_per_s: float | None) -> str:

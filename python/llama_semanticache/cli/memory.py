@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..models import resolve
-from .common import json_option, traceback_option
+from ..models import open_model
+from .common import DEFAULT_N_CTX, json_option, kv_sizes, traceback_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,25 +25,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="Context size, tokens; may be given several times.  [default: what the model was trained for]",
 )
-@click.option(
-    "--kv-ratio", type=click.FloatRange(0, 1, min_open=True), default=0.25, show_default=True, help="As in chat."
-)
-@click.option("--kv-stage", type=click.IntRange(min=1), default=768, show_default=True, help="As in chat.")
-@click.option("--kv-window", type=click.IntRange(min=1), default=512, show_default=True, help="As in chat.")
-@click.option(
-    "--kv-type-k",
-    type=click.Choice(["auto", "f16", "q8_0", "q4_0"]),
-    default="auto",
-    show_default=True,
-    help="As in chat.",
-)
-@click.option(
-    "--kv-type-v",
-    type=click.Choice(["auto", "f16", "q8_0", "q4_0"]),
-    default="auto",
-    show_default=True,
-    help="As in chat.",
-)
+@kv_sizes
 @click.option(
     "--swa-full", is_flag=True, help="Count n_ctx tokens in sliding-window layers too (llama_cpp.Llama's default)."
 )
@@ -52,22 +34,16 @@ if TYPE_CHECKING:
 def memory(
     model: str,
     n_ctx: tuple[int, ...],
-    kv_ratio: float,
-    kv_stage: int,
-    kv_window: int,
-    kv_type_k: str,
-    kv_type_v: str,
     swa_full: bool,
     as_json: bool,
+    **kv: Any,
 ) -> None:
     """Show the memory that MODEL needs, computed from its metadata; nothing is loaded."""
     from ..memory import memory_report
-    from ..shape import read_shape
 
-    path = resolve(model, progress=not as_json)
-    sizes = n_ctx or (read_shape(path).n_ctx_train or 8192,)
-    options = {"kv_type_k": kv_type_k, "kv_type_v": kv_type_v, "swa_full": swa_full}
-    report = memory_report(path, sizes, kv_ratio=kv_ratio, kv_stage=kv_stage, kv_window=kv_window, **options)
+    model_file = open_model(model, progress=not as_json)
+    sizes = n_ctx or (model_file.shape.n_ctx_train or DEFAULT_N_CTX,)
+    report = memory_report(model_file, sizes, swa_full=swa_full, **kv)
     if as_json:
         click.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
         return
@@ -77,7 +53,7 @@ def memory(
     console = Console(highlight=False)
     shape = report.model
     console.print(
-        f"{shape.name or path.name} ({shape.arch}): weights {shape.weights_bytes / 2**20:,.1f} MiB, "
+        f"{shape.name or model_file.name} ({shape.arch}): weights {shape.weights_bytes / 2**20:,.1f} MiB, "
         f"{len(shape.of_kind('full'))} layers with full attention, {len(shape.of_kind('swa'))} with a sliding window; "
         f"trained for {shape.n_ctx_train:,} tokens",
         markup=False,

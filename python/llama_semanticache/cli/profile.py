@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from ..models import resolve
-from ..profile import N_TEXT_TOKENS, calibrate, measured, model_id, read_texts
+from ..models import open_model
+from ..profile import N_TEXT_TOKENS, calibrate, measured, read_texts
 from .common import json_option, note, traceback_option
 
 
@@ -37,22 +37,23 @@ def profile(
 ) -> None:
     """Measure the budget of each head of MODEL and store it.
 
-    chat and run do this by themselves on first use (--kv-profile auto), but for models of fewer than 8 compressed KV heads: these get
-    equal budgets unless a profile is named.
+    chat and run do this by themselves on first use (--kv-profile auto), but for models of fewer than 8 compressed KV
+    heads: these get equal budgets unless a profile is named.
     """
-    path = resolve(model, progress=not as_json)
+    model_file = open_model(model, progress=not as_json)
     if out and Path(out).exists() and not force:
         raise click.ClickException(f"expected the name of a new file, got {out}, which is there; --force replaces it")
-    there = None if out or force else measured(model_id(str(path)))
+    there = None if out or force else measured(model_file.id)
     if there and (texts or n_ctx != N_TEXT_TOKENS):
         raise click.ClickException(
-            f"expected a model that was not measured before, got one with {there}; --force replaces it, --out FILE writes another"
+            f"expected a model that was not measured before, got one with {there}; --force replaces it, --out FILE "
+            "writes another"
         )
     if there:
         note("measured before; --force measures it again")
     begin = time.perf_counter()
     file = calibrate(
-        str(path),
+        model_file,
         texts=read_texts(texts) if texts else None,
         n_ctx=n_ctx,
         out=out,
@@ -62,7 +63,7 @@ def profile(
     )
     seconds = time.perf_counter() - begin
     if as_json:
-        result = {"model": str(path), "model_id": model_id(str(path)), "profile": str(file), "seconds": seconds}
+        result = {"model": str(model_file.path), "model_id": model_file.id, "profile": str(file), "seconds": seconds}
         click.echo(json.dumps(result, ensure_ascii=False, indent=2))
     else:
         click.echo(file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -64,7 +64,7 @@ def run(
     if raw and system:
         raise click.UsageError("--system needs a chat template; leave out --raw or put the text into the prompt")
     text = _prompt(stdin, prompt, prompt_file)
-    llm, path = load_llama(model, load)
+    llm, model_file = load_llama(model, load)
     answer = Answer()
     meter = TokenMeter(llm)
     try:
@@ -78,7 +78,7 @@ def run(
         raise click.ClickException(explain(error)) from error
     if as_json:
         result = {
-            "model": str(path),
+            "model": str(model_file.path),
             "text": answer.text,
             "finish_reason": answer.finish_reason,
             **usage,
@@ -126,7 +126,8 @@ def _answer(
     """Generate into `answer`: with as_json quietly and with the token counts as the result, else to stdout."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    complete, prompt = (llm.create_completion, text) if raw else (llm.create_chat_completion, messages)
+    complete: Any = llm.create_completion if raw else llm.create_chat_completion
+    prompt = text if raw else messages
     if not as_json:
         stream_answer(complete(prompt, stream=True, **sampling.arguments()), answer)
         return {}

@@ -1,7 +1,8 @@
 """Proportional attention: one softmax over rows, each of which may stand for many tokens.
 
-The bias of a row is the log of the attention mass that it stands for, relative to its own key; it is added to the logit.
-A row with bias log n acts exactly as n copies of itself. This is the reference for the attention kernels of every backend.
+The bias of a row is the log of the attention mass that it stands for, relative to its own key; it is added to the
+logit. A row with bias log n acts exactly as n copies of itself. This is the reference for the attention kernels of
+every backend.
 """
 
 from __future__ import annotations

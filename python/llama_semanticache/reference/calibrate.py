@@ -1,8 +1,8 @@
 """Calibration: how far the output of a kv head is off when the head holds a part of its rows.
 
-A text is read without compression. Then every head is compressed as it would have been while the text was read, in passes,
-at several budgets, and the queries of the text's last tokens are asked what they see: with all rows, and with those that are
-left. Between heads this error differs by orders of magnitude, between texts by little.
+A text is read without compression. Then every head is compressed as it would have been while the text was read, in
+passes, at several budgets, and the queries of the text's last tokens are asked what they see: with all rows, and with
+those that are left. Between heads this error differs by orders of magnitude, between texts by little.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def output_errors(
 def read_in_passes(text: TextInput, params: PassParams, n_pass: int, n_window: int) -> HeadRows:
     """The cores that a pass after every `n_pass` tokens makes of the text up to its exact tokens.
 
-    A pass leaves the newest `n_window` tokens in the stage; the first that takes any also takes the sinks. Those before it
-    only take votes.
+    A pass leaves the newest `n_window` tokens in the stage; the first that takes any also takes the sinks. Those before
+    it only take votes.
     """
-    none = np.zeros(0)
+    none, zero = np.zeros(0), np.zeros(len(text.k))
     cores = HeadRows(text.k[:0], text.v[:0], none, none, none, none)
     n_read = text.n_past + n_window
     votes = Votes.none(n_read)  # by token
@@ -105,15 +105,11 @@ def read_in_passes(text: TextInput, params: PassParams, n_pass: int, n_window: i
         first = done or text.n_sink
         stop = end - n_window if end - n_window > first else done
         new, sinks, window = slice(first, max(first, stop)), slice(0, text.n_sink if stop else 0), slice(stop, end)
-
-        def rows(x, of_cores):
-            return np.concatenate([x[sinks], of_cores, x[new], x[window]])
-
         stage, voters = np.r_[new, window], slice(begin, end, VOTE_EVERY)
         inp = PassInput(
-            k=rows(text.k, cores.k),
-            v=rows(text.v, cores.v),
-            bias=rows(np.zeros(len(text.k)), cores.bias),
+            k=np.concatenate([text.k[sinks], cores.k, text.k[new], text.k[window]]),
+            v=np.concatenate([text.v[sinks], cores.v, text.v[new], text.v[window]]),
+            bias=np.concatenate([zero[sinks], cores.bias, zero[new], zero[window]]),
             n_sink=len(text.k[sinks]),
             n_win=end - stop,
             chunk=np.concatenate([cores.chunk, text.chunk[new.start - text.n_sink : new.stop - text.n_sink]]),

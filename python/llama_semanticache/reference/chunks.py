@@ -28,16 +28,19 @@ def delimiter_table(pieces: Sequence[bytes], is_control: Sequence[bool]) -> np.n
     """
     if len(pieces) != len(is_control):
         raise ValueError(
-            f"expected one control flag per token ({len(pieces)}), got {len(is_control)}; pass both for the whole vocabulary"
+            f"expected one control flag per token ({len(pieces)}), got {len(is_control)}; pass both for the whole "
+            "vocabulary"
         )
-    return np.array([bool(c) or p.rstrip(b" ").endswith(DELIMITERS) for p, c in zip(pieces, is_control)], dtype=bool)
+    return np.array(
+        [bool(c) or p.rstrip(b" ").endswith(DELIMITERS) for p, c in zip(pieces, is_control, strict=True)], dtype=bool
+    )
 
 
 def chunk_ids(is_delimiter: Sequence[bool], n_chunk: int, first_id: int) -> np.ndarray:
     """Number the chunks of the new rows of a pass.
 
-    A chunk ends after a delimiter token or when it is `n_chunk` tokens long. Every pass begins a new chunk: the next one
-    starts at the last id plus one.
+    A chunk ends after a delimiter token or when it is `n_chunk` tokens long. Every pass begins a new chunk: the next
+    one starts at the last id plus one.
 
     Parameters
     ----------

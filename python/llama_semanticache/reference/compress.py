@@ -10,7 +10,7 @@ Sinks and window are attended to and never change. Indices of candidates count f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -156,7 +156,7 @@ class PassInput:
     n_tok: np.ndarray
     q: np.ndarray
     pos_q: np.ndarray
-    votes: Votes | None = None
+    votes: Votes = field(default_factory=lambda: Votes.none(0))
 
     def __post_init__(self):
         for name, dtype in (
@@ -174,7 +174,7 @@ class PassInput:
         _expect("entries of bias", len(self.k), len(self.bias))
         _expect("entries of chunk", self.n_cand, len(self.chunk))
         _expect("entries of n_tok", self.n_core, len(self.n_tok))
-        if self.votes is None:
+        if not len(self.votes):
             object.__setattr__(self, "votes", Votes.none(self.n_new + self.n_win))
         _expect("votes", self.n_new + self.n_win, len(self.votes))
         _expect("query positions", len(self.q), len(self.pos_q))
@@ -260,8 +260,9 @@ class PassParams:
 class Scores:
     """What the look-ahead queries say about each candidate; all float64, shape [n_cand].
 
-    A core is judged by the queries of this pass alone, a new row by all that voted while it was in the stage. The fewer ask,
-    the greater is the power mean if one of them looked, and a core's best score stays: in a pass of few, the others count as 0.
+    A core is judged by the queries of this pass alone, a new row by all that voted while it was in the stage. The fewer
+    ask, the greater is the power mean if one of them looked, and a core's best score stays: in a pass of few, the
+    others count as 0.
 
     Attributes
     ----------
@@ -309,7 +310,8 @@ def compress_head(inp: PassInput, params: PassParams) -> PassResult:
     Returns
     -------
     PassResult
-        At most `budget` rows. With no more candidates than the budget, every one of them stays as it is but for its score.
+        At most `budget` rows. With no more candidates than the budget, every one of them stays as it is but for its
+        score.
     """
     rows = inp.candidates()
     if len(rows) == 0:
@@ -354,10 +356,10 @@ def take_votes(inp: PassInput, params: PassParams, q) -> Votes:
 def score(inp: PassInput, params: PassParams, q) -> Scores:
     """Step 3. Gather each candidate's score parts.
 
-    Without row i the output of a query changes by P_i (v_i - output) / (1 - P_i). s_use * s_dev is the size of that over
-    the queries, with the mean value in the output's place and in a unit that compares between heads. Order 4 lies between
-    the root mean square, which is best for the text that follows, and the maximum, which is best for facts that one query
-    in a thousand asks for.
+    Without row i the output of a query changes by P_i (v_i - output) / (1 - P_i). s_use * s_dev is the size of that
+    over the queries, with the mean value in the output's place and in a unit that compares between heads. Order 4 lies
+    between the root mean square, which is best for the text that follows, and the maximum, which is best for facts that
+    one query in a thousand asks for.
 
     Parameters
     ----------
@@ -391,8 +393,8 @@ def update_scores(rows: HeadRows, scores: Scores, n_core: int) -> HeadRows:
 
 
 def key_differences(k, others) -> np.ndarray:
-    """Minus the cosine between each key and the mean of the others', taken as unit vectors (KeyDiff, Park et al. 2025, arXiv 2504.15364);
-    shapes [n, d_k], [m, d_k] -> [n]. A key of zero gives 0."""
+    """Minus the cosine between each key and the mean of the others', taken as unit vectors (KeyDiff, Park et al. 2025,
+    arXiv 2504.15364); shapes [n, d_k], [m, d_k] -> [n]. A key of zero gives 0."""
 
     def unit(x):
         return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
@@ -401,9 +403,11 @@ def key_differences(k, others) -> np.ndarray:
 
 
 def values(rows: HeadRows, scores: Scores, params: PassParams) -> np.ndarray:
-    """Step 5. What the candidates win by: s_use * s_dev, and infinity for `distinct` percent of the budget, the keys least like the mean key.
+    """Step 5. What the candidates win by: s_use * s_dev, and infinity for `distinct` percent of the budget, the keys
+    least like the mean key.
 
-    What nobody has asked for yet has no s_use. A key unlike the others is what a question can tell apart, and it cannot be merged for nothing.
+    What nobody has asked for yet has no s_use. A key unlike the others is what a question can tell apart, and it cannot
+    be merged for nothing.
     """
     value = rows.s_use * scores.s_dev
     value[choose_winners(key_differences(rows.k, rows.k), params.budget * params.distinct // 100)] = np.inf
@@ -423,13 +427,14 @@ def choose_winners(value, budget: int) -> np.ndarray:
 
 
 def fitted_queries(q) -> np.ndarray:
-    """Queries that rows are merged by, those of about `N_FIT` tokens: of the tokens 0, s, 2 s, ... with s = max(1, n_q // N_FIT), a line
-    per query head; shapes [n_q, gqa, d_k] -> [n, d_k]."""
+    """Queries that rows are merged by, those of about `N_FIT` tokens: of the tokens 0, s, 2 s, ... with s = max(1, n_q
+    // N_FIT), a line per query head; shapes [n_q, gqa, d_k] -> [n, d_k]."""
     return q[:: max(1, len(q) // N_FIT)].reshape(-1, q.shape[-1])
 
 
 def query_metric(q) -> np.ndarray:
-    """M = mean over queries of q q': (a - b)' M (a - b) is the mean squared difference of the raw logits of keys a and b.
+    """M = mean over queries of q q': (a - b)' M (a - b) is the mean squared difference of the raw logits of keys a and
+    b.
 
     Parameters
     ----------
@@ -490,8 +495,8 @@ def merge_rows(rows: HeadRows, winner, member_of, w) -> HeadRows:
 def fit_bias(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) -> np.ndarray:
     """Step 6, bias. The merged row receives, on the average of the logs, the mass that its members received.
 
-    bias = mean over queries of [ log(sum of the members' P) - (y - z) ], where y is the logit of the merged key and z the
-    logsumexp over all rows before the pass; clamped to [-6, 8].
+    bias = mean over queries of [ log(sum of the members' P) - (y - z) ], where y is the logit of the merged key and z
+    the logsumexp over all rows before the pass; clamped to [-6, 8].
 
     Parameters
     ----------
@@ -521,10 +526,11 @@ def fit_bias(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) ->
 def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) -> np.ndarray:
     """Step 6, values. Move the merged values so that the outputs of the queries come out as before the pass.
 
-    What a cluster's mean cannot say, and what dropped rows took with them, the merged rows make good together: least squares
-    over the queries to which the pass leaves something, min |r - A d|^2 + ridge |d|^2 with the residual r of the outputs, the
-    shares A of the merged rows in the new softmax, and the moves d. The ridge is that of equally likely moves and residuals, mean |r|^2 over the members' mean
-    squared distance from their cluster's value, times `RIDGE`: the queries of the text to come are others.
+    What a cluster's mean cannot say, and what dropped rows took with them, the merged rows make good together: least
+    squares over the queries to which the pass leaves something, min |r - A d|^2 + ridge |d|^2 with the residual r of
+    the outputs, the shares A of the merged rows in the new softmax, and the moves d. The ridge is that of equally
+    likely moves and residuals, mean |r|^2 over the members' mean squared distance from their cluster's value, times
+    `RIDGE`: the queries of the text to come are others.
 
     Parameters
     ----------

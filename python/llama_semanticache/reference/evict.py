@@ -1,10 +1,12 @@
-"""Baselines: what the eviction methods of others keep. Nothing is merged; every policy scores rows, and the best candidates stay.
+"""Baselines: what the eviction methods of others keep. Nothing is merged; every policy scores rows, and the best
+candidates stay.
 
 KeyDiff  Park et al. 2025, arXiv 2504.15364   the keys least like the mean of all unit keys
 Knorm    Devoto et al. 2024, arXiv 2406.11430 the shortest keys
 SnapKV   Li et al. 2024, arXiv 2404.14469     the mean attention of the newest tokens' queries, smoothed along the text
 TOVA     Oren et al. 2024, arXiv 2401.06104   the attention of the newest query
-H2O      Zhang et al. 2023, arXiv 2306.14048  the attention of all queries so far, summed up; half of what is kept are the newest
+H2O      Zhang et al. 2023, arXiv 2306.14048  the attention of all queries so far, summed up;
+                                              half of what is kept are the newest
 
 Queries ask from where they are, of the tokens up to their own.
 """

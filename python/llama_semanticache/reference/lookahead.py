@@ -48,7 +48,8 @@ def rotate(q, delta, inv_freq, rope_neox: bool) -> np.ndarray:
     inv_freq : array_like, shape [n_rot / 2]
         Angle per position of each pair, radians. Empty: no RoPE, q is returned unchanged.
     rope_neox : bool
-        Which dimensions form pair i: (i, i + n_rot / 2) if true, (2 i, 2 i + 1) if false. Dimensions from n_rot on stay.
+        Which dimensions form pair i: (i, i + n_rot / 2) if true, (2 i, 2 i + 1) if false. Dimensions from n_rot on
+        stay.
 
     Returns
     -------
@@ -59,7 +60,8 @@ def rotate(q, delta, inv_freq, rope_neox: bool) -> np.ndarray:
     n_pair = len(inv_freq)
     if 2 * n_pair > q.shape[-1]:
         raise ValueError(
-            f"expected at most {q.shape[-1] // 2} angles for vectors of {q.shape[-1]}, got {n_pair}; inv_freq holds one per pair"
+            f"expected at most {q.shape[-1] // 2} angles for vectors of {q.shape[-1]}, got {n_pair}; inv_freq holds "
+            "one per pair"
         )
     i = np.arange(n_pair)
     first, second = (i, i + n_pair) if rope_neox else (2 * i, 2 * i + 1)

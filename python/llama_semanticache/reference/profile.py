@@ -1,10 +1,11 @@
 """Profile: how far each kv head is off with how many rows, a property of the model that is measured once.
 
-Errors are measured at a few parts of the rows (the knots) by `calibrate.output_errors`, divided by the size of the layer's
-residual stream (the median over the tokens of the norm of the layer's output), and meaned over texts. Where a norm follows the
-attention's projection (Gemma 2 and 3, OLMo 2, ...), an error counts in proportion to the outputs themselves: times the square of the
-median norm of what that norm returns, over that of the heads' outputs. Squared and divided by the plain, not the squared size, they follow what the compression of the single head does to the model's distribution; see
-docs/decisions.md, 21.
+Errors are measured at a few parts of the rows (the knots) by `calibrate.output_errors`, divided by the size of the
+layer's residual stream (the median over the tokens of the norm of the layer's output), and meaned over texts. Where a
+norm follows the attention's projection (Gemma 2 and 3, OLMo 2, ...), an error counts in proportion to the outputs
+themselves: times the square of the median norm of what that norm returns, over that of the heads' outputs. Squared and
+divided by the plain, not the squared size, they follow what the compression of the single head does to the model's
+distribution; see docs/decisions.md, 21.
 
 File format, text with LF line ends::
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,15 +66,16 @@ class Profile:
             )
         if self.n_text < 1:
             raise ValueError(f"expected n_text >= 1, got {self.n_text}; calibrate on at least one text")
-        if not self.parts or not all(0 < a < b for a, b in zip(self.parts, (*self.parts[1:], 1.0))):
+        if not self.parts or not all(0 < a < b for a, b in pairwise((*self.parts, 1.0))):
             raise ValueError(f"expected parts that rise from above 0 to below 1, got {self.parts}; calibrate again")
-        if not self.heads or any(a >= b for a, b in zip(self.heads, self.heads[1:])):
+        if not self.heads or any(a >= b for a, b in pairwise(self.heads)):
             raise ValueError(
                 "expected at least one head, each once and ordered by (il, head), got another order; calibrate again"
             )
         if self.errors.shape != (len(self.heads), len(self.parts)):
             raise ValueError(
-                f"expected errors [{len(self.heads)}, {len(self.parts)}], got {list(self.errors.shape)}; calibrate again"
+                f"expected errors [{len(self.heads)}, {len(self.parts)}], got {list(self.errors.shape)}; calibrate "
+                "again"
             )
         if not np.all((self.errors >= 0) & np.isfinite(self.errors)):
             raise ValueError("expected errors of at least 0, got another; calibrate again")
@@ -86,7 +89,7 @@ def write_profile(path, profile: Profile) -> None:
         f"n_text {profile.n_text}",
         "parts " + " ".join(f"{x:g}" for x in profile.parts),
     ]
-    for (il, head), errors in zip(profile.heads, profile.errors):
+    for (il, head), errors in zip(profile.heads, profile.errors, strict=True):
         lines.append(f"head {il} {head} " + " ".join(f"{x:.4e}" for x in errors))
     Path(path).write_bytes(("\n".join(lines) + "\n").encode())
 
@@ -133,8 +136,8 @@ def read_profile(path) -> Profile:
 
 
 def error_at(parts, errors, part: float) -> float:
-    """Error of one head at any part of its rows: a power law between the knots, below the first as there, and from the last
-    one linear to none at part 1. Where a knot has no error, so has what lies before it, back to the next knot.
+    """Error of one head at any part of its rows: a power law between the knots, below the first as there, and from the
+    last one linear to none at part 1. Where a knot has no error, so has what lies before it, back to the next knot.
 
     Parameters
     ----------
@@ -154,8 +157,8 @@ def error_at(parts, errors, part: float) -> float:
 def steps(parts, errors, n_ctx: int, lo: int) -> list[tuple[int, float]]:
     """Lower convex hull of a head's error over its rows, as (rows, error) from `lo` to `n_ctx` rows.
 
-    The error is taken at rows that rise geometrically in `N_GRID` steps, and never rises with the rows (if it was measured
-    so, that is noise).
+    The error is taken at rows that rise geometrically in `N_GRID` steps, and never rises with the rows (if it was
+    measured so, that is noise).
 
     Returns
     -------
@@ -182,8 +185,8 @@ def steps(parts, errors, n_ctx: int, lo: int) -> list[tuple[int, float]]:
 def budgets(profile: Profile, ratio: float, n_ctx: int, n_sink: int, n_chunk: int = 32) -> np.ndarray:
     """Rows of every kv head, sinks included: the smallest sum of errors with round(ratio * n_ctx * n_head) rows in all.
 
-    Every head starts with lo = min(n_ctx, n_sink + n_chunk) rows. The steps of all heads' hulls are taken in the order of what
-    a row takes away (ties: lower head first) until the rows are used up; the last step is taken in part.
+    Every head starts with lo = min(n_ctx, n_sink + n_chunk) rows. The steps of all heads' hulls are taken in the order
+    of what a row takes away (ties: lower head first) until the rows are used up; the last step is taken in part.
 
     Parameters
     ----------
@@ -206,7 +209,7 @@ def budgets(profile: Profile, ratio: float, n_ctx: int, n_sink: int, n_chunk: in
     taken = []
     for head, errors in enumerate(profile.errors):
         hull = steps(profile.parts, errors, n_ctx, lo)
-        taken += [((a[1] - b[1]) / (b[0] - a[0]), head, b[0] - a[0]) for a, b in zip(hull, hull[1:])]
+        taken += [((a[1] - b[1]) / (b[0] - a[0]), head, b[0] - a[0]) for a, b in pairwise(hull)]
     out = np.full(n_head, lo, dtype=np.int64)
     left = _round(ratio * n_ctx * n_head) - lo * n_head
     for _, head, n_rows in sorted(taken, key=lambda step: -step[0]):
@@ -216,7 +219,8 @@ def budgets(profile: Profile, ratio: float, n_ctx: int, n_sink: int, n_chunk: in
 
 
 def equal_budgets(n_head: int, ratio: float, n_ctx: int, n_sink: int, n_chunk: int = 32) -> np.ndarray:
-    """Rows without a profile: the same for every head, one more for the first ones until round(ratio * n_ctx * n_head) are out.
+    """Rows without a profile: the same for every head, one more for the first ones until round(ratio * n_ctx * n_head)
+    are out.
 
     Raises
     ------

@@ -1,0 +1,180 @@
+"""The settings of a compressed cache: defaults, checks, and which profile they call for. Loads no library."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from .errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .model_file import ModelFile
+
+OURS = "semanticache"
+
+METHODS = {
+    OURS: "SEMANTIC",
+    "paper": "PAPER",
+    "streaming": "STREAMING",
+    "keydiff": "KEYDIFF",
+    "knorm": "KNORM",
+    "snapkv": "SNAPKV",
+    "tova": "TOVA",
+    "h2o": "H2O",
+}
+"""Values of kv_compress, and what follows SEMCACHE_METHOD_ in semcache.h."""
+
+ROW_TYPES = ("auto", "f16", "q8_0", "q4_0")
+"""Values of kv_type_k and kv_type_v."""
+
+PARAMS = ("n_horizon", "n_chunk", "merge", "distinct", "seed", "calibrate")
+"""Names that kv_params may have."""
+
+N_CHUNK = 32
+"""The library's own default of n_chunk, tokens."""
+
+N_HEAD_KV_FEW = 8
+"""Models with fewer compressed KV heads than these do better with equal budgets (docs/decisions.md, 45), and draw a
+warning: with 3 facts are lost, with 48 they are kept; between is not measured.
+"""
+
+MAX_ROOM = 4096
+"""SEMCACHE_MAX_ROOM: tokens that a pass may compress at once."""
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """All kv_* arguments of `Llama`, which documents them. Anything may be in here until `check` has been called."""
+
+    kv_compress: str | None = None
+    kv_ratio: float = 0.25
+    kv_stage: int = 768
+    kv_window: int = 512
+    kv_sink: int = 4
+    kv_type_k: str = "auto"
+    kv_type_v: str = "auto"
+    kv_profile: str | os.PathLike[str] | None = "auto"
+    kv_params: Mapping[str, int] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `Llama`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def changed(self) -> list[str]:
+        """Names of what has another value than the default."""
+        return sorted(field.name for field in fields(self) if getattr(self, field.name) != field.default)
+
+    @property
+    def n_chunk(self) -> int:
+        """Longest chunk, tokens: no KV head gets fewer rows than this and kv_sink."""
+        return (self.kv_params or {}).get("n_chunk", N_CHUNK)
+
+    @property
+    def n_room(self) -> int:
+        """Tokens that a pass makes room for, about, and comes after."""
+        return self.kv_stage - self.kv_window
+
+    def check(self) -> None:
+        """Check what can be said without a model; what depends on one is checked by the library too.
+
+        Raises
+        ------
+        ArgumentError
+            A value is of another kind, out of range, or contradicts another one.
+        """
+        for name, choices in (("kv_compress", METHODS), ("kv_type_k", ROW_TYPES), ("kv_type_v", ROW_TYPES)):
+            if getattr(self, name) not in tuple(choices):
+                one_of = "None or one of" if name == "kv_compress" else "one of"
+                raise ArgumentError(
+                    f"{name}: expected {one_of} {', '.join(choices)}, got {getattr(self, name)!r}; pass one of these"
+                )
+        ratio: Any = self.kv_ratio
+        if not isinstance(ratio, numbers.Real) or not 0 < float(ratio) <= 1:
+            raise ArgumentError(
+                f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows"
+            )
+        for name, least in (("kv_sink", 0), ("kv_window", 1), ("kv_stage", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:
+                raise ArgumentError(
+                    f"{name}: expected an integer of at least {least}, got {value!r}; the default fits most uses"
+                )
+        self._check_stage()
+        unknown = set(self.kv_params or ()) - set(PARAMS)
+        if unknown:
+            raise ArgumentError(
+                f"kv_params: expected {', '.join(PARAMS)}, got {', '.join(sorted(unknown))}; see semcache.h"
+            )
+        n_chunk: Any = self.n_chunk
+        if not isinstance(n_chunk, numbers.Integral) or not 1 <= int(n_chunk) <= 255:
+            raise ArgumentError(f"kv_params: expected n_chunk of 1 to 255, got {n_chunk!r}; the default is {N_CHUNK}")
+
+    def _check_stage(self) -> None:
+        if self.n_room <= self.kv_sink:
+            raise ArgumentError(
+                f"kv_stage: expected more than kv_window + kv_sink = {self.kv_window + self.kv_sink}, got "
+                f"{self.kv_stage}; raise kv_stage or lower kv_window"
+            )
+        if self.n_room > MAX_ROOM:
+            raise ArgumentError(
+                f"kv_stage: expected at most kv_window + {MAX_ROOM} = {self.kv_window + MAX_ROOM}, got "
+                f"{self.kv_stage}; lower kv_stage or raise kv_window"
+            )
+
+    def check_n_ctx(self, n_ctx: Any) -> None:
+        """Check a context size, tokens; 0 stands for the model's own.
+
+        Raises
+        ------
+        ArgumentError
+            It is no number, or has no room for the stage.
+        """
+        if not isinstance(n_ctx, numbers.Integral):
+            raise ArgumentError(f"n_ctx: expected an integer, got {n_ctx!r}; 0 takes the model's own")
+        if 0 < int(n_ctx) < self.kv_stage:
+            raise ArgumentError(
+                f"n_ctx: expected at least kv_stage = {self.kv_stage}, got {n_ctx}; raise n_ctx or lower kv_stage"
+            )
+
+    def rows_per_head(self, n_ctx: int, n_head_kv: int) -> float:
+        """Rows for older tokens that a compressed KV head has, on average.
+
+        Parameters
+        ----------
+        n_ctx : int
+            Context size, tokens, as the library rounds it up.
+        n_head_kv : int
+            Compressed KV heads of all layers.
+
+        Raises
+        ------
+        ArgumentError
+            They do not hold the sinks and a chunk.
+        """
+        rows = round(self.kv_ratio * n_ctx * n_head_kv)
+        if rows < min(n_ctx, self.kv_sink + self.n_chunk) * n_head_kv:
+            raise ArgumentError(
+                f"kv_ratio: expected at least {self.kv_sink + self.n_chunk} rows per kv head, got "
+                f"{rows / n_head_kv:.0f} from kv_ratio {self.kv_ratio} and n_ctx {n_ctx}; raise one of them"
+            )
+        return rows / n_head_kv
+
+    def has_too_few_heads(self, n_head_kv: int) -> bool:
+        """Whether heads are to take rows from one another, but too few heads, `n_head_kv`, are compressed.
+
+        Methods of others have equal budgets; at kv_ratio 1 every head keeps everything.
+        """
+        return self._shares_rows and n_head_kv < N_HEAD_KV_FEW
+
+    def decides_by_own_profile(self, model: ModelFile) -> bool:
+        """Whether the model's own profile says which head gets how many rows: what kv_profile "auto" stands for."""
+        if self.kv_profile != "auto" or not self._shares_rows:
+            return False
+        return not self.has_too_few_heads(model.shape.n_head_kv)
+
+    @property
+    def _shares_rows(self) -> bool:
+        return self.kv_compress == OURS and self.kv_ratio < 1

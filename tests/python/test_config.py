@@ -1,0 +1,130 @@
+"""config.py: one place for defaults, checks and the rule for profiles, which all that takes settings goes by."""
+
+from __future__ import annotations
+
+import inspect
+
+import click
+import pytest
+import tiny_models
+from conftest import SMALL
+
+from llama_semanticache import ArgumentError, Llama, _native, models, profile
+from llama_semanticache.bench.settings import profiles_of
+from llama_semanticache.cli import main
+from llama_semanticache.config import MAX_ROOM, METHODS, N_CHUNK, OURS, PARAMS, ROW_TYPES, KVConfig
+from llama_semanticache.memory import estimate
+from llama_semanticache.model_file import ModelFile
+
+SMALL_KV = {name: value for name, value in SMALL.items() if name.startswith("kv_")} | {"kv_profile": "auto"}
+
+
+@pytest.fixture
+def calibrated(tmp_path, monkeypatch):
+    """Paths of the models that are measured; the measurement itself is left out."""
+    monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path / "cache"))
+    measured = []
+    monkeypatch.setattr(profile, "calibrate", lambda model, **_: measured.append(model.path) or tmp_path / "a.profile")
+    return measured
+
+
+def test_defaults_are_the_library_s():
+    _, lib = _native.load()
+    theirs, ours = lib.semcache_default_params(), KVConfig(OURS)
+    assert theirs.method == getattr(lib, f"SEMCACHE_METHOD_{METHODS[OURS]}")
+    assert (theirs.ratio, theirs.n_stage, theirs.n_window, theirs.n_sink, theirs.n_chunk) == (
+        ours.kv_ratio,
+        ours.kv_stage,
+        ours.kv_window,
+        ours.kv_sink,
+        N_CHUNK,
+    )
+    assert (ours.kv_type_k, ours.kv_type_v) == ("auto", "auto")
+    assert theirs.type_k == theirs.type_v == lib.SEMCACHE_TYPE_AUTO
+    assert lib.SEMCACHE_MAX_ROOM == MAX_ROOM
+    assert all(hasattr(theirs, name) for name in PARAMS)
+
+
+def test_methods_are_the_library_s():
+    ffi, lib = _native.load()
+    names = ffi.typeof("enum semcache_method").relements
+    assert {f"SEMCACHE_METHOD_{name}" for name in METHODS.values()} == set(names)
+
+
+def test_defaults_of_llama_are_these():
+    parameters = inspect.signature(Llama.__init__).parameters
+    assert {name: parameters[name].default for name in KVConfig().arguments()} == KVConfig().arguments()
+    assert KVConfig().changed() == [] and KVConfig(OURS, kv_sink=8).changed() == ["kv_compress", "kv_sink"]
+
+
+@pytest.mark.parametrize("command", ["chat", "run", "memory"])
+def test_options_of_the_command_line_are_these(command):
+    options = {o.name: o for o in main.commands[command].params if (o.name or "").startswith("kv_")}
+    assert {"kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v"} <= options.keys()
+    for name, option in options.items():
+        default = OURS if name == "kv_compress" else getattr(KVConfig, name)
+        assert option.default == default, name
+        if isinstance(option.type, click.Choice):
+            assert tuple(option.type.choices) == ((*METHODS, "none") if name == "kv_compress" else ROW_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(kv_ratio=2), "kv_ratio: expected 0 < kv_ratio <= 1, got 2; "),
+        (dict(kv_compress=["paper"]), r"kv_compress: expected None or one of semanticache, .* got \['paper'\]; "),
+        (dict(kv_type_k="q5_0"), "kv_type_k: expected one of auto, f16, q8_0, q4_0, got 'q5_0'; "),
+        (dict(kv_stage=96, kv_window=92), r"kv_stage: expected more than kv_window \+ kv_sink = 96, got 96; "),
+        (dict(kv_stage=4700), r"kv_stage: expected at most kv_window \+ 4096 = 4608, got 4700; "),
+        (dict(kv_stage=2048), "n_ctx: expected at least kv_stage = 2048, got 1024; "),
+        (dict(kv_params={"n_chunk": 0}), "kv_params: expected n_chunk of 1 to 255, got 0; "),
+        (dict(kv_params={"n_chunk": "x"}), "kv_params: expected n_chunk of 1 to 255, got 'x'; "),
+        (dict(kv_params={"chunk": 3}), "kv_params: expected n_horizon, n_chunk, .* got chunk; "),
+    ],
+    ids=str,
+)
+def test_llama_and_the_estimate_refuse_the_same(options, message, tiny):
+    for refuse in (
+        lambda kv: Llama(tiny("llama"), **{"n_ctx": 1024, **kv}, verbose=False),
+        lambda kv: estimate(ModelFile.read(tiny("llama")).shape, 1024, OURS, **kv),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            refuse({"kv_compress": OURS, **options})
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "options", "measures"),
+    [
+        (4, {}, True),
+        (4, dict(kv_ratio=1.0), False),
+        (4, dict(kv_ratio=1), False),
+        (4, dict(kv_compress="keydiff"), False),
+        (4, dict(kv_profile=None), False),
+        (3, {}, False),
+    ],
+    ids=str,
+)
+def test_who_decides_by_the_model_s_own_profile(n_layer, options, measures, tmp_path, calibrated, monkeypatch):
+    """The rule is the same for Llama, for `bench` and for the command line; a profile takes minutes to measure."""
+    path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=n_layer)
+    model = ModelFile.read(path)
+    config = KVConfig(**{**SMALL_KV, **options})
+    expected = [path] if measures else []
+
+    assert config.decides_by_own_profile(model) == measures
+    monkeypatch.setattr(_native, "compressed", None)  # Llama comes no further than this
+    with pytest.raises(TypeError):
+        Llama(model, n_ctx=1024, verbose=False, **config.arguments())
+    assert calibrated == expected
+
+    calibrated.clear()
+    setting = f"{config.kv_compress}:{config.kv_ratio}" + (":equal" if config.kv_profile is None else "")
+    profiles_of(model, ["stock:f16", setting, "kvpress:keydiff:0.3"], None)
+    assert calibrated == expected
+
+
+def test_a_profile_that_is_none_is_found_before_the_model_is_measured(tmp_path, calibrated):
+    model = ModelFile.read(tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4))
+    with pytest.raises(profile.ProfileError, match=r"expected .* a file, got .*none.profile, which is none; run"):
+        profiles_of(model, ["semanticache:0.25", f"keydiff:0.25:profile={tmp_path / 'none.profile'}"], None)
+    assert calibrated == []

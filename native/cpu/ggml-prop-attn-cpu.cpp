@@ -56,6 +56,7 @@ semcache::attn_args args_of(const ggml_tensor * dst) {
     a.v_core = (const uint8_t *) core_v->data;
     a.v_type = type_of(core_v);
     a.bias = (const float *) dst->src[GGML_PROP_ATTN_BIAS]->data;
+    a.n_row = (int32_t) core_k->ne[1];
     a.row_first = (const int32_t *) rows->data;
     a.row_count = (const int32_t *) rows->data + a.n_head_kv;
     return a;

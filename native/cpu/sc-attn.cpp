@@ -1,6 +1,6 @@
 #include "sc-attn.h"
 
-#include "sc-quant.h"
+#include "sc-attn-few.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,33 +10,19 @@ namespace semcache {
 namespace {
 
 constexpr int32_t N_TILE = 64;   // rows of K and V that a batch converts at once: 2*64*d floats stay in the L2 cache
-constexpr int32_t N_FEW = 8;     // so many tokens are a few: their rows, not their tokens, are spread over threads
+constexpr int32_t N_FEW = 8;     // up to this many tokens are a few: their rows, not they, are spread over threads
 constexpr int32_t N_STRIP = 256; // rows that a few tokens look at between two steps of the running softmax
-constexpr int32_t N_PART = 16;   // parts for a few tokens
-constexpr int32_t N_QUERY = 192; // query rows of a batch that share a converted tile
-constexpr float MASKED = -1e30f; // finite, so that differences of masked logits are no NaN
+constexpr int32_t PART_ROWS =
+    1024; // rows of a part for a few tokens, as far as there are not too few or too many parts
+constexpr int32_t MIN_PART = 16, MAX_PART = 64;
+constexpr int32_t MAX_THREADS = 512; // GGML_MAX_N_THREADS
+constexpr int32_t N_QUERY = 192;     // query rows of a batch that share a converted tile
+constexpr float MASKED = -1e30f;     // finite, so that differences of masked logits are no NaN
 constexpr float MASKED_LO = -1e29f;
 
 // Rows [begin, end) of one head: first its cores, then the cells of the stage.
 struct piece {
     int32_t head, begin, end;
-};
-
-// Rows of K or V of one head that lie one after the other: cores of a type, or cells of the stage (f16).
-struct row_span {
-    const uint8_t * p;
-    int64_t stride; // bytes
-    row_type type;
-    int64_t size; // bytes of a row
-
-    const uint8_t * row(int32_t i) const { return p + i * stride; }
-
-    // What is read next is fetched while the present rows are computed with.
-    void prefetch(int32_t i) const {
-        for (int64_t at = 0; at < size; at += 64) {
-            __builtin_prefetch(row(i) + at);
-        }
-    }
 };
 
 row_span k_span(const attn_args & a, int32_t h, bool core, int32_t row) {
@@ -61,12 +47,26 @@ int32_t tokens_at_once(const attn_args & a) {
 
 int64_t slot_size(const attn_args & a) { return a.n_embd_head_v + 2; }
 
-// [N_PART, n_tokens, n_head] slots of (o, m, l)
+// Rows that the tokens look at, of all heads.
+int64_t n_rows_used(const attn_args & a) {
+    int64_t n = (int64_t) a.n_head_kv * a.n_kv;
+    for (int32_t h = 0; h < a.n_head_kv; ++h) {
+        n += a.row_count[h];
+    }
+    return n;
+}
+
+// Parts that so many rows are cut into, whatever the number of threads, so that the result does not depend on it.
+int32_t n_part(int64_t n_rows) { return (int32_t) std::clamp<int64_t>(n_rows / PART_ROWS, MIN_PART, MAX_PART); }
+
+// [n_part, n_tokens, n_head] slots of (o, m, l)
 int64_t slot(const attn_args & a, int32_t part, int32_t token, int32_t head) {
     return (((int64_t) part * a.n_tokens + token) * a.n_head + head) * slot_size(a);
 }
 
-int64_t slots_size(const attn_args & a) { return attn_in_parts(a) ? slot(a, N_PART, 0, 0) : 0; }
+int64_t slots_size(const attn_args & a) {
+    return attn_in_parts(a) ? slot(a, n_part(a.n_row + (int64_t) a.n_head_kv * a.n_kv), 0, 0) : 0;
+}
 
 // Running softmax of some query rows over the rows seen so far, in the scratch of one thread.
 struct online {
@@ -231,180 +231,6 @@ void add_tile(
     gemm_rows(s.x, s.ld_x, n_row, s.v, s.ld_v, n, (int) s.ld_v, s.o, s.ld_v, true);
 }
 
-// ---- a few query rows: no copy of K and V, every row is converted in registers for all of them
-
-template <row_type T> vf load_values(const uint8_t * row, int32_t e) {
-    if constexpr (T == row_type::f16) {
-        return vload_f16((const f16 *) row + e);
-    } else if constexpr (T == row_type::q8_0) {
-        const q8_block & b = ((const q8_block *) row)[e / Q_BLOCK];
-        return i8_to_vf(b.qs + e % Q_BLOCK) * f16_to_f32(b.d);
-    } else {
-        const q4_block & b = ((const q4_block *) row)[e / Q_BLOCK];
-        return i4_to_vf(b.qs, e % Q_BLOCK) * f16_to_f32(b.d);
-    }
-}
-
-// x[r][i] = q_r.k_i for NQ query rows and the keys i, i + 1, ... < n, NK of these at a time
-template <row_type T, int NQ, int NK>
-void few_logits(const float * q, int32_t d, const row_span & k, const row_span & next, int32_t i, int32_t n, float * x,
-    int64_t ld_x) {
-    for (; i + NK <= n; i += NK) {
-        const uint8_t * row = k.row(i);
-        for (int j = 0; j < NK; ++j) {
-            next.prefetch(i + j);
-        }
-        vf acc[NQ][NK] = {};
-        for (int32_t e = 0; e < d; e += VL) {
-            vf key[NK];
-#pragma GCC unroll 4
-            for (int j = 0; j < NK; ++j) {
-                key[j] = load_values<T>(row + j * k.stride, e);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < NQ; ++r) {
-                const vf y = vload(q + (int64_t) r * d + e);
-#pragma GCC unroll 4
-                for (int j = 0; j < NK; ++j) {
-                    acc[r][j] += y * key[j];
-                }
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < NQ; r += 4 / NK) { // four sums at a time: of one query row, two or four
-            float sums[4];
-            auto at = [&](int j) -> const vf & { return acc[std::min(r + j / NK, NQ - 1)][j % NK]; };
-            vsum4(at(0), at(1), at(2), at(3), sums);
-            for (int j = 0; j < 4 && r + j / NK < NQ; ++j) {
-                x[(r + j / NK) * ld_x + i + j % NK] = sums[j];
-            }
-        }
-    }
-    if constexpr (NK > 1) {
-        if (i < n) {
-            few_logits<T, NQ, 1>(q, d, k, next, i, n, x, ld_x);
-        }
-    }
-}
-
-// o[r] += sum_i x[r][i] v_i, NV vectors of the values from e on
-template <row_type T, int NQ, int NV>
-void few_values(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t e,
-    float * o, int64_t ld_v) {
-    vf acc[NQ][NV];
-#pragma GCC unroll 8
-    for (int r = 0; r < NQ; ++r) {
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) {
-            acc[r][j] = vload(o + r * ld_v + e + j * VL);
-        }
-    }
-    for (int32_t i = 0; i < n; ++i) {
-        if (next) {
-            next->prefetch(i);
-        }
-        vf y[NV];
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) {
-            y[j] = load_values<T>(v.row(i), e + j * VL);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < NQ; ++r) {
-            const float p = x[r * ld_x + i];
-#pragma GCC unroll 2
-            for (int j = 0; j < NV; ++j) {
-                acc[r][j] += p * y[j];
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < NQ; ++r) {
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) {
-            vstore(o + r * ld_v + e + j * VL, acc[r][j]);
-        }
-    }
-}
-
-// The same for all elements.
-template <row_type T, int NQ>
-void few_values(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t d,
-    float * o, int64_t ld_v) {
-    int32_t e = 0;
-    for (; e + 2 * VL <= d; e += 2 * VL, next = nullptr) {
-        few_values<T, NQ, 2>(x, ld_x, v, next, n, e, o, ld_v);
-    }
-    if (e < d) {
-        few_values<T, NQ, 1>(x, ld_x, v, next, n, e, o, ld_v);
-    }
-}
-
-// The same of a transposed stage: a value lies along the cells.
-template <int NQ>
-void few_values_along(const float * x, int64_t ld_x, const row_span & v, const row_span * next, int32_t n, int32_t d,
-    float * o, int64_t ld_v) {
-    constexpr int NE = NQ <= 4 ? 4 : 2;
-    for (int32_t e = 0; e < d; e += NE) {
-        for (int j = 0; next && j < NE; ++j) {
-            next->prefetch(e + j);
-        }
-        vf acc[NQ][NE] = {};
-        int32_t i = 0;
-        for (; i + VL <= n; i += VL) {
-            vf y[NE];
-#pragma GCC unroll 4
-            for (int j = 0; j < NE; ++j) {
-                y[j] = vload_f16((const f16 *) v.row(e + j) + i);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < NQ; ++r) {
-                const vf p = vload(x + r * ld_x + i);
-#pragma GCC unroll 4
-                for (int j = 0; j < NE; ++j) {
-                    acc[r][j] += p * y[j];
-                }
-            }
-        }
-        for (int r = 0; r < NQ; r += 4 / NE) { // four sums at a time, as above
-            float sums[4];
-            auto at = [&](int j) -> const vf & { return acc[std::min(r + j / NE, NQ - 1)][j % NE]; };
-            vsum4(at(0), at(1), at(2), at(3), sums);
-            for (int j = 0; j < 4 && r + j / NE < NQ; ++j) {
-                const float * p = x + (r + j / NE) * ld_x;
-                const f16 * cell = (const f16 *) v.row(e + j % NE);
-                for (int32_t k = i; k < n; ++k) {
-                    sums[j] += p[k] * f16_to_f32(cell[k]);
-                }
-                o[(r + j / NE) * ld_v + e + j % NE] += sums[j];
-            }
-        }
-    }
-}
-
-template <typename F> void with_type(row_type t, F && f) {
-    switch (t) {
-        case row_type::f16: f(std::integral_constant<row_type, row_type::f16>()); break;
-        case row_type::q8_0: f(std::integral_constant<row_type, row_type::q8_0>()); break;
-        case row_type::q4_0: f(std::integral_constant<row_type, row_type::q4_0>()); break;
-    }
-}
-
-// f(first query row, number of them as a constant), at most 8 at a time
-template <typename F> void for_queries(int32_t n_row, F && f) {
-    for (int32_t r = 0; r < n_row; r += 8) {
-        switch (std::min(8, n_row - r)) {
-            case 1: f(r, std::integral_constant<int, 1>()); break;
-            case 2: f(r, std::integral_constant<int, 2>()); break;
-            case 3: f(r, std::integral_constant<int, 3>()); break;
-            case 4: f(r, std::integral_constant<int, 4>()); break;
-            case 5: f(r, std::integral_constant<int, 5>()); break;
-            case 6: f(r, std::integral_constant<int, 6>()); break;
-            case 7: f(r, std::integral_constant<int, 7>()); break;
-            case 8: f(r, std::integral_constant<int, 8>()); break;
-        }
-    }
-}
-
 bool strips_fit(const attn_args & a, bool core) {
     return a.n_embd_head_k % VL == 0 && a.n_embd_head_v % VL == 0 && (core || a.v_elem == 1 || a.v_cell == 1);
 }
@@ -509,13 +335,10 @@ void finish(const attn_args & a, int32_t head, float m, float l, const float * o
     }
 }
 
-// Part i of the rows of all heads, as pieces; at most one per head.
-template <typename F> void for_pieces(const attn_args & a, int32_t part, F && f) {
-    int64_t total = 0;
-    for (int32_t h = 0; h < a.n_head_kv; ++h) {
-        total += a.row_count[h] + a.n_kv;
-    }
-    const int64_t begin = total * part / N_PART, end = total * (part + 1) / N_PART;
+// Part `part` of n_part of the rows of all heads, as pieces; at most one per head.
+template <typename F> void for_pieces(const attn_args & a, int32_t part, int32_t n_part, F && f) {
+    const int64_t total = n_rows_used(a);
+    const int64_t begin = total * part / n_part, end = total * (part + 1) / n_part;
     int64_t at = 0;
     for (int32_t h = 0; h < a.n_head_kv; ++h) {
         const int64_t n = a.row_count[h] + a.n_kv;
@@ -524,6 +347,65 @@ template <typename F> void for_pieces(const attn_args & a, int32_t part, F && f)
             f(piece{ h, (int32_t) (lo - at), (int32_t) (hi - at) });
         }
         at += n;
+    }
+}
+
+// Calls f(head, tile) for the share of thread ith in the tiles of a batch. Heads have unlike numbers of rows: the tiles
+// of the longest come first, each to the thread with the least to do, which all threads work out alike.
+template <typename F> void for_tiles(const attn_args & a, int32_t n_tiles, int ith, int nth, F && f) {
+    int64_t load[MAX_THREADS] = {};
+    nth = std::min(nth, MAX_THREADS);
+    auto rows = [&](int32_t h) { return (int64_t) a.row_count[h] + a.n_kv; };
+    auto before = [&](int32_t h, int32_t o) { return rows(h) > rows(o) || (rows(h) == rows(o) && h < o); };
+    int32_t last = -1;
+    for (int32_t i = 0; i < a.n_head_kv; ++i) {
+        int32_t h = -1; // the first behind `last`
+        for (int32_t o = 0; o < a.n_head_kv; ++o) {
+            if ((last < 0 || before(last, o)) && (h < 0 || before(o, h))) {
+                h = o;
+            }
+        }
+        last = h;
+        for (int32_t tile = 0; tile < n_tiles; ++tile) {
+            const auto least = std::min_element(load, load + nth);
+            *least += rows(h);
+            if (least - load == ith) {
+                f(h, tile);
+            }
+        }
+    }
+}
+
+void attend_batch(const attn_args & a, online & s, float * dst, int ith, int nth) {
+    const int32_t n_gqa = a.n_head / a.n_head_kv, n_tile = tokens_at_once(a);
+    for_tiles(a, (a.n_tokens + n_tile - 1) / n_tile, ith, nth, [&](int32_t h, int32_t tile) {
+        const int32_t token0 = tile * n_tile, n_tokens = std::min(n_tile, a.n_tokens - token0);
+        attend(a, { h, 0, a.row_count[h] + a.n_kv }, token0, n_tokens, s);
+        for (int32_t r = 0; r < n_tokens * n_gqa; ++r) {
+            const int32_t head = h * n_gqa + r % n_gqa;
+            float * out = dst + ((int64_t) (token0 + r / n_gqa) * a.n_head + head) * a.n_embd_head_v;
+            finish(a, head, s.m[r], s.l[r], s.o + r * s.ld_v, out);
+        }
+    });
+}
+
+void attend_parts(const attn_args & a, online & s, float * work, int ith, int nth) {
+    const int32_t n_gqa = a.n_head / a.n_head_kv, d_v = a.n_embd_head_v, n = n_part(n_rows_used(a));
+    for (int32_t part = ith; part < n; part += nth) {
+        for (int32_t t = 0; t < a.n_tokens; ++t) {
+            for (int32_t h = 0; h < a.n_head; ++h) {
+                work[slot(a, part, t, h) + d_v] = MASKED;
+            }
+        }
+        for_pieces(a, part, n, [&](const piece & p) {
+            attend(a, p, 0, a.n_tokens, s);
+            for (int32_t r = 0; r < a.n_tokens * n_gqa; ++r) {
+                float * o = work + slot(a, part, r / n_gqa, p.head * n_gqa + r % n_gqa);
+                std::copy_n(s.o + r * s.ld_v, d_v, o);
+                o[d_v] = s.m[r];
+                o[d_v + 1] = s.l[r];
+            }
+        });
     }
 }
 
@@ -536,52 +418,24 @@ int64_t attn_work_size(const attn_args & a, int nth) { return pad_to(slots_size(
 void attn_part(const attn_args & a, float * work, float * dst, int ith, int nth) {
     online s;
     s.layout(a, work + pad_to(slots_size(a), NR) + ith * scratch_size(a));
-    const int32_t n_gqa = a.n_head / a.n_head_kv;
-    const int32_t d_v = a.n_embd_head_v;
-    if (!attn_in_parts(a)) {
-        const int32_t n_tile = tokens_at_once(a);
-        const int32_t n_tiles = (a.n_tokens + n_tile - 1) / n_tile;
-        for (int32_t i = ith; i < n_tiles * a.n_head_kv; i += nth) {
-            const int32_t h = i / n_tiles, token0 = i % n_tiles * n_tile,
-                          n_tokens = std::min(n_tile, a.n_tokens - token0);
-            attend(a, { h, 0, a.row_count[h] + a.n_kv }, token0, n_tokens, s);
-            for (int32_t r = 0; r < n_tokens * n_gqa; ++r) {
-                const int32_t head = h * n_gqa + r % n_gqa;
-                finish(a, head, s.m[r], s.l[r], s.o + r * s.ld_v,
-                    dst + ((int64_t) (token0 + r / n_gqa) * a.n_head + head) * d_v);
-            }
-        }
-        return;
-    }
-    for (int32_t part = ith; part < N_PART; part += nth) {
-        for (int32_t t = 0; t < a.n_tokens; ++t) {
-            for (int32_t h = 0; h < a.n_head; ++h) {
-                work[slot(a, part, t, h) + d_v] = MASKED;
-            }
-        }
-        for_pieces(a, part, [&](const piece & p) {
-            attend(a, p, 0, a.n_tokens, s);
-            for (int32_t r = 0; r < a.n_tokens * n_gqa; ++r) {
-                float * o = work + slot(a, part, r / n_gqa, p.head * n_gqa + r % n_gqa);
-                std::copy_n(s.o + r * s.ld_v, d_v, o);
-                o[d_v] = s.m[r];
-                o[d_v + 1] = s.l[r];
-            }
-        });
+    if (attn_in_parts(a)) {
+        attend_parts(a, s, work, ith, nth);
+    } else {
+        attend_batch(a, s, dst, ith, nth);
     }
 }
 
 void attn_reduce(const attn_args & a, const float * work, float * dst, int ith, int nth) {
-    const int32_t d_v = a.n_embd_head_v;
+    const int32_t d_v = a.n_embd_head_v, n = n_part(n_rows_used(a));
     for (int32_t i = ith; i < a.n_tokens * a.n_head; i += nth) {
         const int32_t t = i / a.n_head, h = i % a.n_head;
         float * out = dst + (int64_t) i * d_v;
         float m = MASKED, l = 0.0f;
-        for (int32_t p = 0; p < N_PART; ++p) {
+        for (int32_t p = 0; p < n; ++p) {
             m = std::max(m, work[slot(a, p, t, h) + d_v]);
         }
         std::fill_n(out, d_v, 0.0f);
-        for (int32_t p = 0; p < N_PART; ++p) {
+        for (int32_t p = 0; p < n; ++p) {
             const float * o = work + slot(a, p, t, h);
             if (o[d_v] > MASKED_LO) {
                 const float c = std::exp(o[d_v] - m);

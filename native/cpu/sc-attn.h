@@ -42,6 +42,7 @@ struct attn_args {
     const uint8_t * v_core;
     row_type v_type;           // [n_embd_head_v, n_row]
     const float * bias;        // [n_row]
+    int32_t n_row;             // allocated, of all heads
     const int32_t * row_first; // [n_head_kv] first row of each head
     const int32_t * row_count; // [n_head_kv] rows in use
 };

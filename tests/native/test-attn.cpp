@@ -89,7 +89,7 @@ struct tensors {
             s.q_heads ? (int64_t) s.d_k * s.n_tokens : s.d_k, s.q_heads ? s.d_k : (int64_t) s.d_k * n_head, k.data(),
             s.d_k, (int64_t) s.d_k * n_head_kv, v.data(), s.v_trans ? (int64_t) s.d_v * n_cell : s.d_v,
             s.v_trans ? 1 : (int64_t) s.d_v * n_head_kv, s.v_trans ? n_cell : 1, nullptr, s.mask == MASK_F16, 0,
-            s.sinks ? sinks.data() : nullptr, k_core.data(), s.k_type, v_core.data(), s.v_type, bias.data(),
+            s.sinks ? sinks.data() : nullptr, k_core.data(), s.k_type, v_core.data(), s.v_type, bias.data(), n_row,
             row_first.data(), row_count.data() };
         if (s.outliers) {
             plant_outliers(r);
@@ -299,7 +299,7 @@ void check(const spec & s) {
          std::to_string(s.n_tokens) + ", n_kv " + std::to_string(s.n_kv) + ", seed " + std::to_string(s.seed));
     tensors x(s);
     const std::vector<float> got = run(x, 1);
-    for (int nth : { 2, 3, 5 }) {
+    for (int nth : { 2, 3, 5, 40 }) {
         if (nth != 3 && s.n_tokens > 64) {
             continue; // slow, and cut by the same rule as fewer tokens
         }
@@ -441,6 +441,11 @@ void test_properties() {
         t.cores = { 2 };
         t.n_kv = n_tokens;
         check(t); // fewer rows than parts
+        if (n_tokens <= 2) {
+            t.cores = { 30000, 20, 9000 };
+            t.n_kv = 60;
+            check(t); // more parts than for fewer rows
+        }
         t = s;
         t.cores = { 40, 3 };
         t.n_kv = 0;

@@ -651,7 +651,7 @@ std::vector<float> attend(const head_store & h, const tokens & t, const std::vec
     const std::vector<float> mask(t.n(), 0.0f);
     attn_args a = { s.n_embd_head_k, s.n_embd_head_v, s.n_gqa, 1, 1, t.n(), s.scale, s.softcap, q.data(),
         s.n_embd_head_k, 0, t.k.data(), 0, s.n_embd_head_k, t.v.data(), 0, s.n_embd_head_v, 1, mask.data(), false,
-        t.n(), nullptr, h.k.data(), h.type, h.v.data(), h.type, h.bias.data(), &first, &count };
+        t.n(), nullptr, h.k.data(), h.type, h.v.data(), h.type, h.bias.data(), count, &first, &count };
     std::vector<float> work(attn_work_size(a, 1)), out((size_t) s.n_gqa * s.n_embd_head_v);
     attn_part(a, work.data(), out.data(), 0, 1);
     attn_reduce(a, work.data(), out.data(), 0, 1);

@@ -267,7 +267,7 @@ void test_cases() {
         }
     }
     CASE("");
-    CHECK(n >= 29);
+    CHECK(n >= 34);
 }
 
 // ---- tables.txt

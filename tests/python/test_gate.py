@@ -8,8 +8,8 @@ import weakref
 from contextlib import closing
 
 import pytest
-from conftest import SMALL, check_stats, last_logits, random_tokens
 
+from conftest import SMALL, check_stats, last_logits, random_tokens
 from llama_semanticache import Llama, StateError
 
 PROMPT = "".join(chr(97 + t % 26) for t in random_tokens(200))

@@ -9,8 +9,8 @@ from dataclasses import replace
 import llama_cpp
 import numpy as np
 import pytest
-from conftest import SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
 
+from conftest import SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
 from llama_semanticache import Llama, StateError, _native
 from llama_semanticache.cli.session import load_session, save_session
 

@@ -351,7 +351,7 @@ class Llama(llama_cpp.Llama):
         Raises
         ------
         StateError
-            The library could not write it, for want of memory.
+            There is too little memory for it.
         """
         _native.clear_error()
         size = llama_cpp.llama_state_get_size(self.ctx)

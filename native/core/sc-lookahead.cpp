@@ -16,9 +16,9 @@ void rope::table(const std::vector<int64_t> & delta, std::vector<float> & cs) co
     }
 }
 
-void rope::turn(float * x, const float * cs) const {
-    const size_t n = inv_freq.size();
-    for (size_t i = 0; i < n; ++i) {
+void turn(float * x, const float * cs, int32_t n_rot, bool neox) {
+    const int32_t n = n_rot / 2;
+    for (int32_t i = 0; i < n; ++i) {
         float & a = neox ? x[i] : x[2 * i];
         float & b = neox ? x[i + n] : x[2 * i + 1];
         const float a0 = a;

@@ -16,10 +16,10 @@ struct rope {
 
     // Cosine and sine of every angle: cs [n_delta, n_rot/2, 2] for turns by delta [n_delta] positions.
     void table(const std::vector<int64_t> & delta, std::vector<float> & cs) const;
-
-    // Turns x [n_embd_head] in place by the angles cs [n_rot/2, 2].
-    void turn(float * x, const float * cs) const;
 };
+
+// Turns x [n_rot] in place by the angles cs [n_rot/2, 2]; neox as in rope.
+void turn(float * x, const float * cs, int32_t n_rot, bool neox);
 
 // splitmix64 of seed + pos, modulo n_horizon: the look-ahead of the query at `pos`, the same in every run and thread.
 int32_t look_ahead(uint64_t seed, int64_t pos, int32_t n_horizon);

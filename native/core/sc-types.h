@@ -6,6 +6,14 @@
 
 namespace semcache {
 
+enum class method { semantic = 0, paper = 1, streaming = 2, keydiff = 3, knorm = 4, snapkv = 5, tova = 6, h2o = 7 };
+
+constexpr bool evicts(method m) { return m >= method::keydiff; } // by a policy of evict/
+
+constexpr bool asks_queries(method m) {
+    return m == method::semantic || m == method::snapkv || m == method::tova || m == method::h2o;
+}
+
 typedef uint16_t f16; // IEEE 754 binary16, as in ggml_fp16_t
 
 constexpr int32_t Q_BLOCK = 32; // values that share a scale

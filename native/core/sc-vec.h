@@ -8,6 +8,7 @@
 
 #include "sc-types.h"
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -147,6 +148,19 @@ static inline vf vexp(vf x) {
 
 // cap tanh(x/cap), by tanh(u) = 1 - 2/(e^2u + 1)
 static inline vf vsoftcap(vf x, float cap) { return cap * (1.0f - 2.0f / (vexp(x * (2.0f / cap)) + 1.0f)); }
+
+// x [n] becomes e^(x - max x); returns the sum. To the last digit of the standard library, one value at a time.
+static inline float exp_all(float * x, int n) {
+    float mx = -INFINITY, sum = 0.0f;
+    for (int i = 0; i < n; ++i) {
+        mx = x[i] > mx ? x[i] : mx;
+    }
+    for (int i = 0; i < n; ++i) {
+        x[i] = std::exp(x[i] - mx);
+        sum += x[i];
+    }
+    return sum;
+}
 
 // ln x for normal x > 0, absolute error below 2e-7 near 1: exponent and mantissa in [sqrt(1/2), sqrt(2)), then
 // ln m = 2 artanh((m - 1)/(m + 1)) as an odd series (last term 2e-9).
@@ -378,11 +392,16 @@ static inline void gemm_panels(
     }
 }
 
-// c[m][n] (+)= sum_k a[m][k]*b[k][n], n_m rows, n_n columns (a multiple of NR)
+// c[m][n] (+)= sum_k a[m][k]*b[k][n], n_m rows, n_n columns (a multiple of NR). In blocks of k whose columns of b stay
+// in the L1 cache for all rows of a; the order of the sums is that of one block.
 static inline void gemm_rows(const float * a, int64_t lda, int n_m, const float * b, int64_t ldb, int n_k, int n_n,
     float * c, int64_t ldc, bool add) {
-    for (int n = 0; n < n_n; n += NR) {
-        gemm_tiles(a, lda, 1, n_m, b + n, ldb, n_k, c + n, ldc, add);
+    constexpr int BLOCK_K = 256;
+    for (int k = 0; k < n_k || k == 0; k += BLOCK_K) {
+        const int n_block = n_k - k < BLOCK_K ? n_k - k : BLOCK_K;
+        for (int n = 0; n < n_n; n += NR) {
+            gemm_tiles(a + k, lda, 1, n_m, b + (int64_t) k * ldb + n, ldb, n_block, c + n, ldc, add || k > 0);
+        }
     }
 }
 
@@ -394,15 +413,15 @@ static inline void gemm_cols(
     }
 }
 
-// Packs n rows of x [n, n_k] into panels of NR columns; the last panel is filled up with zeros.
-static inline void pack_panels(const float * x, int64_t ldx, int n, int n_k, float * panels) {
+// Packs n rows of n_k values into panels of NR columns; the last panel is filled up with zeros. row(i) points to row i.
+template <typename F> static inline void pack_panels(F && row, int n, int n_k, float * panels) {
     for (int n0 = 0; n0 < n; n0 += NR) {
         float * p = panels + (int64_t) n0 * n_k;
         const int cols = n - n0 < NR ? n - n0 : NR;
         for (int j = 0; j < cols; ++j) {
-            const float * row = x + (int64_t) (n0 + j) * ldx;
+            const float * x = row(n0 + j);
             for (int k = 0; k < n_k; ++k) {
-                p[k * NR + j] = row[k];
+                p[k * NR + j] = x[k];
             }
         }
         for (int j = cols; j < NR; ++j) {
@@ -411,6 +430,10 @@ static inline void pack_panels(const float * x, int64_t ldx, int n, int n_k, flo
             }
         }
     }
+}
+
+static inline void pack_panels(const float * x, int64_t ldx, int n, int n_k, float * panels) {
+    pack_panels([&](int i) { return x + i * ldx; }, n, n_k, panels);
 }
 
 static inline int64_t pad_to(int64_t n, int64_t m) { return (n + m - 1) / m * m; }

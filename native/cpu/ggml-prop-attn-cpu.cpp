@@ -3,7 +3,11 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 #include "ggml-prop-attn.h"
+#include "pass/task.h"
 #include "sc-attn.h"
+
+#include <cstring>
+#include <new>
 
 using semcache::f16;
 
@@ -31,8 +35,8 @@ semcache::attn_args args_of(const ggml_tensor * dst) {
     a.n_head_kv = (int32_t) k->ne[1];
     a.n_tokens = (int32_t) q->ne[2];
     a.n_kv = (int32_t) k->ne[2];
-    a.scale = ggml_get_op_params_f32(dst, 0);
-    a.softcap = ggml_get_op_params_f32(dst, 1);
+    a.scale = ggml_get_op_params_f32(dst, 1);
+    a.softcap = ggml_get_op_params_f32(dst, 2);
     a.q = (const float *) q->data;
     a.q_head = q->nb[1] / sizeof(float);
     a.q_token = q->nb[2] / sizeof(float);
@@ -57,13 +61,7 @@ semcache::attn_args args_of(const ggml_tensor * dst) {
     return a;
 }
 
-} // namespace
-
-size_t ggml_prop_attn_work_size(const ggml_tensor * dst, int n_tasks) {
-    return sizeof(float) * semcache::attn_work_size(args_of(dst), n_tasks);
-}
-
-void ggml_compute_forward_prop_attn(const ggml_compute_params * params, ggml_tensor * dst) {
+void attend(const ggml_compute_params * params, ggml_tensor * dst) {
     const semcache::attn_args a = args_of(dst);
     float * work = (float *) params->wdata;
     float * out = (float *) dst->data;
@@ -73,5 +71,57 @@ void ggml_compute_forward_prop_attn(const ggml_compute_params * params, ggml_ten
     if (semcache::attn_in_parts(a)) {
         ggml_barrier(params->threadpool);
         semcache::attn_reduce(a, work, out, params->ith, params->nth);
+    }
+}
+
+// Calls f(job) for every job: thread i begins with the i-th, and whoever is free takes the next.
+template <typename F> void for_jobs(const ggml_compute_params * params, int32_t n_job, F && f) {
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+    for (int32_t i = params->ith; i < n_job; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        f(i);
+    }
+}
+
+template <typename T> T task_of(const ggml_tensor * dst) {
+    T task;
+    GGML_ASSERT(ggml_nbytes(dst->src[0]) == sizeof(task));
+    memcpy(&task, dst->src[0]->data, sizeof(task));
+    return task;
+}
+
+void pass(const ggml_compute_params * params, const ggml_tensor * dst) {
+    const auto task = task_of<semcache::pass_task>(dst);
+    for_jobs(params, task.n_job, [&](int32_t i) {
+        const semcache::pass_job & job = task.jobs[i];
+        task.results[i] = semcache::compress_head(*job.layer, *task.plan, job.ih, task.scratch[params->ith]);
+    });
+}
+
+void calibrate(const ggml_compute_params * params, const ggml_tensor * dst) {
+    const auto task = task_of<semcache::calibrate_task>(dst);
+    for_jobs(params, task.n_job, [&](int32_t i) {
+        try {
+            task.errors[i] = semcache::output_errors(*task.jobs[i].text, task.jobs[i].ih, *task.params, *task.parts);
+        } catch (const std::bad_alloc &) {
+            *task.failed = true;
+        }
+    });
+}
+
+} // namespace
+
+size_t ggml_prop_attn_work_size(const ggml_tensor * dst, int n_tasks) {
+    const bool attends = ggml_prop_attn_get_kind(dst) == GGML_PROP_ATTN_ATTEND;
+    return attends ? sizeof(float) * semcache::attn_work_size(args_of(dst), n_tasks) : 0;
+}
+
+void ggml_compute_forward_prop_attn(const ggml_compute_params * params, ggml_tensor * dst) {
+    switch (ggml_prop_attn_get_kind(dst)) {
+        case GGML_PROP_ATTN_ATTEND: attend(params, dst); break;
+        case GGML_PROP_ATTN_PASS: pass(params, dst); break;
+        case GGML_PROP_ATTN_CALIBRATE: calibrate(params, dst); break;
     }
 }

@@ -2,6 +2,8 @@
 
 #include "ggml-impl.h"
 
+#include <string.h>
+
 static bool is_core_type(enum ggml_type type) {
     return type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
 }
@@ -37,8 +39,9 @@ struct ggml_tensor * ggml_prop_attn(struct ggml_context * ctx, struct ggml_tenso
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_embd_head_v * n_head, n_tokens);
 
-    const float params[] = { scale, softcap };
-    ggml_set_op_params(result, params, sizeof(params));
+    ggml_set_op_params_i32(result, 0, GGML_PROP_ATTN_ATTEND);
+    ggml_set_op_params_f32(result, 1, scale);
+    ggml_set_op_params_f32(result, 2, softcap);
 
     result->op = GGML_OP_PROP_ATTN;
     result->src[GGML_PROP_ATTN_Q] = q;
@@ -51,4 +54,20 @@ struct ggml_tensor * ggml_prop_attn(struct ggml_context * ctx, struct ggml_tenso
     result->src[GGML_PROP_ATTN_ROWS] = rows;
     result->src[GGML_PROP_ATTN_SINKS] = sinks;
     return result;
+}
+
+struct ggml_tensor * ggml_prop_attn_task(
+    struct ggml_context * ctx, enum ggml_prop_attn_kind kind, const void * task, size_t size) {
+    struct ggml_tensor * source = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, (int64_t) size);
+    struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
+    GGML_ASSERT(kind != GGML_PROP_ATTN_ATTEND && source->data);
+    memcpy(source->data, task, size);
+    ggml_set_op_params_i32(result, 0, kind);
+    result->op = GGML_OP_PROP_ATTN;
+    result->src[0] = source;
+    return result;
+}
+
+enum ggml_prop_attn_kind ggml_prop_attn_get_kind(const struct ggml_tensor * dst) {
+    return (enum ggml_prop_attn_kind) ggml_get_op_params_i32(dst, 0);
 }

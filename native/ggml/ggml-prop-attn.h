@@ -1,4 +1,7 @@
-// ggml-prop-attn.h - GGML_OP_PROP_ATTN: attention over the compressed rows of every kv head and the cells of a KV cache
+// ggml-prop-attn.h - GGML_OP_PROP_ATTN: attention over the compressed rows of every kv head and the cells of a KV
+// cache, and what makes such rows
+//
+// The op has kinds. Attention, of one layer:
 //
 //     dst = sum_i p_i v_i,  p = softmax_i( softcap(scale q.k_i) + b_i ),  i over the head's cores and the cells
 //
@@ -12,7 +15,14 @@
 extern "C" {
 #endif
 
-// Sources of the op, in this order.
+// Kind of the op, its first parameter.
+enum ggml_prop_attn_kind {
+    GGML_PROP_ATTN_ATTEND,
+    GGML_PROP_ATTN_PASS,
+    GGML_PROP_ATTN_CALIBRATE,
+};
+
+// Sources of attention, in this order.
 enum ggml_prop_attn_src {
     GGML_PROP_ATTN_Q,
     GGML_PROP_ATTN_K,
@@ -44,6 +54,18 @@ enum ggml_prop_attn_src {
 GGML_API struct ggml_tensor * ggml_prop_attn(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
     struct ggml_tensor * v, struct ggml_tensor * mask, struct ggml_tensor * core_k, struct ggml_tensor * core_v,
     struct ggml_tensor * bias, struct ggml_tensor * rows, struct ggml_tensor * sinks, float scale, float softcap);
+
+// The other kinds work on all kv heads of the layers in one backend's memory. Their only source is a task of
+// native/pass/ task.h, a copy of whose bytes the tensor holds; what it points to is read and written when the op runs.
+//
+// GGML_PROP_ATTN_PASS       struct pass_task       moves the stage into the cores
+// GGML_PROP_ATTN_CALIBRATE  struct calibrate_task  measures what a head's output is off by when it holds fewer rows
+//
+// The result has one value and says nothing.
+GGML_API struct ggml_tensor * ggml_prop_attn_task(
+    struct ggml_context * ctx, enum ggml_prop_attn_kind kind, const void * task, size_t size);
+
+GGML_API enum ggml_prop_attn_kind ggml_prop_attn_get_kind(const struct ggml_tensor * dst);
 
 #ifdef __cplusplus
 }

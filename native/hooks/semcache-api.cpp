@@ -1,10 +1,9 @@
 // semcache-api.cpp - the C API of semcache.h
 
-#include "semcache-store.h"
-
 #include "llama-context.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "semcache-parts.h"
 
 #include <algorithm>
 #include <new>
@@ -51,13 +50,13 @@ void expect(bool ok, const std::string & name, const std::string & range, const 
     }
 }
 
-llama_semcache & store_of(const llama_context * ctx) {
+llama_semcache::parts & parts_of(const llama_context * ctx) {
     llama_semcache * s = ctx ? semcache_find(ctx->get_memory()) : nullptr;
     if (!s) {
         throw semcache_error(SEMCACHE_ERR_CONTEXT, "expected a context with a compressed KV cache, got one without; "
                                                    "call semcache_configure_next before llama_init_from_model");
     }
-    return *s;
+    return s->own();
 }
 
 } // namespace
@@ -142,7 +141,7 @@ int32_t semcache_last_status(void) { return state().status; }
 int32_t semcache_get_stats(const llama_context * ctx, semcache_stats * stats) {
     return guarded([&] {
         expect(stats, "stats", "a place to write to", "NULL");
-        store_of(ctx).stats(*stats);
+        parts_of(ctx).stats(*stats);
     });
 }
 
@@ -164,23 +163,23 @@ int64_t semcache_kv_bytes(const llama_context * ctx) {
 int32_t semcache_get_head_stats(const llama_context * ctx, semcache_head_stats * heads, int32_t n) {
     return (int32_t) counted([&] {
         expect(heads || n <= 0, "heads", "a place to write to", "NULL");
-        return store_of(ctx).head_stats(heads, n);
+        return parts_of(ctx).store.head_stats(heads, n);
     });
 }
 
 int32_t semcache_floor(const llama_context * ctx, int32_t pos) {
-    return (int32_t) counted([&] { return store_of(ctx).floor(*ctx->get_memory(), std::max(pos, 0)); });
+    return (int32_t) counted([&] { return parts_of(ctx).floor(*ctx->get_memory(), std::max(pos, 0)); });
 }
 
 int32_t semcache_calibrate_add(llama_context * ctx) {
-    return guarded([&] { store_of(ctx).calibrate_add(ctx); });
+    return guarded([&] { parts_of(ctx).calibrate_add(); });
 }
 
 int32_t semcache_calibrate_write(llama_context * ctx, const char * path, const char * model_id) {
     return guarded([&] {
         expect(path, "path", "a file to write", "NULL");
         expect(model_id, "model_id", "a fingerprint of the model", "NULL");
-        semcache::profile p = store_of(ctx).calibration();
+        semcache::profile p = parts_of(ctx).measured;
         if (p.n_text == 0) {
             throw semcache_error(SEMCACHE_ERR_STATE,
                 "calibration: expected at least one text, got none; call semcache_calibrate_add first");

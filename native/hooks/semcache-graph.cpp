@@ -1,6 +1,6 @@
 // semcache-graph.cpp - proportional attention as part of llama.cpp's graphs
 
-#include "semcache-store.h"
+#include "semcache-parts.h"
 
 #include "ggml-prop-attn.h"
 #include "llama-graph.h"
@@ -8,12 +8,14 @@
 
 namespace {
 
+const semcache::timeline & timeline(const llama_kv_cache_context * mctx) { return mctx->get_semcache()->own().time; }
+
 // Tokens of a batch whose queries vote, and the rows of the query ring that they go to.
 class llm_graph_input_semcache : public llm_graph_input_i {
 public:
     llm_graph_input_semcache(ggml_context * ctx, const llama_kv_cache_context * mctx, const llama_ubatch & ubatch) :
         mctx(mctx), has_cores(mctx->get_semcache()->has_cores()), n_tokens(ubatch.n_tokens),
-        n_vote(mctx->get_semcache()->n_vote(n_tokens)),
+        n_vote(timeline(mctx).n_vote(n_tokens)),
         token(n_vote > 0 && n_vote < n_tokens ? ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_vote) : nullptr),
         row(n_vote > 0 ? ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_vote) : nullptr) {
         for (ggml_tensor * t : { token, row }) {
@@ -28,17 +30,17 @@ public:
         if (!row) {
             return;
         }
-        const llama_semcache & store = *mctx->get_semcache();
+        const semcache::timeline & time = timeline(mctx);
         std::vector<int32_t> tokens;
         std::vector<int64_t> rows;
         for (int32_t i = 0; i < n_tokens; ++i) {
-            if (store.is_voter(ubatch->pos[i])) {
+            if (time.is_voter(ubatch->pos[i])) {
                 tokens.push_back(i);
-                rows.push_back(store.ring_row(ubatch->pos[i]));
+                rows.push_back(time.ring_row(ubatch->pos[i]));
             }
         }
         tokens.resize(n_vote, 0);
-        rows.resize(n_vote, store.ring_end());
+        rows.resize(n_vote, time.ring_end());
         if (token) {
             ggml_backend_tensor_set(token, tokens.data(), 0, ggml_nbytes(token));
         }
@@ -99,15 +101,13 @@ bool is_turned(const ggml_tensor * q, const std::string & arch) {
 ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
     ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il) {
     const llama_kv_cache_context * mctx = semcache_find(graph.mctx);
-    llama_semcache::layer * l = mctx ? mctx->get_semcache()->find(il) : nullptr;
+    llama_semcache::parts * own = mctx ? &mctx->get_semcache()->own() : nullptr;
+    semcache_store::layer * l = own ? own->store.find(il) : nullptr;
     if (!l || k->view_src != l->k_stage) {
         return nullptr;
     }
     ggml_context * ctx = graph.ctx0;
-    l->shape.scale = kq_scale;
-    if (!is_turned(q, mctx->get_semcache()->arch)) {
-        l->rope = 0;
-    }
+    own->store.note_attention(*l, kq_scale, is_turned(q, own->arch));
 
     // the voters' queries go to the ring
     if (q->nb[1] != ggml_row_size(q->type, q->ne[0]) || q->nb[2] != q->nb[1] * q->ne[1]) {

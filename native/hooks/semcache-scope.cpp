@@ -1,7 +1,5 @@
 // semcache-scope.cpp - which context gets a store: what is refused, and where upstream's constructors come by
 
-#include "semcache-store.h"
-
 #include "ggml-prop-attn.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
@@ -9,6 +7,8 @@
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
+#include "pass/task.h"
+#include "semcache-parts.h"
 
 #include <algorithm>
 
@@ -96,10 +96,18 @@ bool has_prop_attn(ggml_backend_dev_t dev, const llama_hparams & h, uint32_t il,
     return ggml_backend_dev_supports_op(dev, op);
 }
 
+// Whether a device computes passes.
+bool has_pass(ggml_backend_dev_t dev) {
+    const ggml_context_ptr ctx(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/false }));
+    const semcache::pass_task task = {};
+    return ctx &&
+           ggml_backend_dev_supports_op(dev, ggml_prop_attn_task(ctx.get(), GGML_PROP_ATTN_PASS, &task, sizeof(task)));
+}
+
 } // namespace
 
-llama_semcache_scope::llama_semcache_scope(const llama_model & model, llama_cparams & cparams,
-    const llama_context_params & params) : model(model), cparams(cparams), config(semcache_take_pending()) {
+llama_semcache_scope::llama_semcache_scope(llama_context & lctx, const llama_model & model, llama_cparams & cparams,
+    const llama_context_params & params) : lctx(lctx), model(model), cparams(cparams), config(semcache_take_pending()) {
     if (!config) {
         return;
     }
@@ -115,19 +123,15 @@ llama_semcache_scope::llama_semcache_scope(const llama_model & model, llama_cpar
                                                         ", got " + std::to_string(p.n_stage) +
                                                         "; raise n_ctx or lower n_stage");
     }
-    // what does not fit the stage beside its window (and, before the first pass, the sinks) could never be decoded
-    const uint32_t n_room = p.n_stage - p.n_window - p.n_sink;
-    if (n_room < cparams.n_batch) {
-        LLAMA_LOG_INFO("%s: n_batch lowered from %u to %u, the room of the stage\n", __func__, cparams.n_batch, n_room);
-    }
-    cparams.n_batch = std::min(cparams.n_batch, n_room);
-    cparams.n_ubatch = std::min(cparams.n_ubatch, n_room);
+    // a batch may be as large as it likes: a pass comes before each ubatch that has no room, and frees as much at the
+    // most
+    cparams.n_ubatch = std::min(cparams.n_ubatch, (uint32_t) (p.n_stage - p.n_window));
     // rows that a device cannot attend to would be copied from it for every token: they stay where the CPU reads them
     for (uint32_t il = 0; cparams.offload_kqv && il < model.hparams.n_layer(); ++il) {
         ggml_backend_dev_t dev = model.dev_layer(il);
-        if (model.hparams.n_head_kv(il) > 0 && !has_prop_attn(dev, model.hparams, il, p)) {
-            LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores\n", __func__,
-                ggml_backend_dev_name(dev));
+        if (model.hparams.n_head_kv(il) > 0 && !(has_prop_attn(dev, model.hparams, il, p) && has_pass(dev))) {
+            LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores, or no pass\n",
+                __func__, ggml_backend_dev_name(dev));
             cparams.offload_kqv = false;
         }
     }
@@ -161,7 +165,7 @@ std::shared_ptr<llama_semcache> semcache_attach(
     if (!takes_store(swa_type, other) || kv.get_layer_ids().empty()) {
         return nullptr;
     }
-    auto store = std::make_shared<llama_semcache>(kv, *scope_active, v_trans);
+    auto store = std::make_shared<llama_semcache>(std::make_unique<llama_semcache::parts>(kv, *scope_active, v_trans));
     scope_active->attached = true;
     return store;
 }

@@ -11,13 +11,14 @@
 // queries vote on all rows, and what then leaves the stage is compressed. While there are no more than n_window +
 // n_sink tokens, a pass only takes votes.
 //
-// Batches. n_batch is lowered to what the stage has room for; ask llama_n_batch(). llama_decode() itself aborts on a
-// larger batch, as it always does.
+// Batches. A batch may have up to n_batch tokens, as always; n_ubatch is lowered to n_stage - n_window, and a pass runs
+// before each ubatch that has no room. If it fails, llama_decode() returns an error and what was read before stays.
 //
 // Errors. Functions that can fail return a semcache_status; semcache_last_error() then holds the message of this thread
 // ("expected ..., got ...; next step"). Nothing here aborts the process.
 //
-// The part between the two "cffi" marks is read as it stands by the Python binding: no preprocessor lines inside.
+// The part between the two "cffi" marks is read by the Python binding, which knows SEMCACHE_API: no preprocessor lines
+// inside.
 
 #pragma once
 
@@ -123,44 +124,45 @@ struct semcache_head_stats {
 };
 
 // Parameters with their defaults; docs/decisions.md says how they were chosen.
-struct semcache_params semcache_default_params(void);
+SEMCACHE_API struct semcache_params semcache_default_params(void);
 
 // The next llama_init_from_model() on this thread builds a compressed cache. The parameters are copied. NULL takes a
 // previous call back. Checked here: ranges and the profile file; checked by llama_init_from_model(), which then returns
 // NULL with semcache_last_error() set: what depends on the model. After a failure pass NULL: llama.cpp checks some of
 // its own parameters before it comes to ours, which then wait for the next call.
-int32_t semcache_configure_next(const struct semcache_params * params);
+SEMCACHE_API int32_t semcache_configure_next(const struct semcache_params * params);
 
 // Message of the last failed call on this thread, "" if none. Valid until the next call on this thread.
-const char * semcache_last_error(void);
+SEMCACHE_API const char * semcache_last_error(void);
 
 // Status that belongs to semcache_last_error().
-int32_t semcache_last_status(void);
+SEMCACHE_API int32_t semcache_last_status(void);
 
 // SEMCACHE_OK if the context has a compressed cache, SEMCACHE_ERR_CONTEXT if not (ctx may be a stock one).
-int32_t semcache_get_stats(const struct llama_context * ctx, struct semcache_stats * stats);
+SEMCACHE_API int32_t semcache_get_stats(const struct llama_context * ctx, struct semcache_stats * stats);
 
-// Bytes of all KV caches of a context, compressed or stock, as llama.cpp's own memory breakdown reports them. Without
-// semcache_stats::meta_bytes, which lie on the heap. -semcache_status on failure.
-int64_t semcache_kv_bytes(const struct llama_context * ctx);
+// Bytes of all KV caches of a context, compressed or stock, as llama.cpp's own memory breakdown reports them.
+// -semcache_status on failure.
+SEMCACHE_API int64_t semcache_kv_bytes(const struct llama_context * ctx);
 
 // Writes up to n entries ordered by (il, head) and returns the number of entries there are, or -semcache_status.
-int32_t semcache_get_head_stats(const struct llama_context * ctx, struct semcache_head_stats * heads, int32_t n);
+SEMCACHE_API int32_t semcache_get_head_stats(
+    const struct llama_context * ctx, struct semcache_head_stats * heads, int32_t n);
 
 // Largest position q <= pos for which llama_memory_seq_rm(mem, 0, q, -1) succeeds: pos itself inside the stage, else
 // the start of a chunk, else 0. Negative: -semcache_status.
-int32_t semcache_floor(const struct llama_context * ctx, int32_t pos);
+SEMCACHE_API int32_t semcache_floor(const struct llama_context * ctx, int32_t pos);
 
 // Calibration. The context must have calibrate = 1 and hold one text that still lies wholly in the stage. The text is
 // compressed in a copy, every head at several budgets, and what the heads' outputs are off by then is added to the
 // running profile.
-int32_t semcache_calibrate_add(struct llama_context * ctx);
+SEMCACHE_API int32_t semcache_calibrate_add(struct llama_context * ctx);
 
 // Writes the profile of all texts added so far.
-int32_t semcache_calibrate_write(struct llama_context * ctx, const char * path, const char * model_id);
+SEMCACHE_API int32_t semcache_calibrate_write(struct llama_context * ctx, const char * path, const char * model_id);
 
-const char * semcache_version(void);         // of this package, "0.1.0"
-const char * semcache_upstream_commit(void); // 40 hex digits of the llama.cpp commit that was patched
+SEMCACHE_API const char * semcache_version(void);         // of this package, "0.1.0"
+SEMCACHE_API const char * semcache_upstream_commit(void); // 40 hex digits of the llama.cpp commit that was patched
 
 // cffi: end
 

@@ -106,7 +106,7 @@ def _declarations() -> str:
     for header in (HERE / "include" / "semcache.h", HERE.parents[1] / "native" / "include" / "semcache.h"):
         if header.is_file():
             text = header.read_text(encoding="utf-8")
-            return text.split("// cffi: begin")[1].split("// cffi: end")[0]
+            return text.split("// cffi: begin")[1].split("// cffi: end")[0].replace("SEMCACHE_API ", "")
     raise LibraryError(f"expected semcache.h in {HERE / 'include'}, got none; install llama-semanticache again")
 
 

@@ -218,7 +218,7 @@ class Llama(llama_cpp.Llama):
                 full_bytes=kv_bytes,
             )
         s = self._native_stats()
-        other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes
+        other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes - s.meta_bytes
         return KVStats(
             kv_compress=self.kv_compress,
             n_ctx=s.n_ctx,

@@ -22,7 +22,7 @@ CACHE_TYPES = ("f16", "q8_0", "q4_0", OURS)
 
 _BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
-_BIAS_BYTES, _META_BYTES = 4, 8  # of a row, besides K and V
+_BIAS_BYTES, _META_BYTES = 4, 9  # of a row, besides K and V
 _VOTES_BYTES = 8  # of a token in the stage, per kv head
 _ASK_QUERIES = (OURS, "snapkv", "tova", "h2o")  # the other methods keep no queries
 _DRIVER_BYTES = 300 << 20  # context of a GPU driver, estimated
@@ -158,7 +158,7 @@ def estimate(
         n_head_kv = shape.n_head_kv
         rows = config.rows_per_head(cells, n_head_kv)
         if not swa_full:  # a batch is no larger than what a pass makes room for
-            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, config.n_room - config.kv_sink)))
+            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, config.n_room)))
         kv_type_k, kv_type_v = _row_type(full, config.kv_type_k, "k"), _row_type(full, config.kv_type_v, "v")
         core = round(
             rows

@@ -2,7 +2,8 @@
 
 #pragma once
 
-#include "sc-pass.h"
+#include "pass/pass.h"
+#include "sc-lookahead.h"
 #include "sc-quant.h"
 #include "sc-test.h"
 
@@ -32,18 +33,35 @@ inline std::vector<float> to_f32(const f16 * x, size_t n) {
     return y;
 }
 
+struct token_votes {
+    float p4, p;
+};
+
+struct pass_params {
+    method how = method::semantic;
+    bool merge = true;
+    int32_t distinct = DISTINCT;
+};
+
+// What a row has besides its K, V and bias.
+struct row_meta {
+    float s_use;
+    int32_t chunk;
+    int32_t n_tok;
+};
+
 // Rows of a head, then guard rows that nobody may write.
 struct head_store {
     static constexpr uint8_t GUARD = 0xff; // two of them are a NaN of f16
-    static constexpr int32_t N_GUARD =
-        160; // more than any test has candidates too many, so that a failure stays a failure
+    // more than any test has candidates too many, so that a failure stays a failure
+    static constexpr int32_t N_GUARD = 160;
 
     head_shape shape;
     row_type type;
     int32_t n_alloc, n_sink = 0, n_used = 0, n_room;
-    std::vector<uint8_t> k, v;
-    std::vector<float> bias;
-    std::vector<core_meta> meta;
+    std::vector<uint8_t> k, v, n_tok;
+    std::vector<float> bias, s_use;
+    std::vector<int32_t> chunk;
 
     // n_room: rows of memory if these are more than the head may use
     head_store(const head_shape & shape, int32_t n_alloc, int32_t n_room = 0, row_type type = row_type::f16) :
@@ -52,17 +70,20 @@ struct head_store {
         k.assign(n * size_k(), GUARD);
         v.assign(n * size_v(), GUARD);
         bias.assign(n, NAN);
-        meta.assign(n, core_meta{ NAN, 0xffffff, 0xff });
+        s_use.assign(n, NAN);
+        chunk.assign(n, -1);
+        n_tok.assign(n, GUARD);
     }
 
     int64_t size_k() const { return row_size(type, shape.n_embd_head_k); }
     int64_t size_v() const { return row_size(type, shape.n_embd_head_v); }
 
-    head_rows rows() { return { k.data(), v.data(), bias.data(), meta.data(), n_alloc, n_sink, n_used, type, type }; }
+    row_meta meta(int32_t i) const { return { s_use[i], chunk[i], n_tok[i] }; }
 
-    void take(const head_rows & r) {
-        n_sink = r.n_sink;
-        n_used = r.n_used;
+    void set_meta(int32_t i, const row_meta & m) {
+        s_use[i] = m.s_use;
+        chunk[i] = m.chunk;
+        n_tok[i] = (uint8_t) m.n_tok;
     }
 
     // Rows of type f16.
@@ -84,7 +105,7 @@ struct head_store {
     bool guards_hold() const {
         bool ok = true;
         for (int32_t i = n_room; i < n_room + N_GUARD; ++i) {
-            ok = ok && std::isnan(bias[i]) && std::isnan(meta[i].s_use) && meta[i].chunk == 0xffffff;
+            ok = ok && std::isnan(bias[i]) && std::isnan(s_use[i]) && chunk[i] == -1 && n_tok[i] == GUARD;
             ok = ok && std::all_of(k.begin() + i * size_k(), k.begin() + (i + 1) * size_k(),
                            [](uint8_t x) { return x == GUARD; });
             ok = ok && std::all_of(v.begin() + i * size_v(), v.begin() + (i + 1) * size_v(),
@@ -102,7 +123,9 @@ inline void check_same_rows(const head_store & a, const head_store & b, const ch
     check_bits(a.k.data(), b.k.data(), n * a.size_k(), "k", file, line);
     check_bits(a.v.data(), b.v.data(), n * a.size_v(), "v", file, line);
     check_bits(a.bias.data(), b.bias.data(), n, "bias", file, line);
-    check_bits(a.meta.data(), b.meta.data(), n, "meta", file, line);
+    check_bits(a.s_use.data(), b.s_use.data(), n, "s_use", file, line);
+    check_bits(a.chunk.data(), b.chunk.data(), n, "chunk", file, line);
+    check_bits(a.n_tok.data(), b.n_tok.data(), n, "n_tok", file, line);
 }
 #define CHECK_SAME_ROWS(a, b) sc_test::check_same_rows((a), (b), __FILE__, __LINE__)
 
@@ -129,25 +152,27 @@ struct layout {
 
 struct stage_store {
     const tokens * t;
+    layout l;
     std::vector<f16> k, v, q;
+    std::vector<q8_block> q8; // of the ring instead of q, if not empty
     std::vector<int32_t> cell, n_voted, ring;
-    std::vector<token_votes> votes;
-    int64_t k_cell, v_cell, v_elem, q_row, k_off, v_off, q_off;
+    std::vector<float> vote_p4, vote_p;
+    int64_t n_cell, k_cell, v_cell, v_elem, v_head, q_row;
 
-    stage_store(const tokens & t, const head_shape & shape, const layout & l) : t(&t) {
+    stage_store(const tokens & t, const head_shape & shape, const layout & l) : t(&t), l(l) {
         const int64_t d_k = shape.n_embd_head_k, d_v = shape.n_embd_head_v, d_q = d_k * shape.n_gqa;
-        const int64_t n = t.n() + l.n_garbage;
+        const int64_t n = n_cell = t.n() + l.n_garbage;
         k_cell = d_k * l.n_head_kv;
         q_row = d_q * l.n_head_kv;
         v_cell = l.v_trans ? 1 : d_v * l.n_head_kv;
         v_elem = l.v_trans ? n : 1;
-        k_off = d_k * l.ih;
-        q_off = d_q * l.ih;
-        v_off = l.v_trans ? d_v * n * l.ih : d_v * l.ih;
+        v_head = l.v_trans ? d_v * n : d_v;
+        const int64_t k_off = d_k * l.ih, q_off = d_q * l.ih, v_off = v_head * l.ih;
         k.assign(n * k_cell, F16_NAN);
         q.assign((t.n_q + l.n_garbage) * q_row, F16_NAN);
         v.assign(n * d_v * l.n_head_kv, F16_NAN);
-        votes.assign(n, { NAN, NAN });
+        vote_p4.assign(n * l.n_head_kv, NAN);
+        vote_p.assign(n * l.n_head_kv, NAN);
         auto places = [&](int64_t count) {
             std::vector<int32_t> res(count);
             std::iota(res.begin(), res.end(), 0);
@@ -165,7 +190,8 @@ struct stage_store {
         for (int32_t i = 0; i < t.n(); ++i) {
             std::copy_n(t.k.data() + i * d_k, d_k, k.data() + k_off + cell[i] * k_cell);
             if (!t.votes.empty() && t.n_voted[i] > 0) { // those of a token without votes may be anything
-                votes[cell[i]] = t.votes[i];
+                vote_p4[l.ih * n + cell[i]] = t.votes[i].p4;
+                vote_p[l.ih * n + cell[i]] = t.votes[i].p;
                 n_voted[i] = t.n_voted[i];
             }
             for (int64_t e = 0; e < d_v; ++e) {
@@ -178,46 +204,101 @@ struct stage_store {
         cell.resize(t.n());
     }
 
-    stage_rows rows() {
-        return { k.data() + k_off, k_cell, v.data() + v_off, v_cell, v_elem, cell.data(), t->chunk.data(), t->n_sink,
-            t->n_new, t->n_window, votes.data(), n_voted.data() };
-    }
-
-    query_rows queries() const {
-        return { q.data() + q_off, q_row, ring.data(), t->cs.data(), t->token.data(), t->n_q, t->n_full, nullptr, 0,
-            0 };
-    }
-
     // Votes of token i as the last pass left them.
-    token_votes votes_of(int32_t i) const { return votes[cell[i]]; }
+    token_votes votes_of(int32_t i) const {
+        const int64_t at = l.ih * n_cell + cell[i];
+        return { vote_p4[at], vote_p[at] };
+    }
 };
 
-// Exactly what a pass over this head and stage needs, so that a sanitizer sees every step beyond.
-inline void reserve(pass_workspace & ws, const head_store & h, const tokens & t) {
-    ws.reserve(h.shape, h.n_used + t.n(), std::max(0, h.n_used + t.n_sink + t.n_new - h.n_alloc), t.n_q);
-}
+// The arguments of a pass over one head, whose layer has other heads beside it if the stage's layout says so.
+struct pass_call {
+    pass_plan plan = {};
+    pass_args args = {};
+    std::vector<int32_t> row_first, row_count;
+    int32_t ih;
+    head_store & h;
+
+    pass_call(head_store & h, stage_store & stage, const rope & r, const pass_params & params) : ih(stage.l.ih), h(h) {
+        const tokens & t = *stage.t;
+        plan.how = params.how;
+        plan.merge = params.merge;
+        plan.distinct = params.distinct;
+        plan.n_row_sink = h.n_sink;
+        plan.n_sink = t.n_sink;
+        plan.n_new = t.n_new;
+        plan.n_window = t.n_window;
+        plan.cell = stage.cell.data();
+        plan.chunk = t.chunk.data();
+        plan.n_voted = stage.n_voted.data();
+        plan.n_voter = t.n_q;
+        plan.n_full = t.n_full;
+        plan.voter_row = stage.ring.data();
+        plan.voter_token = t.token.data();
+
+        row_first.assign(stage.l.n_head_kv, h.n_alloc); // the others have no rows
+        std::fill(row_first.begin(), row_first.begin() + ih + 1, 0);
+        row_count.assign(stage.l.n_head_kv, 0);
+        row_count[ih] = h.n_used;
+        args.shape = h.shape;
+        args.n_head_kv = stage.l.n_head_kv;
+        args.k = h.k.data();
+        args.v = h.v.data();
+        args.k_type = args.v_type = h.type;
+        args.bias = h.bias.data();
+        args.s_use = h.s_use.data();
+        args.chunk = h.chunk.data();
+        args.n_tok = h.n_tok.data();
+        args.n_row = h.n_alloc;
+        args.row_first = row_first.data();
+        args.row_count = row_count.data();
+        args.k_stage = stage.k.data();
+        args.k_head = h.shape.n_embd_head_k;
+        args.k_cell = stage.k_cell;
+        args.v_stage = stage.v.data();
+        args.v_head = stage.v_head;
+        args.v_cell = stage.v_cell;
+        args.v_elem = stage.v_elem;
+        args.vote_p4 = stage.vote_p4.data();
+        args.vote_p = stage.vote_p.data();
+        args.vote_head = stage.n_cell;
+        args.q = stage.q.data();
+        args.q8 = stage.q8.empty() ? nullptr : stage.q8.data();
+        args.q_row = stage.q_row;
+        args.turn = t.cs.data();
+        args.n_rot = 2 * (int32_t) r.inv_freq.size();
+        args.neox = r.neox;
+    }
+
+    // Exactly what a pass over this head and stage needs, so that a sanitizer sees every step beyond.
+    size_t scratch_size() const {
+        const int32_t n_loser = h.n_used + plan.n_sink + plan.n_new - h.n_alloc;
+        return pass_scratch_size(h.shape, { pass_n_rows(args, plan, ih), std::max(0, n_loser), plan.n_voter });
+    }
+
+    pass_result run() {
+        std::vector<uint8_t> scratch(scratch_size() + arena::ALIGNMENT);
+        return run(arena::align(scratch.data()));
+    }
+
+    pass_result run(uint8_t * scratch) {
+        const pass_result res = compress_head(args, plan, ih, scratch);
+        h.n_sink += plan.n_sink;
+        h.n_used = row_count[ih];
+        return res;
+    }
+};
 
 // One pass over `h`.
-inline pass_result run_pass(
-    head_store & h, stage_store & stage, const rope & r, const pass_params & params, pass_workspace & ws) {
-    head_rows rows = h.rows();
-    const pass_result res = compress_head(rows, stage.rows(), stage.queries(), h.shape, r, params, ws);
-    h.take(rows);
-    return res;
+inline pass_result run_pass(head_store & h, stage_store & stage, const rope & r, const pass_params & params) {
+    return pass_call(h, stage, r, params).run();
 }
 
 // The same with the stage in the given layout.
-inline pass_result run_pass(head_store & h, const tokens & t, const rope & r, const pass_params & params,
-    pass_workspace & ws, const layout & l = {}) {
-    stage_store stage(t, h.shape, l);
-    return run_pass(h, stage, r, params, ws);
-}
-
 inline pass_result run_pass(
     head_store & h, const tokens & t, const rope & r, const pass_params & params, const layout & l = {}) {
-    pass_workspace ws;
-    reserve(ws, h, t);
-    return run_pass(h, t, r, params, ws, l);
+    stage_store stage(t, h.shape, l);
+    return run_pass(h, stage, r, params);
 }
 
 } // namespace sc_test

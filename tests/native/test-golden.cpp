@@ -1,6 +1,7 @@
 // The core against the files of tests/golden, which the numpy reference wrote; their layouts are in make_golden.py.
 
-#include "sc-calibrate.h"
+#include "pass/calibrate.h"
+#include "pass/score.h"
 #include "sc-chunk.h"
 #include "sc-profile.h"
 #include "sc-rows.h"
@@ -129,7 +130,7 @@ head_store head_of(const golden & g, const head_shape & shape, bool first) {
     std::copy_n(g.bias.begin(), n, h.bias.begin());
     for (int32_t i = 0; i < n; ++i) {
         const int32_t c = i - g.n_sink;
-        h.meta[i] = c < 0 ? core_meta{} : core_meta{ g.s_use[c], (uint32_t) g.chunk[c], (uint32_t) g.n_tok[c] };
+        h.set_meta(i, c < 0 ? row_meta{} : row_meta{ g.s_use[c], g.chunk[c], g.n_tok[c] });
     }
     return h;
 }
@@ -171,24 +172,35 @@ void check_case(const golden & g, const std::string & name, bool first, const la
     const pass_params params = { (method) g.how, g.merge != 0, g.distinct };
     head_store h = head_of(g, shape, first);
     const tokens t = stage_of(g, r, first);
-    pass_workspace ws;
-    reserve(ws, h, t);
 
     if (params.how == method::semantic) {
         stage_store fresh(t, shape, l);
-        CHECK_EQ(score_head(h.rows(), fresh.rows(), fresh.queries(), shape, r, false, ws), g.n_cand());
+        const pass_call call(h, fresh, r, params);
+        const pass_head head(call.args, call.plan, call.ih);
+        CHECK_EQ(head.n_cand, g.n_cand());
+        const pass_sizes n = { head.n_rows, 0, head.plan.n_voter };
+        arena count;
+        pass_rows(count, shape, n), pass_scores(count, shape, n), score_scratch(count, shape, n);
+        std::vector<uint8_t> memory(count.size() + arena::ALIGNMENT);
+        arena a(arena::align(memory.data()));
+        pass_rows rows(a, shape, n);
+        pass_scores scores(a, shape, n);
+        score_scratch scratch(a, shape, n);
+        load_rows(head, rows);
+        load_queries(head, fit_stride(call.plan), rows);
+        score_rows(head, rows, false, scores, scratch);
         for (int32_t i = 0; i < g.n_stage(); ++i) {
             const token_votes got = fresh.votes_of(t.n_sink + i);
             CHECK_CLOSE(&got.p4, &g.taken_p4[i], 1, 4 * SCORE_RTOL, std::pow(PROB_FLOOR, 4));
             CHECK_CLOSE(&got.p, &g.taken_p[i], 1, SCORE_RTOL, PROB_FLOOR);
         }
-        CHECK_CLOSE(ws.s_use.data(), g.score_s_use.data(), g.n_cand(), SCORE_RTOL, PROB_FLOOR);
-        CHECK_CLOSE(ws.s_dev.data(), g.score_s_dev.data(), g.n_cand(), SCORE_RTOL, 0.0);
-        CHECK_CLOSE(ws.w.data(), g.score_w.data(), g.n_cand(), SCORE_RTOL, PROB_FLOOR);
+        CHECK_CLOSE(scores.s_use, g.score_s_use.data(), g.n_cand(), SCORE_RTOL, PROB_FLOOR);
+        CHECK_CLOSE(scores.s_dev, g.score_s_dev.data(), g.n_cand(), SCORE_RTOL, 0.0);
+        CHECK_CLOSE(scores.w, g.score_w.data(), g.n_cand(), SCORE_RTOL, PROB_FLOOR);
     }
 
     stage_store stage(t, shape, l);
-    const pass_result res = run_pass(h, stage, r, params, ws);
+    const pass_result res = run_pass(h, stage, r, params);
     for (int32_t i = 0; evicts(g) && i < g.n_stage(); ++i) {
         const token_votes got = stage.votes_of(t.n_sink + i);
         CHECK_CLOSE(&got.p, &g.taken_p[i], 1, SCORE_RTOL, EVICT_ATOL);
@@ -211,9 +223,9 @@ void check_case(const golden & g, const std::string & name, bool first, const la
     std::vector<int32_t> chunk, n_tok;
     std::vector<float> s_use;
     for (int32_t i = s; i < h.n_used; ++i) {
-        chunk.push_back((int32_t) h.meta[i].chunk);
-        n_tok.push_back((int32_t) h.meta[i].n_tok);
-        s_use.push_back(h.meta[i].s_use);
+        chunk.push_back((int32_t) h.meta(i).chunk);
+        n_tok.push_back((int32_t) h.meta(i).n_tok);
+        s_use.push_back(h.meta(i).s_use);
     }
     CHECK_BITS(chunk.data(), g.out_chunk.data(), g.n_out);
     CHECK_BITS(n_tok.data(), g.out_n_tok.data(), g.n_out);
@@ -283,32 +295,24 @@ template <typename F> void check_errors(std::istream & in, F && many) {
 
     std::vector<int32_t> cell(n);
     std::iota(cell.begin(), cell.end(), 0);
-    text_rows text = {};
-    text.pos = cell.data();
-    text.n_probe = n_probe;
-    stage_rows & s = text.rows;
-    s.k = k.data();
-    s.k_cell = d_k;
-    s.v = v.data();
-    s.v_cell = d_v;
-    s.v_elem = 1;
-    s.cell = cell.data();
-    s.chunk = chunk.data();
-    s.n_sink = n_sink;
-    s.n_new = n_past - n_sink;
-    s.n_window = n_window + n_probe;
-    query_rows & rows = text.queries;
-    rows.q = q.data();
-    rows.q_row = n_gqa * d_k;
-    rows.row = cell.data();
-    rows.n = n;
+    cp.n_probe = n_probe;
     const head_shape shape = { d_k, d_v, n_gqa, 1.0f / std::sqrt((float) d_k), 0.0f };
     rope r;
     for (int32_t i = 0; i < d_k / 2; ++i) {
         r.inv_freq.push_back(std::ldexp(1.0f, -i));
     }
-    pass_workspace ws;
-    const std::vector<double> got = output_errors(text, shape, r, cp, parts, ws);
+    pass_args layer = {};
+    layer.shape = shape;
+    layer.n_head_kv = 1;
+    layer.k_stage = k.data();
+    layer.k_cell = d_k;
+    layer.v_stage = v.data();
+    layer.v_cell = d_v;
+    layer.v_elem = 1;
+    layer.q = q.data();
+    layer.q_row = n_gqa * d_k;
+    const calibrate_text text = { &layer, &r, cell.data(), cell.data(), chunk.data(), cell.data(), n, n_past, n_sink };
+    const std::vector<double> got = output_errors(text, 0, cp, parts);
     CHECK_EQ(got.size(), want.size());
     CHECK_CLOSE(
         got.data(), want.data(), (int64_t) want.size(), 1e-3, 0.0); // merged rows are rounded to f16 after every pass

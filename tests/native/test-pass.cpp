@@ -3,6 +3,7 @@
 #include "sc-attn.h"
 #include "sc-rows.h"
 
+#include <cstring>
 #include <map>
 
 using namespace sc_test;
@@ -116,7 +117,7 @@ struct text_source {
 struct slow_row {
     std::vector<double> k, v;
     double bias, s_use;
-    uint32_t chunk, n_tok;
+    int32_t chunk, n_tok;
     bool stored;    // as it was before, so to the last bit
     int64_t source; // candidate
 };
@@ -133,11 +134,11 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
     struct row {
         std::vector<float> k, v;
         double bias;
-        core_meta meta;
+        row_meta meta;
     };
     std::vector<row> cand, rest;
     for (int32_t i = 0; i < h.n_used; ++i) {
-        (i < h.n_sink ? rest : cand).push_back({ to_f32(h.key(i), d_k), to_f32(h.val(i), d_v), h.bias[i], h.meta[i] });
+        (i < h.n_sink ? rest : cand).push_back({ to_f32(h.key(i), d_k), to_f32(h.val(i), d_v), h.bias[i], h.meta(i) });
     }
     const size_t n_core = cand.size();
     for (int32_t i = 0; i < t.n(); ++i) {
@@ -145,7 +146,7 @@ slow_result slow_pass(const head_store & h, const tokens & t, const rope & rp, c
         const bool is_cand = c >= 0 && c < t.n_new;
         (is_cand ? cand : rest)
             .push_back({ to_f32(t.k.data() + (int64_t) i * d_k, d_k), to_f32(t.v.data() + (int64_t) i * d_v, d_v), 0.0,
-                { 0.0f, is_cand ? (uint32_t) t.chunk[c] : 0, 1 } });
+                { 0.0f, is_cand ? t.chunk[c] : 0, 1 } });
     }
     const size_t n = cand.size(), budget = h.n_alloc - (h.n_sink + t.n_sink);
 
@@ -430,9 +431,9 @@ void check_against(const slow_result & want, const head_store & h, const pass_re
         CHECK_CLOSE(k.data(), x.k.data(), (int64_t) k.size(), tiny * 4.95e-4, tiny * 2e-5 + 1e-12);
         CHECK_CLOSE(v.data(), x.v.data(), (int64_t) v.size(), tiny * 4.95e-4, tiny * 2e-5 + 1e-12);
         CHECK_CLOSE(&h.bias[i], &x.bias, 1, 0.0, tiny * 2e-5 + 1e-12);
-        CHECK_CLOSE(&h.meta[i].s_use, &x.s_use, 1, 2e-5, 1e-12);
-        CHECK_EQ((uint32_t) h.meta[i].chunk, x.chunk);
-        CHECK_EQ((uint32_t) h.meta[i].n_tok, x.n_tok);
+        CHECK_CLOSE(&h.s_use[i], &x.s_use, 1, 2e-5, 1e-12);
+        CHECK_EQ(h.meta(i).chunk, x.chunk);
+        CHECK_EQ(h.meta(i).n_tok, x.n_tok);
     }
 }
 
@@ -458,8 +459,8 @@ void check_invariants(const text_source & text, const head_store & h, const sink
     std::map<int32_t, int32_t> tok;
     int64_t n_tok = 0;
     for (int32_t i = h.n_sink; i < h.n_used; ++i) {
-        const core_meta & m = h.meta[i];
-        CHECK(i == h.n_sink || m.chunk >= h.meta[i - 1].chunk); // text order
+        const row_meta m = h.meta(i);
+        CHECK(i == h.n_sink || m.chunk >= h.meta(i - 1).chunk); // text order
         CHECK(m.n_tok >= 1);
         CHECK(std::isfinite(h.bias[i]) && h.bias[i] >= -6.0f && h.bias[i] <= 8.0f);
         CHECK_EQ(f16_to_f32(h.key(i)[text.s.d_k - 1]), chunk_mark(m.chunk)); // all members are of this chunk
@@ -477,7 +478,7 @@ void check_invariants(const text_source & text, const head_store & h, const sink
 int64_t tokens_in(const head_store & h) {
     int64_t n = 0;
     for (int32_t i = h.n_sink; i < h.n_used; ++i) {
-        n += h.meta[i].n_tok;
+        n += h.meta(i).n_tok;
     }
     return n;
 }
@@ -518,8 +519,6 @@ void test_long_text() {
         const spec & s = specs[c];
         text_source text(s, 40 + c);
         head_store h(text.shape, s.n_alloc);
-        pass_workspace ws;
-        const tokens none;
         std::vector<sinks> first;
         int64_t n_dropped_tok = 0;
         for (int pass = 0; pass < 10; ++pass) {
@@ -545,9 +544,8 @@ void test_long_text() {
             }
             const int64_t before = tokens_in(h) + n_new;
             const int32_t n_cand = h.n_used - h.n_sink + n_new;
-            reserve(ws, h, t);
             const pass_result res =
-                run_pass(h, t, text.rp, text.params(), ws, { 2, pass % 2, pass % 3 == 1, 10, (uint64_t) pass });
+                run_pass(h, t, text.rp, text.params(), { 2, pass % 2, pass % 3 == 1, 10, (uint64_t) pass });
             CHECK_EQ(res.n_merged + res.n_dropped + h.n_used - h.n_sink, (int64_t) n_cand);
             if (s.how == method::semantic) {
                 CHECK(want.margin > 1e-4);
@@ -559,7 +557,7 @@ void test_long_text() {
                 CHECK_EQ(tokens_in(h), (int64_t) h.n_used - h.n_sink);
             }
             for (int32_t i = h.n_sink; s.how == method::paper && i < h.n_used; ++i) {
-                CHECK(std::fabs(h.bias[i] - std::log((double) h.meta[i].n_tok)) < 1e-6);
+                CHECK(std::fabs(h.bias[i] - std::log((double) h.meta(i).n_tok)) < 1e-6);
             }
             n_dropped_tok += before - tokens_in(h);
             CHECK((before == tokens_in(h)) == (res.n_dropped == 0));
@@ -612,67 +610,37 @@ void test_below_budget() {
             CHECK_BITS(h.val(at), t.v.data(), (int64_t) n * s.d_v);
             for (int32_t i = at; i < h.n_used; ++i) {
                 CHECK_EQ(h.bias[i], 0.0f);
-                CHECK(i < N_SINK || h.meta[i].n_tok == 1);
-                CHECK(i < N_SINK || h.meta[i].chunk == (uint32_t) t.chunk[i - at - t.n_sink]);
+                CHECK(i < N_SINK || h.meta(i).n_tok == 1);
+                CHECK(i < N_SINK || h.meta(i).chunk == t.chunk[i - at - t.n_sink]);
             }
         }
     }
 }
 
-// Same input, same bits: with a workspace of just the size, a larger one, one that another head has used, and rubbish
-// in it.
-void test_workspaces() {
+// Same input, same bits, whatever is in the scratch, and however large it is.
+void test_scratch() {
     for (method how : ALL_METHODS) {
-        CASE("workspaces, method " + std::to_string((int) how));
-        spec s, big;
-        s.how = big.how = how;
-        big.d_k = 96;
-        big.d_v = 128;
-        big.n_gqa = 7;
-        big.n_new = 150;
-        big.softcap = 30.0f;
-        text_source text(s, 6), other(big, 7);
-        const tokens t0 = text.draw(true, 50), t1 = text.draw(false, 60), o = other.draw(true, 150);
-
-        auto both = [&](pass_workspace & ws, auto && before) {
+        CASE("scratch, method " + std::to_string((int) how));
+        spec s;
+        s.how = how;
+        text_source text(s, 6);
+        const tokens t0 = text.draw(true, 50), t1 = text.draw(false, 60);
+        auto both = [&](int value, size_t more) {
             head_store h(text.shape, s.n_alloc);
-            before();
-            reserve(ws, h, t0);
-            run_pass(h, t0, text.rp, text.params(), ws);
-            before();
-            reserve(ws, h, t1);
-            run_pass(h, t1, text.rp, text.params(), ws);
+            for (const tokens * t : { &t0, &t1 }) {
+                stage_store stage(*t, text.shape, {});
+                pass_call call(h, stage, text.rp, text.params());
+                const size_t size = call.scratch_size() + arena::ALIGNMENT;
+                std::vector<uint8_t> scratch(size + more, (uint8_t) value); // 0xff: every float is a NaN
+                call.run(arena::align(scratch.data()));
+                CHECK(std::all_of(scratch.begin() + size, scratch.end(), [&](uint8_t x) { return x == value; }));
+            }
             return h;
         };
-        pass_workspace tight, same, large, used, dirty;
-        const head_store want = both(tight, []() {});
-        CHECK_SAME_ROWS(both(same, []() {}), want);
-        CHECK_SAME_ROWS(both(same, []() {}), want); // again in the same one
-        large.reserve(other.shape, 1000, 500, 3000);
-        CHECK_SAME_ROWS(both(large, []() {}), want);
-        CHECK_SAME_ROWS(both(used,
-                            [&]() {
-                                head_store h(other.shape, 60);
-                                reserve(used, h, o);
-                                run_pass(h, o, other.rp, other.params(), used);
-                            }),
-            want);
-        dirty.reserve(other.shape, 1000, 500, 3000);
-        CHECK_SAME_ROWS(
-            both(dirty,
-                [&]() {
-                    for (auto * v : { &dirty.k, &dirty.panels, &dirty.q, &dirty.x, &dirty.bias, &dirty.s_use,
-                             &dirty.s_dev, &dirty.w, &dirty.z, &dirty.m, &dirty.mk, &dirty.k_new, &dirty.v_new,
-                             &dirty.bias_new, &dirty.v, &dirty.v_mean, &dirty.out, &dirty.v_gone, &dirty.bias_gone,
-                             &dirty.s_gone, &dirty.shares, &dirty.r, &dirty.normal, &dirty.move }) {
-                        std::fill(v->begin(), v->end(), NAN);
-                    }
-                    for (auto * v : { &dirty.order, &dirty.rank, &dirty.winner, &dirty.merged, &dirty.count }) {
-                        std::fill(v->begin(), v->end(), 0x7fffffff);
-                    }
-                    std::fill(dirty.meta.begin(), dirty.meta.end(), core_meta{ NAN, 0xffffff, 0xff });
-                }),
-            want);
+        const head_store want = both(0, 0);
+        CHECK_SAME_ROWS(both(0xff, 0), want);
+        CHECK_SAME_ROWS(both(0xff, 1 << 20), want);
+        CHECK_SAME_ROWS(both(0x7f, 0), want);
     }
 }
 
@@ -711,12 +679,12 @@ void test_equal_tokens() {
                 const pass_result res = run_pass(h, t, text.rp, text.params());
                 CHECK(res.n_merged > 0);
                 for (int32_t i = N_SINK; i < h.n_used; ++i) {
-                    const int64_t from = N_SINK + (int64_t) h.meta[i].chunk * 12;
-                    CHECK(std::fabs(h.bias[i] - std::log((double) h.meta[i].n_tok)) < 5e-6);
+                    const int64_t from = N_SINK + (int64_t) h.meta(i).chunk * 12;
+                    CHECK(std::fabs(h.bias[i] - std::log((double) h.meta(i).n_tok)) < 5e-6);
                     CHECK_BITS(h.key(i), t.k.data() + from * s.d_k, s.d_k); // a mean of equal rows is that row
                     CHECK_BITS(h.val(i), t.v.data() + from * s.d_v, s.d_v);
-                    const bool first = i == N_SINK || h.meta[i - 1].chunk != h.meta[i].chunk;
-                    CHECK(first || h.meta[i].n_tok == 1); // of equally near winners the first takes all
+                    const bool first = i == N_SINK || h.meta(i - 1).chunk != h.meta(i).chunk;
+                    CHECK(first || h.meta(i).n_tok == 1); // of equally near winners the first takes all
                 }
                 if (how == method::semantic && n_group > 1) {
                     continue; // equal scores: a chunk takes all places or none, so some are dropped
@@ -788,9 +756,8 @@ void test_not_finite() {
                     CHECK_BITS(h.key(0), first[0].k.data(), (int64_t) first[0].k.size());
                     CHECK_BITS(h.val(0), first[0].v.data(), (int64_t) first[0].v.size());
                     for (int32_t i = h.n_sink; i < std::min(h.n_used, h.n_alloc); ++i) {
-                        CHECK(i == h.n_sink || h.meta[i].chunk >= h.meta[i - 1].chunk);
-                        CHECK(h.meta[i].n_tok >= 1 &&
-                              (int32_t) h.meta[i].n_tok <= source.chunk_len[(int32_t) h.meta[i].chunk]);
+                        CHECK(i == h.n_sink || h.meta(i).chunk >= h.meta(i - 1).chunk);
+                        CHECK(h.meta(i).n_tok >= 1 && h.meta(i).n_tok <= source.chunk_len[h.meta(i).chunk]);
                     }
                     if (h.n_used > h.n_alloc) {
                         break;
@@ -840,7 +807,7 @@ void test_zero_keys() {
     const pass_result res = run_pass(h, t, text.rp, text.params());
     CHECK_EQ(res.n_merged, 3);
     CHECK_EQ(h.n_used, N_SINK + 5);
-    CHECK_EQ((int) h.meta[N_SINK + 2].n_tok, 4);
+    CHECK_EQ((int) h.meta(N_SINK + 2).n_tok, 4);
 }
 
 // The ends of what may be asked for.
@@ -897,23 +864,14 @@ void test_q8_queries() {
             }
             run_pass(a, t, text.rp, text.params());
 
-            stage_store stage(t, b.shape, {});
-            query_rows queries = stage.queries();
-            queries.q = nullptr;
-            queries.q8 = ring.data();
-            queries.q8_row = n_blocks;
-            queries.q8_first = ih * n_group;
-            pass_workspace ws;
-            reserve(ws, b, t);
-            head_rows h = b.rows();
-            compress_head(h, stage.rows(), queries, b.shape, text.rp, text.params(), ws);
-            b.n_sink = h.n_sink;
-            b.n_used = h.n_used;
+            stage_store stage(t, b.shape, { n_head_kv, ih, false, 0, 0 });
+            stage.q8 = ring;
+            run_pass(b, stage, text.rp, text.params());
             CHECK_EQ(a.n_used, b.n_used);
             for (int32_t i = 0; i < a.n_used; ++i) {
                 CHECK(std::equal(a.key(i), a.key(i) + d_k, b.key(i)));
                 CHECK_EQ(a.bias[i], b.bias[i]);
-                CHECK_EQ(a.meta[i].s_use, b.meta[i].s_use);
+                CHECK_EQ(a.meta(i).s_use, b.meta(i).s_use);
             }
         }
     }
@@ -936,7 +894,9 @@ void test_quantized_rows() {
             twin.n_sink = h.n_sink;
             twin.n_used = h.n_used;
             twin.bias = h.bias;
-            twin.meta = h.meta;
+            for (int32_t i = 0; i < h.n_used; ++i) {
+                twin.set_meta(i, h.meta(i));
+            }
             for (int32_t i = 0; i < h.n_used; ++i) {
                 f32_to_f16_row(h.key_f32(i).data(), twin.key(i), s.d_k);
                 f32_to_f16_row(h.val_f32(i).data(), twin.val(i), s.d_v);
@@ -947,7 +907,7 @@ void test_quantized_rows() {
             CHECK_EQ(h.n_used, twin.n_used);
             int32_t kept = 0;
             for (int32_t i = 0; i < std::min(h.n_used, twin.n_used); ++i) {
-                CHECK_EQ((uint32_t) h.meta[i].chunk, (uint32_t) twin.meta[i].chunk);
+                CHECK_EQ(h.meta(i).chunk, twin.meta(i).chunk);
                 const auto k = h.key_f32(i), want_k = twin.key_f32(i), v = h.val_f32(i), want_v = twin.val_f32(i);
                 // half a step for every rotated value, a whole one at the far end of q4_0's codes; the rounding of f16
                 // adds a little
@@ -980,7 +940,7 @@ int main() {
     test_long_text();
     test_streaming();
     test_below_budget();
-    test_workspaces();
+    test_scratch();
     test_equal_tokens();
     test_not_finite();
     test_zero_keys();

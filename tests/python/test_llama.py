@@ -6,6 +6,8 @@ import json
 import math
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +17,18 @@ import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from conftest import N_THREADS, SMALL, check_stats, count_evals, kl, last_logits, random_tokens, sentences, text_tokens
+from conftest import (
+    EXACT,
+    N_THREADS,
+    SMALL,
+    check_stats,
+    count_evals,
+    kl,
+    last_logits,
+    random_tokens,
+    sentences,
+    text_tokens,
+)
 from llama_semanticache import Llama, _native
 from llama_semanticache.llama import KVStats
 
@@ -134,10 +147,8 @@ def test_timings_of_llama_cpp(smollm2, load):
 
 
 def test_prompt_lookup_in_batches_smaller_than_a_draft(tiny, load):
-    """The window leaves room for batches of 4 tokens: longer drafts are cut, or upstream would ask for logits that are
-    gone.
-    """
-    prompt, small = PROMPT[:150] * 2, {**SMALL, "kv_stage": 96, "kv_window": 88}
+    """Longer drafts are cut, or upstream would ask for logits that are gone."""
+    prompt, small = PROMPT[:150] * 2, {**SMALL, "n_batch": 4}
     draft = LlamaPromptLookupDecoding(num_pred_tokens=10, max_ngram_size=1)
     plain, drafted = (
         load(tiny("llama"), **small, kv_ratio=1),
@@ -234,9 +245,79 @@ def test_generation_to_the_end_of_the_context(tiny, load):
     assert answer["usage"]["total_tokens"] in (511, 512)
 
 
-def test_n_batch_is_what_the_stage_takes(tiny, load):
-    assert load(tiny("llama"), **SMALL).n_batch == 80
-    assert load(tiny("llama"), **SMALL, n_batch=32).n_batch == 32
+@pytest.mark.parametrize("n_batch", [32, 512, 2048])
+def test_n_batch_is_what_was_asked_for(n_batch, tiny, load):
+    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 2048, "n_batch": n_batch})
+    assert llm.n_batch == llama_cpp.llama_n_batch(llm.ctx) == n_batch
+    assert llama_cpp.llama_n_ubatch(llm.ctx) == min(n_batch, 512, SMALL["kv_stage"] - SMALL["kv_window"])
+
+
+def decode_at_once(llm, tokens, first=0):
+    """Decode through the C API, as evaluation tools do, with the logits of every token: status, logits."""
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, first + i, 1, 0, 1
+    status = llama_cpp.llama_decode(llm.ctx, batch)
+    logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(tokens), llm.n_vocab())).copy()
+    llama_cpp.llama_batch_free(batch)
+    return status, logits
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
+def test_a_batch_larger_than_the_stage(arch, tiny, load):
+    """Passes run between its parts, where they come if these are decoded one by one."""
+    tokens, n_part = random_tokens(84 * 10), 84
+    whole, parts = (load(tiny(arch), **{**SMALL, "n_batch": 1024}) for _ in range(2))
+    status, logits = decode_at_once(whole, tokens)
+    assert status == 0 and whole.kv_stats().n_tokens == len(tokens) and whole.kv_stats().n_pass == 9
+    for first in range(0, len(tokens), n_part):
+        status, some = decode_at_once(parts, tokens[first : first + n_part], first)
+        assert status == 0
+        np.testing.assert_array_equal(some, logits[first : first + n_part])
+
+
+FAILED_PART = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from conftest import random_tokens
+from test_llama import decode_at_once
+from llama_semanticache import Llama
+
+llm = Llama(sys.argv[1], n_ctx=2048, kv_compress="semanticache", kv_stage=1024, kv_window=16, kv_profile=None,
+            n_batch=128, n_ubatch=64, n_threads=1, n_threads_batch=1, verbose=False)
+tokens = random_tokens(1100)
+for first in range(0, 896, 128):
+    assert decode_at_once(llm, tokens[first : first + 128], first)[0] == 0
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), limits[1]))  # the scratch of a pass is about 10 MiB
+status = decode_at_once(llm, tokens[896:1024], 896)[0]
+resource.setrlimit(resource.RLIMIT_AS, limits)
+print("failed", status, llm.kv_stats().n_tokens, llm.kv_stats().n_pass)
+print("again", decode_at_once(llm, tokens[960:1024], 960)[0], llm.kv_stats().n_tokens, llm.kv_stats().n_pass)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by RLIMIT_AS, which other systems do not honour")
+def test_what_was_read_before_a_pass_failed_stays(tiny):
+    """The first half of the batch has room, the second needs a pass."""
+    command = [sys.executable, "-c", FAILED_PART, tiny("llama"), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["failed -3 960 0", "again 0 1024 1"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("n_tokens", range(12, 19))
+def test_room_is_made_before_there_is_more_than_window_and_sinks(n_tokens, tiny, load):
+    """A batch that has no room beside the window and a few sinks: the pass takes from the window then."""
+    llm = load(tiny("llama"), **{**SMALL, "n_batch": 512}, **EXACT, kv_ratio=1)
+    full = load(tiny("llama"), n_ctx=1024, flash_attn=True)
+    tokens = random_tokens(n_tokens + 84)
+    for some in (llm, full):
+        some.eval(tokens[:n_tokens])
+        assert decode_at_once(some, tokens[n_tokens:], n_tokens)[0] == 0
+    assert kl(last_logits(full), last_logits(llm)) < 1e-5
 
 
 def test_n_ctx_is_the_logical_size(llm):

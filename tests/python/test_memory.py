@@ -120,7 +120,7 @@ def test_8b_by_hand():
     )
     rows = 32768 // 4 * 8 * 32
     assert (
-        compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 12) + 512 * 8 * 32 * 8
+        compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 13) + 512 * 8 * 32 * 8
     )  # votes on the stage
     assert compressed.stage_bytes == 32 * 2 * 512 * 8 * 128 * 2
     assert compressed.query_bytes == 32 * 129 * (32 * 128 // 32) * 34  # q8_0, of every second token

@@ -234,7 +234,7 @@ def test_a_compressed_state_in_an_uncompressed_object_is_refused(tiny, load):
     saver = load(tiny("llama"), **SMALL)
     saver.eval(TOKENS)
     state = saver.save_state()
-    llm, twin = load(tiny("llama"), n_ctx=1024), load(tiny("llama"), n_ctx=1024)
+    llm, twin = (load(tiny("llama"), n_ctx=1024, n_batch=SMALL["n_batch"]) for _ in range(2))
     for some in (llm, twin):
         some.eval(TOKENS[:100])
     with pytest.raises(StateError, match="expected .* got .*; the cache holds 0 tokens now"):

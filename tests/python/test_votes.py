@@ -14,8 +14,8 @@ from conftest import EXACT, check_stats, continue_with, kl, last_logits, random_
 from llama_semanticache import StateError
 
 TOKENS, MORE = random_tokens(400), random_tokens(150, seed=1)
-WIDE = dict(n_ctx=1024, kv_compress="semanticache", kv_stage=192, kv_window=128, kv_profile=None)
 N_RING, N_BATCH = 64, 60
+WIDE = dict(n_ctx=1024, n_batch=N_BATCH, kv_compress="semanticache", kv_stage=192, kv_window=128, kv_profile=None)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "sc-pass.h"
+#include "sc-types.h"
 
 namespace semcache {
 
@@ -34,7 +34,7 @@ inline int32_t newest_kept(method how, int32_t budget, int32_t n_window) {
     return how == method::h2o && budget > n_window ? (budget - n_window) / 2 : 0;
 }
 
-// Writes score [n_row]; p is scratch for max(n_row, n_embd_head_k) values. Nothing is allocated, see sc-pass.h.
+// Writes score [n_row]; p is scratch for max(n_row, n_embd_head_k) values. Nothing is allocated.
 void evict_scores(method how, const evict_input & x, float * p, float * score); // by the policy of that method
 void evict_keydiff(const evict_input & x, float * p, float * score);
 void evict_knorm(const evict_input & x, float * p, float * score);

@@ -1,0 +1,95 @@
+// args.h - what a pass is told: plain data, the same for every backend
+//
+// A pass over one kv head moves the stage, without its window, into the cores. The specification is
+// python/llama_semanticache/reference; the tests hold this code to it.
+
+#pragma once
+
+#include "sc-types.h"
+
+#include <cstdint>
+
+namespace semcache {
+
+// Of the tokens since the last pass, beginning with the first, every VOTE_EVERY-th has queries that vote.
+constexpr int32_t VOTE_EVERY = 2;
+// Percent of a head's rows that go to the keys least like the others, whatever their score.
+constexpr int32_t DISTINCT = 50;
+// Rows are merged by the queries of about this many tokens: distances, biases and values.
+constexpr int32_t N_FIT = 96;
+
+struct head_shape {
+    int32_t n_embd_head_k;
+    int32_t n_embd_head_v;
+    int32_t n_gqa; // query heads of a kv head
+    float scale;   // of the logits
+    float softcap; // 0: none
+};
+
+// What is the same for all layers and heads.
+//
+// The stage's tokens are in position order: n_sink new sinks (first pass only), n_new candidates, n_window that stay.
+struct pass_plan {
+    method how;
+    bool merge;       // false: losers are dropped
+    int32_t distinct; // percent, see DISTINCT
+
+    int32_t n_row_sink; // rows of each head, the first, that are sinks already
+    int32_t n_sink, n_new, n_window;
+    const int32_t * cell;    // [n_token] cell of each token
+    const int32_t * chunk;   // [n_new] chunk id
+    const int32_t * n_voted; // [n_token] tokens whose queries voted on it in earlier passes; of 0 no votes are read
+
+    int32_t n_voter; // tokens whose queries vote now
+    int32_t n_full;  // of a pass that is as far from the last as it can be; a core's score is a mean over no fewer
+    const int32_t * voter_row;   // [n_voter] row of the query ring
+    const int32_t * voter_token; // [n_voter] place in the stage, ascending; read by the methods of others only
+
+    int32_t n_token() const { return n_sink + n_new + n_window; }
+};
+
+// One layer. Pointers of rows, stage and ring are to all heads; strides are in elements of the type.
+struct pass_args {
+    head_shape shape;
+    int32_t n_head_kv;
+
+    // Rows of head ih: row_first[ih] and those behind it. n_plan::n_row_sink sinks, then cores in text order, then free
+    // ones.
+    uint8_t * k; // [n_row] rows of n_embd_head_k values of type k_type
+    uint8_t * v; // [n_row] rows of n_embd_head_v values of type v_type
+    row_type k_type, v_type;
+    float * bias;    // [n_row]
+    float * s_use;   // [n_row] greatest attention that a core ever got; of the methods that evict, the last pass's
+    int32_t * chunk; // [n_row] id of its chunk
+    uint8_t * n_tok; // [n_row] tokens that it stands for; at most n_chunk <= 255, since clusters never cross a chunk
+    int32_t n_row;   // allocated
+    const int32_t * row_first; // [n_head_kv]
+    int32_t * row_count;       // [n_head_kv] in use; written by the pass
+
+    // Stage, by cells.
+    const f16 * k_stage;
+    int64_t k_head, k_cell; // a key is contiguous
+    const f16 * v_stage;
+    int64_t v_head, v_cell, v_elem; // a value need not be (transposed cache)
+    float * vote_p4; // [n_head_kv, vote_head] sums over queries and query heads: of attention shares to the power of 4
+    float * vote_p;  // likewise: of attention shares
+    int64_t vote_head;
+
+    // Query ring: f16, or q8_0 if q8 is set. A row holds the queries of all heads.
+    const f16 * q;
+    const q8_block * q8;
+    int64_t q_row; // values from one row to the next
+
+    // Turns of the voters' queries, see rope::table.
+    const float * turn; // [n_voter, n_rot/2, 2]
+    int32_t n_rot;      // 0: none
+    bool neox;
+};
+
+// Counts over the candidates of a head.
+struct pass_result {
+    int32_t n_merged = 0;
+    int32_t n_dropped = 0;
+};
+
+} // namespace semcache

@@ -104,8 +104,8 @@ class Llama(llama_cpp.Llama):
     kv_ratio : float
         Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
     kv_stage : int
-        Newest tokens that are held exactly until the next pass compresses them. Limits ``n_batch`` to
-        ``kv_stage - kv_window - kv_sink``.
+        Newest tokens that are held exactly until the next pass compresses them. Limits ``n_ubatch``, the tokens
+        computed at a time, to ``kv_stage - kv_window``.
     kv_window : int
         Newest tokens of the stage that a pass leaves alone.
     kv_sink : int
@@ -192,7 +192,6 @@ class Llama(llama_cpp.Llama):
                 "kv_compress out",
                 stacklevel=3,
             )
-        self.n_batch = min(self.n_batch, stats.n_batch)
         if self.draft_model is not None:
             self.draft_model = _ShortDrafts(self.draft_model, self.n_batch - 1)
         # upstream sizes these by the argument, while the library rounds n_ctx up to a multiple of 256

@@ -71,7 +71,7 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python build/cmake-args
 	    ".[test]"
 	mv $@.started $@
 
-# The same llama.cpp with its faults mended and nothing else, to compare with.
+# The same llama.cpp with its faults fixed and nothing else, to compare with.
 stock: $(STOCK)/.built
 
 $(STOCK)/.built: patches/UPSTREAM $(VENV)/.tools build/cmake-args

@@ -3,7 +3,8 @@
     from llama_semanticache import Llama
     llm = Llama("model.gguf", n_ctx=32768, kv_compress="semanticache", kv_ratio=0.25)
 
-Import this package before `llama_cpp`: it decides which library that loads.
+`llama_cpp` loads the patched library then, whichever of the two is imported first. Only where llama-cpp-python came
+with libraries of its own, this package must be the first.
 """
 
 from __future__ import annotations

@@ -117,16 +117,8 @@ def library_folder() -> Path:
 
 
 def context(llama: Any) -> Any:
-    """The llama_context of a llama_cpp.Llama as a cffi pointer.
-
-    Raises
-    ------
-    StateError
-        It was closed.
-    """
+    """The llama_context of a llama_cpp.Llama as a cffi pointer."""
     ffi, _ = load()
-    if llama._ctx.ctx is None:
-        raise StateError("expected a model that is loaded, got one after close(); load it again")
     return ffi.cast("struct llama_context *", llama._ctx.ctx)
 
 

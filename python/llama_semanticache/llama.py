@@ -23,6 +23,9 @@ _ffi, _lib = _native.load()
 
 import llama_cpp  # noqa: E402  (after _native.load(), which decides which library it gets)
 from llama_cpp import llama_chat_format, llama_speculative  # noqa: E402
+from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
+
+from ._gate import Closed, Gate, Tokenizer, gated  # noqa: E402
 
 _UPSTREAM = inspect.signature(llama_cpp.Llama.__init__)
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
@@ -101,8 +104,8 @@ class Llama(llama_cpp.Llama):
     kv_ratio : float
         Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
     kv_stage : int
-        Newest tokens that are held exactly until the next pass compresses them. Limits ``n_batch`` to
-        ``kv_stage - kv_window - kv_sink``.
+        Newest tokens that are held exactly until the next pass compresses them. Limits ``n_ubatch``, the tokens
+        computed at a time, to ``kv_stage - kv_window``.
     kv_window : int
         Newest tokens of the stage that a pass leaves alone.
     kv_sink : int
@@ -139,6 +142,7 @@ class Llama(llama_cpp.Llama):
         kv_params: Mapping[str, int] | None = KVConfig.kv_params,
         **kwargs: Any,
     ) -> None:
+        self._gate = Gate()
         self._kv = KVConfig(
             kv_compress, kv_ratio, kv_stage, kv_window, kv_sink, kv_type_k, kv_type_v, kv_profile, kv_params
         )
@@ -161,7 +165,12 @@ class Llama(llama_cpp.Llama):
                 'kv_compress="semanticache" to compress it',
                 stacklevel=2,
             )
+        self._load(model_path, kwargs)
+
+    def _load(self, model_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
         super().__init__(os.fspath(model_path), **kwargs)
+        if type(self.tokenizer_) is LlamaTokenizer:
+            self.tokenizer_ = Tokenizer(self)
 
     def _load_compressed(self, model_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
         self._kv.check()
@@ -174,7 +183,7 @@ class Llama(llama_cpp.Llama):
         # without it values lie across the stage, which is slower to read; the cores' attention is ours in any case
         kwargs.setdefault("flash_attn", True)
         with _native.compressed(self._kv, file, model.id if file else ""):
-            super().__init__(os.fspath(model_path), **kwargs)
+            self._load(model_path, kwargs)
         stats = self._native_stats()
         if self._kv.has_too_few_heads(stats.n_head_kv):
             warnings.warn(
@@ -183,7 +192,6 @@ class Llama(llama_cpp.Llama):
                 "kv_compress out",
                 stacklevel=3,
             )
-        self.n_batch = min(self.n_batch, stats.n_batch)
         if self.draft_model is not None:
             self.draft_model = _ShortDrafts(self.draft_model, self.n_batch - 1)
         # upstream sizes these by the argument, while the library rounds n_ctx up to a multiple of 256
@@ -238,6 +246,7 @@ class Llama(llama_cpp.Llama):
         _native.count(_lib.semcache_get_head_stats(_native.context(self), heads, n))
         return [(h.il, h.head, h.rows_allocated, h.rows_used) for h in heads]
 
+    @gated
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens behind the `n_tokens` that are there.
 
@@ -263,6 +272,16 @@ class Llama(llama_cpp.Llama):
         except RuntimeError as error:
             raise _native.last_error() or error from error
 
+    sample = gated(llama_cpp.Llama.sample)
+    embed = gated(llama_cpp.Llama.embed)
+    create_completion = gated(llama_cpp.Llama.create_completion)
+    create_chat_completion = gated(llama_cpp.Llama.create_chat_completion)
+
+    def tokenizer(self) -> LlamaTokenizer:
+        """The model's tokenizer."""
+        return Tokenizer(self)
+
+    @gated
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
@@ -270,10 +289,22 @@ class Llama(llama_cpp.Llama):
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.ctx), False)
 
     def close(self) -> None:
-        """Free the model. Safe on an object whose __init__ has failed."""
-        if "_stack" in self.__dict__:
-            super().close()
+        """Free the model; what is called afterwards raises StateError. Safe on an object whose __init__ has failed.
 
+        Raises
+        ------
+        StateError
+            Another thread is using the model.
+        """
+        if "_stack" not in self.__dict__ or self._gate.closed:
+            return
+        with self._gate:
+            self._gate.close()
+            super().close()
+            closed: Any = Closed()
+            self._ctx = self._model = self._batch = closed
+
+    @gated
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         """Generator of tokens, see llama_cpp.Llama.generate; a prefix that is in the cache already is not read
         again.
@@ -306,6 +337,39 @@ class Llama(llama_cpp.Llama):
             n = 0
         return n
 
+    @gated
+    def save_state(self) -> llama_cpp.LlamaState:
+        """What load_state() of the same model and settings restores.
+
+        Returns
+        -------
+        llama_cpp.LlamaState
+            With ``logits_all`` its `scores` are the logits of all tokens, float32 [n_tokens, n_vocab]; else there are
+            none, [0, n_vocab], since nothing reads them and they would take several times the bytes of the cache.
+
+        Raises
+        ------
+        StateError
+            There is too little memory for it.
+        """
+        _native.clear_error()
+        size = llama_cpp.llama_state_get_size(self.ctx)
+        data = (ctypes.c_uint8 * size)()
+        n_bytes = llama_cpp.llama_state_get_data(self.ctx, data, size)
+        if not 0 < n_bytes <= size:
+            raise _native.last_error() or StateError(
+                f"expected a state of at most {size} bytes, got {n_bytes}; free some memory"
+            )
+        return llama_cpp.LlamaState(
+            input_ids=self.input_ids.copy(),
+            scores=self._scores[: self.n_tokens if self._logits_all else 0].copy(),
+            n_tokens=self.n_tokens,
+            llama_state=bytes(memoryview(data)[:n_bytes]),
+            llama_state_size=n_bytes,
+            seed=self._seed,
+        )
+
+    @gated
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """Restore what save_state() returned.
 
@@ -315,8 +379,27 @@ class Llama(llama_cpp.Llama):
             The state is of another model, of other kv_* settings, or damaged. If the message does not say otherwise,
             the cache is as it was.
         """
-        if self.kv_compress is None:
-            return super().load_state(state)
+        self._check_state(state)
+        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+        _native.clear_error()
+        if llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size) != state.llama_state_size:
+            error = _native.last_error()
+            if error is not None and _lib.semcache_last_status() == _lib.SEMCACHE_ERR_STATE:
+                raise error  # of other settings: refused before anything was read
+            self.reset()
+            reason = error or (
+                "state: expected one that save_state() of this model and these settings returned, got another"
+            )
+            raise StateError(f"{reason}; the cache holds 0 tokens now")
+        rows = min(state.scores.shape[0], self.scores.shape[0])
+        self.scores[:rows, :] = state.scores[:rows]
+        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        self.n_tokens = state.n_tokens
+        self._requires_eval = True
+        self._seed = state.seed
+
+    def _check_state(self, state: llama_cpp.LlamaState) -> None:
+        """Check what can be said of a state before the library reads it."""
         if state.n_tokens > self._n_ctx:
             raise StateError(
                 f"state: expected at most n_ctx = {self._n_ctx} tokens, got {state.n_tokens}; use the n_ctx it was "
@@ -339,25 +422,6 @@ class Llama(llama_cpp.Llama):
                 f"state: expected one of a {arch.decode()} model, got another; load it into the model it was saved "
                 "from, the cache is as it was"
             )
-        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-        _native.clear_error()
-        if llama_cpp.llama_state_set_data(self._ctx.ctx, data, state.llama_state_size) != state.llama_state_size:
-            error = _native.last_error()
-            if error is not None and _lib.semcache_last_status() == _lib.SEMCACHE_ERR_STATE:
-                raise error  # of other settings: refused before anything was read
-            self.reset()
-            reason = (
-                f"{error}"
-                if error
-                else "state: expected one that save_state() of this model and these settings returned, got another"
-            )
-            raise StateError(f"{reason}; the cache holds 0 tokens now")
-        rows = min(state.scores.shape[0], self.scores.shape[0])
-        self.scores[:rows, :] = state.scores[:rows]
-        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-        self.n_tokens = state.n_tokens
-        self._requires_eval = True
-        self._seed = state.seed
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**super().__getstate__(), **self._kv.arguments()}

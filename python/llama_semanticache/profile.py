@@ -114,18 +114,10 @@ def calibrate(
     from tqdm import tqdm
 
     model = ModelFile.of(model)
+    if out is None and not force and (there := measured(model.id)):
+        return there
     path = Path(out) if out is not None else profile_path(model.id)
-    if path.is_file() and not force:
-        if out is not None:
-            raise ArgumentError(f"out: expected a new file, got {path}, which is there; pass force=True to replace it")
-        if _is_current(path):
-            return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(
-            f"out: expected a folder to write {path.name} to, got {error}; name another or set {models.CACHE_VARIABLE}"
-        ) from error
+    _make_room(path, replace=force or out is None)
     texts = read_texts() if texts is None else list(texts)
     n_ctx_train = model.shape.n_ctx_train or n_ctx
     if n_ctx_train < N_LEAST:
@@ -148,6 +140,18 @@ def calibrate(
     finally:
         llm.close()
     return path
+
+
+def _make_room(path: Path, replace: bool) -> None:
+    """See to it that the file can be written. Raises ArgumentError."""
+    if path.is_file() and not replace:
+        raise ArgumentError(f"out: expected a new file, got {path}, which is there; pass force=True to replace it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"out: expected a folder to write {path.name} to, got {error}; name another or set {models.CACHE_VARIABLE}"
+        ) from error
 
 
 def _load(model: ModelFile, n_ctx: int, n_threads: int | None) -> llama_cpp.Llama:

@@ -14,8 +14,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import patchctl
 import pytest
+
+import patchctl
 
 FILE = "ggml/src/ggml-cpu/amx/mmq.cpp"
 

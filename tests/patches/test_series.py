@@ -10,8 +10,9 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import patchctl
 import pytest
+
+import patchctl
 from patchctl import PatchError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import llama_semanticache  # noqa: F401  before llama_cpp: it decides which library that loads
-
 import ctypes
 import random
 
 import gguf
 import numpy as np
 import pytest
-import tiny_models
 
+import tiny_models
 from llama_semanticache import Llama, models
 
 # ggml's threads spin while they wait for each other: on a busy machine two are slower than one, by far for tiny models

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import tiny_models
 from conftest import EXACT, SMALL, check_stats, continue_with, kl, last_logits, random_tokens
-
 from llama_semanticache import _native
 
 N_PROMPT, N_MORE = 600, 8

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+
 import tiny_models
 from conftest import EXACT, PASSES, check_stats, continue_with, kl, last_logits, random_tokens, text_tokens
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from click.testing import CliRunner
-from conftest import last_logits
 
+import tiny_models
+from conftest import last_logits
 from llama_semanticache import Llama, profile
 from llama_semanticache.bench import cards, cases, chat, memory, quality, report, speed, tasks
 from llama_semanticache.bench.process import Worker

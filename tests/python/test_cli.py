@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_models
 from click.testing import CliRunner
 
+import tiny_models
 from llama_semanticache import __version__, models
 from llama_semanticache.cli import main
 

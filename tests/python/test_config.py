@@ -6,9 +6,9 @@ import inspect
 
 import click
 import pytest
+
 import tiny_models
 from conftest import SMALL
-
 from llama_semanticache import ArgumentError, Llama, _native, models, profile
 from llama_semanticache.bench.settings import profiles_of
 from llama_semanticache.cli import main

@@ -9,8 +9,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
 
+from conftest import SMALL
 from llama_semanticache import Llama, _cpu, _native
 
 LIB = Path(_native.library_folder())

@@ -12,9 +12,9 @@ import llama_cpp
 import llama_cpp.llama_chat_format as llama_chat_format
 import numpy as np
 import pytest
+
 import tiny_models
 from conftest import SMALL, last_logits, random_tokens
-
 from llama_semanticache import (
     ArgumentError,
     ContextOverflowError,

@@ -15,9 +15,20 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from conftest import EXACT, N_THREADS, SMALL, check_stats, count_evals, kl, last_logits, random_tokens, sentences, text_tokens
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
+from conftest import (
+    EXACT,
+    N_THREADS,
+    SMALL,
+    check_stats,
+    count_evals,
+    kl,
+    last_logits,
+    random_tokens,
+    sentences,
+    text_tokens,
+)
 from llama_semanticache import Llama, _native
 from llama_semanticache.llama import KVStats
 

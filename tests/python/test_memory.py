@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 import pytest
+
 import tiny_models
 from conftest import SMALL, last_logits, random_tokens
-
 from llama_semanticache import memory, profile
 from llama_semanticache.errors import ArgumentError, ModelFileError
 from llama_semanticache.memory import estimate, largest_n_ctx, memory_report

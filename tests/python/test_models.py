@@ -12,8 +12,8 @@ import zipfile
 import gguf
 import numpy as np
 import pytest
-import tiny_models
 
+import tiny_models
 from llama_semanticache import _gguf, models
 from llama_semanticache.cli.common import LoadOptions, load_llama
 from llama_semanticache.errors import DownloadError, ModelFileError, SemanticCacheError

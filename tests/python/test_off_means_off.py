@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import last_logits, continue_with, sentences, text_tokens
+
+from conftest import continue_with, last_logits, sentences, text_tokens
 
 STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
 N_PROMPT, N_DECODE = 512, 32

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
 
+from conftest import SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
 from llama_semanticache import _native
 
 TOKENS = random_tokens(500)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import tiny_models
 from conftest import SMALL
-
 from llama_semanticache import ArgumentError, Llama, ProfileError, _native, models, profile
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "llama_semanticache"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import tiny_models
 from conftest import SMALL, check_stats, continue_with, kl, last_logits, random_tokens
-
 from llama_semanticache import ArgumentError, StateError, UnsupportedModelError
 
 TOKENS, MORE = random_tokens(500), random_tokens(150, seed=1)

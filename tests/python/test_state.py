@@ -9,9 +9,10 @@ from dataclasses import replace
 import llama_cpp
 import numpy as np
 import pytest
-from conftest import SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
 
+from conftest import SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
 from llama_semanticache import Llama, StateError, _native
+from llama_semanticache.cli.session import load_session, save_session
 
 TOKENS = random_tokens(500)
 MORE = random_tokens(130, seed=1)  # more than the stage: passes happen after the state was restored too
@@ -94,6 +95,70 @@ def test_round_trip(arch, flash_attn, method, tiny, load):
     assert changes.max() < (1e-3 if arch == "gemma3" and method == "semanticache" else noise)
 
 
+@pytest.mark.parametrize("options", [SMALL, dict(n_ctx=1024)], ids=["compressed", "uncompressed"])
+def test_a_state_takes_the_bytes_of_its_cache(options, smollm2, load):
+    """Scores of 49,152 tokens for each of the last 252 or 512 would be 50 or 100 MB."""
+    llm = load(smollm2, **options)
+    llm.eval(TOKENS[:300])
+    state = llm.save_state()
+    assert state.scores.shape == (0, llm.n_vocab())
+    assert len(state.llama_state) == state.llama_state_size
+    assert len(pickle.dumps(state)) < state.llama_state_size + 4 * llm.n_ctx() + 1000
+    assert state.llama_state_size < 1.01 * llm.kv_stats().total_bytes + 4 * llm.n_vocab() + 1000
+
+
+@pytest.mark.parametrize("options", [SMALL, dict(n_ctx=1024)], ids=["compressed", "uncompressed"])
+def test_scores_are_kept_where_all_are_asked_for(options, tiny, load):
+    llm = load(tiny("llama"), **options, logits_all=True)
+    llm.eval(TOKENS)
+    state, scores = llm.save_state(), llm.scores[: len(TOKENS)].copy()
+    np.testing.assert_array_equal(state.scores, scores)
+    llm.reset()
+    llm.scores[:] = 0
+    llm.load_state(state)
+    np.testing.assert_array_equal(llm.scores[: len(TOKENS)], scores)
+
+
+@pytest.mark.parametrize("options", [SMALL, dict(n_ctx=1024)], ids=["compressed", "uncompressed"])
+def test_states_with_and_without_scores_are_loaded(options, tiny, load):
+    """With them: as stock llama_cpp saves them, one for each token of the last batch."""
+    llm = load(tiny("llama"), **options)
+    llm.eval(TOKENS)
+    without = llm.save_state()
+    theirs = llama_cpp.Llama.save_state(llm)
+    assert theirs.scores.shape == (min(len(TOKENS), len(llm.scores)), llm.n_vocab())
+    assert theirs.llama_state == without.llama_state
+    continued = []
+    for state in (without, theirs, replace_scores(theirs, np.zeros((700, llm.n_vocab()), np.single))):
+        llm.load_state(state)
+        assert llm.n_tokens == llm.kv_stats().n_tokens == len(TOKENS)
+        continued.append(continue_with(llm, MORE[:20]))
+    np.testing.assert_array_equal(continued[0], continued[1])
+    np.testing.assert_array_equal(continued[0], continued[2])
+
+
+def replace_scores(state, scores):
+    return llama_cpp.LlamaState(
+        state.input_ids, scores, state.n_tokens, state.llama_state, state.llama_state_size, state.seed
+    )
+
+
+def test_a_saved_chat_takes_the_bytes_of_its_cache(tiny, load, tmp_path):
+    llm = load(tiny("llama"), **SMALL)
+    llm.eval(TOKENS)
+    n_bytes = save_session(tmp_path / "a.chat", llm, {}, [])
+    assert n_bytes < llm.save_state().llama_state_size + 4 * len(TOKENS) + 1000
+    other = load(tiny("llama"), **SMALL)
+    assert load_session(tmp_path / "a.chat", other, {}) == []
+    np.testing.assert_array_equal(continue_with(other, MORE), continue_with(reload(llm), MORE))
+
+
+def reload(llm):
+    """The same object with its cells in the order of a restored state."""
+    llm.load_state(llm.save_state())
+    return llm
+
+
 def test_saving_changes_nothing(tiny, load):
     llm, other = load(tiny("llama"), **SMALL), load(tiny("llama"), **SMALL)
     for some in (llm, other):
@@ -172,11 +237,11 @@ def test_a_compressed_state_in_an_uncompressed_object_is_refused(tiny, load):
     llm, twin = (load(tiny("llama"), n_ctx=1024, n_batch=SMALL["n_batch"]) for _ in range(2))
     for some in (llm, twin):
         some.eval(TOKENS[:100])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(StateError, match="expected .* got .*; the cache holds 0 tokens now"):
         llm.load_state(state)
-    # llama_cpp's own load_state leaves the object without contents; reset() makes it usable
+    assert llm.n_tokens == llm.kv_stats().n_tokens == 0
+    twin.reset()
     for some in (llm, twin):
-        some.reset()
         some.eval(TOKENS[:100])
     np.testing.assert_array_equal(last_logits(llm), last_logits(twin))
 

@@ -13,8 +13,9 @@ import sys
 import tarfile
 from pathlib import Path
 
-import patchctl
 import pytest
+
+import patchctl
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -9,8 +9,8 @@ from copy import copy
 
 import numpy as np
 import pytest
-from conftest import EXACT, check_stats, continue_with, kl, last_logits, random_tokens
 
+from conftest import EXACT, check_stats, continue_with, kl, last_logits, random_tokens
 from llama_semanticache import StateError
 
 TOKENS, MORE = random_tokens(400), random_tokens(150, seed=1)

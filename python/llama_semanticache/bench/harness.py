@@ -5,17 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from typing import Any
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..errors import ArgumentError
-from ..llama import Llama
+from ..llama import Llama, llama_cpp
 from ..model_file import ModelFile
 from .settings import llama_options
-
-import llama_cpp  # the patched library is loaded by now
 
 
 class Loader:

@@ -40,7 +40,7 @@ def machine() -> str:
 
 
 def command_line() -> str:
-    """This process's command, files by their names: where they lie is nobody's business."""
+    """This process's command, with the names of files alone: their folders are private."""
     return shlex.join([re.sub(r"(^|=)[^=]*/(?=[^/])", r"\1", word) for word in sys.argv])
 
 

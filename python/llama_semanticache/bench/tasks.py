@@ -177,8 +177,8 @@ def read_items(path: Path) -> list[dict[str, Any]]:
         if got:
             raise ArgumentError(
                 f"{path}, line {number}: expected a task of {', '.join(TASKS)}, an id without |, a prompt, and gold "
-                f"(a text or a list of them; of trec and lsht an object of answers and all_classes), got {got}; mend "
-                "the line"
+                f"(a text or a list of them; of trec and lsht an object of answers and all_classes), got {got}; "
+                "correct the line"
             )
         gold = item["gold"]
         answers, classes = (

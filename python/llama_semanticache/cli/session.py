@@ -96,8 +96,7 @@ def load_session(path: Path, llm: Llama, settings: Mapping[str, Any]) -> Message
     n_tokens = head["n_tokens"]
     state = LlamaState(
         input_ids=np.zeros(llm.input_ids.shape, dtype=np.intc),
-        # logits of old tokens: nothing reads them, but the shape must fit
-        scores=np.zeros((min(n_tokens, llm.scores.shape[0]), llm.scores.shape[1]), dtype=np.single),
+        scores=np.zeros((0, llm.scores.shape[1]), dtype=np.single),  # nothing reads the logits of old tokens
         n_tokens=n_tokens,
         llama_state=llama_state,
         llama_state_size=len(llama_state),

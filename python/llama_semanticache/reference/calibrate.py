@@ -18,7 +18,7 @@ N_PASS, N_WINDOW = 252, 512
 """Tokens from one pass to the next, and those that a pass leaves in the stage: what a stage of 768 does."""
 
 N_SKIP = 8
-"""Every so many'th of the probes is used."""
+"""One probe in so many is used."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ LEAST_KEPT = 1e-3
 """Share of a query's attention that a pass must leave for the query to take part in the fit of the values."""
 
 VOTE_EVERY = 2
-"""Of the tokens since the last pass, beginning with the first, every so many'th has queries that vote."""
+"""Of the tokens since the last pass, beginning with the first, one in so many has queries that vote."""
 
 DISTINCT = 50
 """Percent of a head's rows that go to the keys least like the others, whatever their score."""

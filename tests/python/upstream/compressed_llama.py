@@ -2,10 +2,10 @@
 
 import os
 
-import llama_semanticache  # before llama_cpp: it decides which library that loads
-
 import huggingface_hub
 import llama_cpp
+
+import llama_semanticache
 
 # Their contexts have 16 to 64 tokens, so the stage is smaller than the default one.
 OPTIONS = dict(kv_compress="semanticache", kv_stage=32, kv_window=8, kv_profile=None)

@@ -16,11 +16,46 @@ namespace {
 
 thread_local llama_semcache_scope * scope_active = nullptr;
 
+// What an architecture has that keeps its cache from being compressed, whatever the model; NULL: nothing.
+const char * arch_obstacle(llm_arch arch) {
+    if (llm_arch_is_recurrent(arch)) {
+        return "recurrent layers instead of a KV cache";
+    }
+    switch (arch) {
+        case LLM_ARCH_BLOOM:
+        case LLM_ARCH_REFACT:
+        case LLM_ARCH_JAIS: return "ALiBi positions";
+        case LLM_ARCH_T5:
+        case LLM_ARCH_T5ENCODER: return "an encoder";
+        case LLM_ARCH_DREAM:
+        case LLM_ARCH_GEMMA_EMBEDDING:
+        case LLM_ARCH_LLADA:
+        case LLM_ARCH_LLADA_MOE:
+        case LLM_ARCH_RND1: return "non-causal attention";
+        case LLM_ARCH_GEMMA3N:
+        case LLM_ARCH_GEMMA4: return "layers that may share K and V";
+        case LLM_ARCH_GROK: return "logits that it caps in a way of its own";
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_EAGLE3:
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_DOTS3NOTE: return "a cache of its own kind";
+        case LLM_ARCH_MINICPM3:
+        case LLM_ARCH_PLM:
+        case LLM_ARCH_DEEPSEEK2: return "multi-head latent attention (MLA), or heads of which RoPE turns the tail";
+        default: return nullptr;
+    }
+}
+
 // Why a model or context cannot be compressed, or "".
 std::string obstacle(const llama_model & model, const llama_cparams & cparams, const llama_context_params & params) {
     const auto & h = model.hparams;
-    if (llm_arch_is_recurrent(model.arch)) {
-        return "a model with a KV cache, got a recurrent one";
+    if (const char * has = arch_obstacle(model.arch)) {
+        return "an ordinary KV cache and RoPE or no positions, got " + model.arch_name() + ", which has " + has;
     }
     if (h.is_mla()) {
         return "K and V per head, got multi-head latent attention (MLA)";
@@ -53,22 +88,7 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
     if (h.indexer_top_k > 0 || h.indexer_head_size > 0) {
         return "dense attention, got sparse attention with an indexer";
     }
-    switch (model.arch) {
-        case LLM_ARCH_GROK:       // caps its logits in a way of its own
-        case LLM_ARCH_MINIMAX_M3: // these bring caches of their own
-        case LLM_ARCH_GLM_DSA:
-        case LLM_ARCH_DEEPSEEK32:
-        case LLM_ARCH_DEEPSEEK4:
-        case LLM_ARCH_GLM5_NEXT:
-        case LLM_ARCH_HY_V4:
-        case LLM_ARCH_DOTS3NOTE:
-        case LLM_ARCH_DFLASH:
-        case LLM_ARCH_EAGLE3:
-        case LLM_ARCH_MINICPM3: // these rotate the tail of a head
-        case LLM_ARCH_PLM:
-        case LLM_ARCH_DEEPSEEK2: return "an architecture with the ordinary KV cache and RoPE, got " + model.arch_name();
-        default: return "";
-    }
+    return "";
 }
 
 // Whether a device computes attention over a layer's cores.
@@ -168,6 +188,10 @@ std::shared_ptr<llama_semcache> semcache_attach(
     auto store = std::make_shared<llama_semcache>(std::make_unique<llama_semcache::parts>(kv, *scope_active, v_trans));
     scope_active->attached = true;
     return store;
+}
+
+const char * semcache_arch_obstacle(const char * arch) {
+    return arch ? arch_obstacle(llm_arch_from_string(arch)) : nullptr;
 }
 
 //

@@ -161,6 +161,10 @@ SEMCACHE_API int32_t semcache_calibrate_add(struct llama_context * ctx);
 // Writes the profile of all texts added so far.
 SEMCACHE_API int32_t semcache_calibrate_write(struct llama_context * ctx, const char * path, const char * model_id);
 
+// What an architecture (general.architecture of a GGUF file) has that keeps its cache from being compressed, whatever
+// the model: "ALiBi positions". NULL if there is nothing of the kind, or this llama.cpp does not know the architecture.
+SEMCACHE_API const char * semcache_arch_obstacle(const char * arch);
+
 SEMCACHE_API const char * semcache_version(void);         // of this package, "0.1.0"
 SEMCACHE_API const char * semcache_upstream_commit(void); // 40 hex digits of the llama.cpp commit that was patched
 

@@ -102,6 +102,29 @@ def load() -> tuple[FFI, Any]:
     return ffi, ffi.dlopen(path)
 
 
+@cache
+def arch_obstacle(arch: str) -> str | None:
+    """What an architecture has that keeps its cache from being compressed, or None; does not import llama_cpp.
+
+    Raises
+    ------
+    LibraryError
+        There is no patched library.
+    """
+    from cffi import FFI
+
+    ffi = FFI()
+    ffi.cdef("const char * semcache_arch_obstacle(const char * arch);")
+    path = folder() / ("libllama.dylib" if sys.platform == "darwin" else "libllama.so")
+    try:
+        has = ffi.dlopen(str(path)).semcache_arch_obstacle(arch.encode())
+    except (OSError, AttributeError) as error:
+        raise LibraryError(
+            f"expected the patched llama.cpp in {path.parent}, got: {error}; install llama-semanticache again"
+        ) from error
+    return None if has == ffi.NULL else ffi.string(has).decode()
+
+
 def _declarations() -> str:
     for header in (HERE / "include" / "semcache.h", HERE.parents[1] / "native" / "include" / "semcache.h"):
         if header.is_file():

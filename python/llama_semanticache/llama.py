@@ -26,6 +26,7 @@ from llama_cpp import llama_chat_format, llama_speculative  # noqa: E402
 from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
 
 from ._gate import Closed, Gate, Tokenizer, gated  # noqa: E402
+from ._seal import seal, unseal  # noqa: E402
 
 _UPSTREAM = inspect.signature(llama_cpp.Llama.__init__)
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
@@ -360,12 +361,15 @@ class Llama(llama_cpp.Llama):
             raise _native.last_error() or StateError(
                 f"expected a state of at most {size} bytes, got {n_bytes}; free some memory"
             )
+        saved = bytes(memoryview(data)[:n_bytes])
+        if self.kv_compress is not None:
+            saved = seal(saved, self.input_ids[: self.n_tokens])
         return llama_cpp.LlamaState(
             input_ids=self.input_ids.copy(),
             scores=self._scores[: self.n_tokens if self._logits_all else 0].copy(),
             n_tokens=self.n_tokens,
-            llama_state=bytes(memoryview(data)[:n_bytes]),
-            llama_state_size=n_bytes,
+            llama_state=saved,
+            llama_state_size=len(saved),
             seed=self._seed,
         )
 
@@ -380,9 +384,12 @@ class Llama(llama_cpp.Llama):
             the cache is as it was.
         """
         self._check_state(state)
-        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+        saved = bytes(state.llama_state[: state.llama_state_size])
+        if self.kv_compress is not None:
+            saved = unseal(saved, state.input_ids[: state.n_tokens])
+        data = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
         _native.clear_error()
-        if llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size) != state.llama_state_size:
+        if llama_cpp.llama_state_set_data(self.ctx, data, len(saved)) != len(saved):
             error = _native.last_error()
             if error is not None and _lib.semcache_last_status() == _lib.SEMCACHE_ERR_STATE:
                 raise error  # of other settings: refused before anything was read

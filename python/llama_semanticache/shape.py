@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import _native
 from .errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -17,24 +18,6 @@ if TYPE_CHECKING:
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 _MAX_NUMBER = 2**31 - 1
 _RECURRENT = ("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7")
-_ALIBI = ("bloom", "refact", "jais")
-_ENCODERS = ("t5", "t5encoder", "eagle3", "dflash")
-_SHARED_KV = ("gemma3n", "gemma4")
-_NOT_CAUSAL = ("dream", "gemma-embedding", "llada", "llada-moe", "rnd1")
-# A cache, a softcap or a place of RoPE in the head of their own.
-_UNUSUAL = (
-    "grok",
-    "minimax-m3",
-    "glm-dsa",
-    "deepseek32",
-    "deepseek4",
-    "glm5-next",
-    "hy_v4",
-    "dots3note",
-    "minicpm3",
-    "plm",
-    "deepseek2",
-)
 # Every how many layers one has full attention, where the file does not say it; negative: the first of them, else the
 # last.
 _SWA_PERIOD = {
@@ -266,20 +249,18 @@ def _cached_layers(meta: _Metadata, n_layer: int, n_head_kv: list[int]) -> list[
 
 
 def _refusal(meta: _Metadata, layers: list[LayerShape]) -> str | None:
+    if has := _native.arch_obstacle(meta.arch):
+        return f"{meta.arch} has {has}"
     if not any(layer.kind == "full" for layer in layers):
         return f"{meta.arch} has no layer with full attention"
     if meta.get("attention.kv_lora_rank"):
-        return f"{meta.arch} uses multi-head latent attention (MLA)"
-    if meta.arch in _ALIBI or meta.get("attention.max_alibi_bias"):
-        return f"{meta.arch} uses ALiBi positions"
+        return f"{meta.arch} has multi-head latent attention (MLA)"
+    if meta.get("attention.max_alibi_bias"):
+        return f"{meta.arch} has ALiBi positions"
     if meta.get("rope.dimension_sections"):
-        return f"{meta.arch} uses M-RoPE positions"
-    if meta.arch in _ENCODERS or meta.arch in _NOT_CAUSAL or meta.get("attention.causal") in (False, 0):
-        return f"{meta.arch} is an encoder or has non-causal attention"
-    if meta.arch in _SHARED_KV:
-        return f"{meta.arch} may share K and V between layers"
+        return f"{meta.arch} has M-RoPE positions"
+    if meta.get("attention.causal") in (False, 0):
+        return f"{meta.arch} has non-causal attention"
     if meta.get("attention.indexer.top_k") or meta.get("attention.indexer.key_length"):
-        return f"{meta.arch} chooses the tokens that it attends to by an indexer"
-    if meta.arch in _UNUSUAL:
-        return f"{meta.arch} has attention or a cache of its own kind"
+        return f"{meta.arch} has an indexer that chooses the tokens that it attends to"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -272,3 +273,25 @@ def test_there_is_one_sequence(arch, filled):
         "only sequence stays where it is" in _native.load()[0].string(_native.load()[1].semcache_last_error()).decode()
     )
     np.testing.assert_array_equal(continue_with(llm, MORE[:5]), continue_with(twin, MORE[:5]))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_text_that_begins_anywhere_is_cut_as_one_that_begins_at_0(arch, tiny, load):
+    """As in llama.cpp's own caches; sliding windows must hold what comes before a cut, but nothing before the text."""
+    begin, n_part = 50, 80
+    ends = []
+    for first in (0, begin):
+        llm = load(tiny(arch), **SMALL, swa_full=True)
+        for i in range(0, 400, n_part):
+            llm._batch.set_batch(batch=TOKENS[i : i + n_part], n_past=first + i, logits_all=False)
+            llm._ctx.decode(llm._batch)
+        memory = llama_cpp.llama_get_memory(llm.ctx)
+        assert llama_cpp.llama_memory_seq_pos_min(memory, 0) == first
+        cuts = sorted({llm._floor(first + p) for p in range(401)} - {0}, reverse=True)
+        assert llm._floor(first + 3) == 0 and min(cuts) > first + SMALL["kv_window"]
+        for cut in cuts[::7]:
+            assert llm._ctx.kv_cache_seq_rm(0, cut, -1)
+        assert llm._ctx.kv_cache_seq_rm(0, first, -1)
+        assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == -1 and llm.kv_stats().rows_used == 0
+        ends.append([cut - first for cut in cuts])
+    assert ends[0] == ends[1] and len(ends[0]) > 20

@@ -10,14 +10,14 @@
 namespace semcache {
 
 struct calibrate_params {
-    bool merge = true;
-    int32_t distinct = DISTINCT;
-    int32_t n_pass = 252;    // tokens from one pass to the next, and
-    int32_t n_window = 512;  // those that a pass leaves in the stage
-    int32_t n_probe = 256;   // of the text's exact tokens, the last: their queries tell the error
-    int32_t n_skip = 8;      // of these, every n_skip-th is used
-    int32_t n_horizon = 512; // of the look-ahead
-    uint64_t seed = 0;
+    bool merge;
+    int32_t distinct;  // see DISTINCT
+    int32_t n_pass;    // tokens from one pass to the next, and
+    int32_t n_window;  // those that a pass leaves in the stage
+    int32_t n_probe;   // of the text's exact tokens, the last: their queries tell the error
+    int32_t n_skip;    // of these, every n_skip-th is used
+    int32_t n_horizon; // of the look-ahead
+    uint64_t seed;
 };
 
 // A text that lies wholly in the stage, with the queries of all of its tokens in the ring.

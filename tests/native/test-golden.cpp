@@ -275,7 +275,9 @@ void test_cases() {
 // A text's values are multiples of 1/64, which f16 holds exactly.
 template <typename F> void check_errors(std::istream & in, F && many) {
     int32_t n_sink, n_past, n_window, n_probe, d_k, d_v, n_gqa, n_part;
-    calibrate_params cp;
+    calibrate_params cp = {};
+    cp.merge = true;
+    cp.distinct = DISTINCT;
     in >> n_sink >> n_past >> n_window >> n_probe >> cp.n_pass >> cp.n_skip >> cp.n_horizon >> cp.seed >> d_k >> d_v >>
         n_gqa >> n_part;
     cp.n_window = n_window;

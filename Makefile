@@ -1,4 +1,4 @@
-# make demo | test | lint | build | stock | sanitize | aarch64 | clean
+# make demo | test | lint | build | stock | archs | sanitize | aarch64 | clean
 #
 # Everything lives in .venv and build. CMake options go in CMAKE_ARGS: make build CMAKE_ARGS=-DGGML_CUDA=ON
 
@@ -8,12 +8,13 @@ BIN      := $(VENV)/bin
 BUILD    := build/native
 UPSTREAM := build/upstream
 STOCK    := build/stock
+ARCHS    := $(STOCK)/bin/test-llama-archs
 SDIST    := $(UPSTREAM)/llama_cpp_python-$(shell sed -n 's/^llama_cpp_python=//p' patches/UPSTREAM).tar.gz
 SOURCES  := $(shell find native python tests/native -type f -not -path '*/__pycache__/*' 2>/dev/null) \
             $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
             CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test lint build stock venv sanitize aarch64 clean FORCE
+.PHONY: demo test lint build stock archs venv sanitize aarch64 clean FORCE
 .DELETE_ON_ERROR:
 
 demo: build
@@ -21,7 +22,7 @@ demo: build
 
 test: build stock
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
-	LLAMA_SEMANTICACHE_STOCK_LIB=$(abspath $(STOCK))/bin $(BIN)/python -m pytest
+	LLAMA_SEMANTICACHE_STOCK_LIB=$(abspath $(STOCK))/bin LLAMA_SEMANTICACHE_ARCHS=$(abspath $(ARCHS)) $(BIN)/python -m pytest
 
 # mypy reads the types of the packages that are installed, hence the build.
 lint: $(VENV)/.lint $(VENV)/.installed
@@ -71,17 +72,21 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python build/cmake-args
 	    ".[test]"
 	mv $@.started $@
 
-# The same llama.cpp with its faults fixed and nothing else, to compare with.
+# The same llama.cpp with its faults fixed and nothing else, to compare with, and its writer of small models.
 stock: $(STOCK)/.built
 
 $(STOCK)/.built: patches/UPSTREAM $(VENV)/.tools build/cmake-args
 	$(BIN)/python patches/patchctl.py apply --stock "$$($(BIN)/python patches/patchctl.py fetch $(UPSTREAM))" $(STOCK)/llama.cpp
 	GIT_CEILING_DIRECTORIES=$(CURDIR)/build $(BIN)/cmake --fresh -S $(STOCK)/llama.cpp -B $(STOCK) \
 	    -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
-	    -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
+	    -DLLAMA_BUILD_COMMON=ON -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
 	    -DLLAMA_OPENSSL=OFF $(if $(shell command -v ccache),-DCMAKE_C_COMPILER_LAUNCHER=ccache -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) $(CMAKE_ARGS)
-	$(BIN)/cmake --build $(STOCK) --target llama
+	$(BIN)/cmake --build $(STOCK) --target llama test-llama-archs
 	touch $@
+
+# The table of architectures in docs/models.md, made anew: a small random model of each, written by llama.cpp's own program.
+archs: build stock
+	$(BIN)/python tests/python/archs.py --tool $(ARCHS) --tree $(STOCK)/llama.cpp --write docs/models.md
 
 sanitize: $(VENV)/.tools
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \

@@ -50,10 +50,19 @@ semcache::timeline_params timeline_of(const semcache_params & p) {
     return t;
 }
 
-template <typename L> std::vector<semcache_stage_layer> stage_layers(const L & layers) {
+// map: layers of the model to those of the cache.
+template <typename L, typename M> std::vector<semcache_stage_layer> stage_layers(const L & layers, const M & map) {
     std::vector<semcache_stage_layer> res;
     for (const auto & l : layers) {
-        res.push_back({ l.il, l.k, l.v });
+        res.push_back({ l.il, l.k, l.v, {} });
+    }
+    for (const auto & [il, i] : map) {
+        if (res[i].il != (uint32_t) il) {
+            res[i].readers.push_back(il);
+        }
+    }
+    for (auto & l : res) {
+        std::sort(l.readers.begin(), l.readers.end());
     }
     return res;
 }
@@ -63,7 +72,7 @@ template <typename L> std::vector<semcache_stage_layer> stage_layers(const L & l
 llama_semcache::parts::parts(llama_kv_cache & kv, const llama_semcache_scope & scope, bool v_trans) :
     lctx(scope.lctx), kv(kv), v_trans(v_trans), arch(scope.model.arch_name()), n_ctx((int32_t) scope.cparams.n_ctx),
     delimiter(delimiters(scope.model.vocab)), time(timeline_of(scope.config->params)),
-    store(stage_layers(kv.layers), scope, time.ring_end() + 1) {
+    store(stage_layers(kv.layers, kv.map_layer_ids), scope, time.ring_end() + 1) {
     if (scope.config->params.calibrate) {
         scope.cparams.cb_eval = semcache_residual::observe;
         scope.cparams.cb_eval_user_data = &residual;
@@ -132,6 +141,15 @@ bool llama_semcache::make_room(const llama_ubatch & ubatch) {
     const int32_t n_used = p->n_stage_used(), n_stage = p->store.params.n_stage;
     if (n_used == 0 && !has_cores()) {
         p->time.start(*first); // a text may begin anywhere
+    }
+    if (!ubatch.token && ubatch.n_pos > 1) {
+        semcache_set_error(SEMCACHE_ERR_STATE, "batch: expected tokens, got embeddings with " +
+                                                   std::to_string(ubatch.n_pos) +
+                                                   " positions each, as of a picture, which a compressed KV cache "
+                                                   "cannot hold; leave pictures out, or load "
+                                                   "the model without compression");
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, semcache_last_error());
+        return false;
     }
     if (p->time.ring_holds(*first, *last) && n_used + (int32_t) ubatch.n_tokens <= n_stage) {
         return true;

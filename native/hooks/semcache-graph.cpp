@@ -70,30 +70,39 @@ llm_graph_input_semcache * graph_input(const llm_graph_context & graph, const ll
     return (llm_graph_input_semcache *) graph.res->add_input(std::move(input));
 }
 
-// Whether queries were turned by RoPE, told by how they were computed: some models leave layers out, each in a way of
-// its own.
-bool is_turned(const ggml_tensor * q, const std::string & arch) {
-    bool weighted = false;
+// How queries came about, told by how they were computed: some models leave layers out, each in a way of its own.
+struct query_history {
+    bool is_turned = false;               // by RoPE
+    const ggml_tensor * weight = nullptr; // [n_embd_head_k] that they were multiplied by after that
+};
+
+[[noreturn]] void refuse_queries(const std::string & arch, const char * what) {
+    throw semcache_error(
+        SEMCACHE_ERR_MODEL, "compressing the KV cache: expected queries as RoPE, or a norm behind it, left them, got " +
+                                arch + ", which " + what + "; use this model without compression");
+}
+
+query_history history_of(const ggml_tensor * q, const std::string & arch) {
+    query_history res;
     for (const ggml_tensor * t = q; t; t = t->src[0]) {
         switch (t->op) {
-            case GGML_OP_ROPE:
-                if (weighted) {
-                    throw semcache_error(
-                        SEMCACHE_ERR_MODEL, "compressing the KV cache: expected queries as RoPE left them, got " +
-                                                arch + ", which weighs them again; use this model without compression");
+            case GGML_OP_ROPE: res.is_turned = true; return res;
+            case GGML_OP_MUL:
+                if (const ggml_tensor * w = t->src[1]; w->ne[0] > 1) {
+                    const bool is_weight = w->buffer && w->type == GGML_TYPE_F32 && ggml_nelements(w) == q->ne[0];
+                    if (!is_weight || res.weight) {
+                        refuse_queries(arch, "multiplies them by more than one weight a channel");
+                    }
+                    res.weight = w;
                 }
-                return true;
-            case GGML_OP_MUL: weighted |= t->src[1]->ne[0] > 1; break;
-            case GGML_OP_CONCAT:
-                throw semcache_error(
-                    SEMCACHE_ERR_MODEL, "compressing the KV cache: expected RoPE from a head's first value on, got " +
-                                            arch + ", which turns a part of it; use this model without compression");
+                break;
+            case GGML_OP_CONCAT: refuse_queries(arch, "turns a part of them that does not begin a head");
             case GGML_OP_MUL_MAT:
-            case GGML_OP_MUL_MAT_ID: return false;
+            case GGML_OP_MUL_MAT_ID: return {};
             default: break;
         }
     }
-    return false;
+    return {};
 }
 
 } // namespace
@@ -102,12 +111,13 @@ ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor *
     ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il) {
     const llama_kv_cache_context * mctx = semcache_find(graph.mctx);
     llama_semcache::parts * own = mctx ? &mctx->get_semcache()->own() : nullptr;
-    semcache_store::layer * l = own ? own->store.find(il) : nullptr;
-    if (!l || k->view_src != l->k_stage) {
+    semcache_store::layer * l = own ? own->store.find(k->view_src) : nullptr;
+    if (!l) {
         return nullptr;
     }
     ggml_context * ctx = graph.ctx0;
-    own->store.note_attention(*l, kq_scale, is_turned(q, own->arch));
+    const query_history history = history_of(q, own->arch);
+    own->store.note_attention(*l, il, kq_scale, history.is_turned, history.weight);
 
     // the voters' queries go to the ring
     if (q->nb[1] != ggml_row_size(q->type, q->ne[0]) || q->nb[2] != q->nb[1] * q->ne[1]) {
@@ -119,7 +129,12 @@ ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor *
         if (input->token) {
             q_rows = ggml_get_rows(ctx, q_rows, input->token);
         }
-        ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, l->q, q_rows, input->row));
+        ggml_tensor * ring = l->q;
+        if (l->n_q_layer() > 1) { // a row holds the queries of the layer itself, then those of its readers
+            ring = ggml_view_2d(ctx, ring, q_rows->ne[0], ring->ne[1], ring->nb[1],
+                l->q_layer(il) * ggml_row_size(ring->type, q_rows->ne[0]));
+        }
+        ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, ring, q_rows, input->row));
     }
     if (!input->has_cores) {
         return nullptr; // upstream's own attention, to the bit

@@ -32,8 +32,6 @@ const char * arch_obstacle(llm_arch arch) {
         case LLM_ARCH_LLADA:
         case LLM_ARCH_LLADA_MOE:
         case LLM_ARCH_RND1: return "non-causal attention";
-        case LLM_ARCH_GEMMA3N:
-        case LLM_ARCH_GEMMA4: return "layers that may share K and V";
         case LLM_ARCH_GROK: return "logits that it caps in a way of its own";
         case LLM_ARCH_DFLASH:
         case LLM_ARCH_EAGLE3:
@@ -63,9 +61,6 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
     if (h.f_max_alibi_bias > 0.0f) {
         return "RoPE or no positions, got ALiBi";
     }
-    if (h.n_pos_per_embd() > 1) {
-        return "one position per token, got M-RoPE";
-    }
     if (llama_model_has_encoder(&model) || !cparams.causal_attn) {
         return "a causal decoder, got an encoder or non-causal attention";
     }
@@ -78,9 +73,6 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
     if (params.type_k != GGML_TYPE_F16 || params.type_v != GGML_TYPE_F16) {
         return std::string("type_k = type_v = f16, got ") + ggml_type_name(params.type_k) + " and " +
                ggml_type_name(params.type_v);
-    }
-    if (h.n_layer_kv_from_start >= 0) {
-        return "K and V of its own in every layer, got " + model.arch_name() + ", whose layers may share them";
     }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || cparams.ctx_other) {
         return "a plain context, got one for drafting";
@@ -138,6 +130,11 @@ llama_semcache_scope::llama_semcache_scope(llama_context & lctx, const llama_mod
             "compressing the KV cache: expected " + why + "; use this model or mode without compression");
     }
     const int64_t n_ctx = GGML_PAD((int64_t) cparams.n_ctx, 256);
+    if (model.pos_embd && n_ctx > model.pos_embd->ne[1]) { // llama.cpp aborts when it looks up one behind
+        throw semcache_error(SEMCACHE_ERR_ARGUMENT,
+            "n_ctx: expected at most the " + std::to_string(model.pos_embd->ne[1]) +
+                " positions that this model has, got " + std::to_string(n_ctx) + "; lower n_ctx");
+    }
     if (p.n_stage > n_ctx) {
         throw semcache_error(SEMCACHE_ERR_ARGUMENT, "n_stage: expected at most n_ctx = " + std::to_string(n_ctx) +
                                                         ", got " + std::to_string(p.n_stage) +

@@ -12,6 +12,17 @@
 
 namespace {
 
+// Whether M-RoPE turns pair i of a token of text: its first three positions are the text's, the fourth is 0
+// (llm_graph_input_pos::set_input; the sections are those of ggml-cpu/ops.cpp, ggml_mrope_cache_init).
+bool turns_text(const llama_hparams & hparams, int32_t i) {
+    const auto & s = hparams.rope_sections;
+    const int32_t sector = i % (s[0] + s[1] + s[2] + s[3]);
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_IMROPE) {
+        return sector < 3 * s[sector % 3];
+    }
+    return sector < s[0] + s[1] + s[2];
+}
+
 // Angles per position of a layer's RoPE, as ggml_rope_ext turns them (ggml-cpu/ops.cpp, rope_yarn): linear in the
 // position.
 semcache::rope rope_of_layer(const llama_model & model, const llama_cparams & cparams, uint32_t il) {
@@ -24,7 +35,8 @@ semcache::rope rope_of_layer(const llama_model & model, const llama_cparams & cp
     const float freq_base = model.get_rope_freq_base(cparams, il);
     const float freq_scale = model.get_rope_freq_scale(cparams, il);
 
-    r.neox = hparams.rope_type == LLAMA_ROPE_TYPE_NEOX;
+    const bool is_mrope = hparams.n_pos_per_embd() > 1; // which pairs values as NeoX does
+    r.neox = hparams.rope_type == LLAMA_ROPE_TYPE_NEOX || is_mrope;
     r.inv_freq.resize(n_rot / 2);
 
     std::vector<float> factors(n_rot / 2, 1.0f);
@@ -40,6 +52,9 @@ semcache::rope rope_of_layer(const llama_model & model, const llama_cparams & cp
         const double y = ((double) i - corr[0]) / std::max(0.001f, corr[1] - corr[0]);
         const double mix = (1.0 - std::clamp(y, 0.0, 1.0)) * cparams.yarn_ext_factor;
         r.inv_freq[i] = (float) (freq_scale * extrap * (1.0 - mix) + extrap * mix);
+        if (is_mrope && !turns_text(hparams, i)) {
+            r.inv_freq[i] = 0.0f;
+        }
     }
     return r;
 }
@@ -135,7 +150,6 @@ void semcache_store::make_layers(const std::vector<semcache_stage_layer> & stage
     const std::vector<int32_t> & rows) {
     const auto & hparams = scope.model.hparams;
     ropes.resize(1);
-    layer_of.assign(hparams.n_layer_all, -1);
     size_t at = 0;
     for (const auto & sl : stage) {
         if (hparams.n_head_kv(sl.il) == 0) {
@@ -143,6 +157,8 @@ void semcache_store::make_layers(const std::vector<semcache_stage_layer> & stage
         }
         layer l = {};
         l.il = sl.il;
+        l.readers = sl.readers;
+        l.q_weight_of.resize(l.n_q_layer());
         l.n_head = hparams.n_head(sl.il);
         l.k_stage = sl.k;
         l.v_stage = sl.v;
@@ -167,7 +183,6 @@ void semcache_store::make_layers(const std::vector<semcache_stage_layer> & stage
         if (same == ropes.end()) {
             ropes.push_back(r);
         }
-        layer_of[sl.il] = (int32_t) layers.size();
         layers.push_back(std::move(l));
     }
 }
@@ -191,7 +206,7 @@ void semcache_store::make_tensors(ggml_context * ctx, layer & l, int64_t n_vote_
     l.rows = make("rows", GGML_TYPE_I32, l.n_head_kv(), 2);
     l.vote_p4 = make("vote_p4", GGML_TYPE_F32, n_stage, l.n_head_kv());
     l.vote_p = make("vote_p", GGML_TYPE_F32, n_stage, l.n_head_kv());
-    l.q = make("q", type_q, n_embd_q, n_vote_row);
+    l.q = make("q", type_q, n_embd_q * l.n_q_layer(), n_vote_row);
 }
 
 void semcache_store::allocate(const llama_semcache_scope & scope, int64_t n_vote_row) {
@@ -244,14 +259,29 @@ void semcache_store::layer::get_counts() {
     ggml_backend_tensor_get(rows, row_count.data(), size, size);
 }
 
-semcache_store::layer * semcache_store::find(uint32_t il) {
-    return il < layer_of.size() && layer_of[il] >= 0 ? &layers[layer_of[il]] : nullptr;
+semcache_store::layer * semcache_store::find(const ggml_tensor * k_stage) {
+    const auto l = std::find_if(layers.begin(), layers.end(), [&](const layer & l) { return l.k_stage == k_stage; });
+    return k_stage && l != layers.end() ? &*l : nullptr;
 }
 
-void semcache_store::note_attention(layer & l, float scale, bool is_turned) {
+void semcache_store::note_attention(layer & l, uint32_t il, float scale, bool is_turned, const ggml_tensor * q_weight) {
+    if (il != l.il && (l.shape.scale != scale || (l.rope != 0) != is_turned)) {
+        throw semcache_error(
+            SEMCACHE_ERR_MODEL, "compressing the KV cache: expected layer " + std::to_string(il) +
+                                    " to attend as layer " + std::to_string(l.il) +
+                                    " does, whose K and V it reads, got another scale or RoPE; use this model "
+                                    "without compression");
+    }
     l.shape.scale = scale;
     if (!is_turned) {
         l.rope = 0;
+    }
+    const ggml_tensor *& known = l.q_weight_of[l.q_layer(il)];
+    if (q_weight && q_weight != known) {
+        known = q_weight;
+        const size_t d = l.shape.n_embd_head_k;
+        l.q_weight.resize(d * l.n_q_layer(), 1.0f);
+        ggml_backend_tensor_get(q_weight, l.q_weight.data() + d * l.q_layer(il), 0, d * sizeof(float));
     }
 }
 
@@ -285,6 +315,9 @@ void semcache_store::cut(int32_t chunk) {
 semcache::pass_args semcache_store::args(const layer & l, bool v_trans, const std::vector<float> & turns) const {
     semcache::pass_args a = {};
     a.shape = l.shape;
+    a.shape.n_gqa *= l.n_q_layer();
+    a.n_q_layer = l.n_q_layer();
+    a.q_weight = l.q_weight.empty() ? nullptr : l.q_weight.data();
     a.n_head_kv = l.n_head_kv();
     a.k = (uint8_t *) l.k->data;
     a.v = (uint8_t *) l.v->data;

@@ -9,6 +9,7 @@
 #include "ggml-cpp.h"
 #include "llama-memory.h"
 
+#include <algorithm>
 #include <map>
 #include <vector>
 
@@ -19,6 +20,7 @@ struct semcache_stage_layer {
     uint32_t il;
     ggml_tensor * k;
     ggml_tensor * v;
+    std::vector<uint32_t> readers; // layers without K and V of their own that attend to these
 };
 
 class semcache_store {
@@ -26,7 +28,8 @@ public:
     // Rows of one layer, all heads one after the other. Tensors live in the layer's own backend.
     struct layer {
         uint32_t il;
-        int32_t n_head;
+        std::vector<uint32_t> readers; // see semcache_stage_layer; their queries vote too
+        int32_t n_head;                // of one of these layers
         semcache::head_shape shape;
         ggml_tensor * k_stage; // of the llama_kv_cache
         ggml_tensor * v_stage;
@@ -39,13 +42,23 @@ public:
         ggml_tensor * rows;    // I32 [n_head_kv, 2] first row of each head, and its rows in use
         ggml_tensor * vote_p4; // F32 [n_stage, n_head_kv]
         ggml_tensor * vote_p;  // F32 [n_stage, n_head_kv]
-        ggml_tensor * q; // Q8_0 (F16 if rows are no whole blocks) [n_embd_head_k*n_head, n_ring + 1] voters' queries
-        int32_t rope;    // index into ropes; 0: queries are not turned
+        ggml_tensor * q;       // Q8_0 (F16 if rows are no whole blocks) [n_embd_head_k*n_head*n_q_layer, n_ring + 1]
+        int32_t rope;          // index into ropes; 0: queries are not turned
+
+        // Weights of RMS norms that follow RoPE: [n_q_layer, n_embd_head_k] if any layer has one.
+        std::vector<float> q_weight;
+        std::vector<const ggml_tensor *> q_weight_of; // [n_q_layer] where they come from
 
         std::vector<int32_t> row_first; // [n_head_kv + 1]
         std::vector<int32_t> row_count; // [n_head_kv] rows in use, sinks included, as the tensor has them
 
         int32_t n_head_kv() const { return (int32_t) row_count.size(); }
+
+        // Layers whose queries are in the ring: this one, then its readers; and the place of one of them.
+        int32_t n_q_layer() const { return 1 + (int32_t) readers.size(); }
+        int32_t q_layer(uint32_t layer) const {
+            return (int32_t) (std::find(readers.begin(), readers.end(), layer) - readers.begin() + 1) % n_q_layer();
+        }
         int32_t n_alloc(int32_t ih) const { return row_first[ih + 1] - row_first[ih]; }
 
         // Of a tensor of rows, the bytes of one.
@@ -62,11 +75,12 @@ public:
     semcache_store(
         const std::vector<semcache_stage_layer> & stage, const llama_semcache_scope & scope, int64_t n_vote_row);
 
-    // NULL if the layer is not compressed.
-    layer * find(uint32_t il);
+    // The layer whose keys of the stage these are; NULL if it is not compressed.
+    layer * find(const ggml_tensor * k_stage);
 
-    // What the model's graph says of a layer's attention; the scale is known no earlier.
-    void note_attention(layer & l, float scale, bool is_turned);
+    // What the model's graph says of the attention of layer il, which is l or a reader of it; known no earlier.
+    // q_weight: [n_embd_head_k] that queries were multiplied by after RoPE; NULL: by nothing.
+    void note_attention(layer & l, uint32_t il, float scale, bool is_turned, const ggml_tensor * q_weight);
 
     size_t n_head_kv() const; // of all layers
 
@@ -94,6 +108,5 @@ private:
     void allocate(const llama_semcache_scope & scope, int64_t n_vote_row);
 
     size_t full_bytes = 0;
-    std::vector<int32_t> layer_of; // [n_layer] index into layers, or -1
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 };

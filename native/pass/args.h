@@ -21,7 +21,7 @@ constexpr int32_t N_FIT = 96;
 struct head_shape {
     int32_t n_embd_head_k;
     int32_t n_embd_head_v;
-    int32_t n_gqa; // query heads of a kv head
+    int32_t n_gqa; // query heads of a kv head, of all layers that read its rows
     float scale;   // of the logits
     float softcap; // 0: none
 };
@@ -75,10 +75,12 @@ struct pass_args {
     float * vote_p;  // likewise: of attention shares
     int64_t vote_head;
 
-    // Query ring: f16, or q8_0 if q8 is set. A row holds the queries of all heads.
+    // Query ring: f16, or q8_0 if q8 is set. A row holds the queries of all heads, layer by layer.
     const f16 * q;
     const q8_block * q8;
-    int64_t q_row; // values from one row to the next
+    int64_t q_row;          // values from one row to the next
+    int32_t n_q_layer;      // layers whose queries ask: the one that has the rows, and those that read them
+    const float * q_weight; // [n_q_layer, n_embd_head_k] that queries were multiplied by after RoPE; NULL: by nothing
 
     // Turns of the voters' queries, see rope::table.
     const float * turn; // [n_voter, n_rot/2, 2]

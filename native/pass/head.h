@@ -69,13 +69,22 @@ struct pass_head {
 
     // Queries x [n_gqa, n_embd_head_k] of the t-th voter, neither turned nor scaled.
     void load_query(int32_t t, float * x) const {
-        const int32_t n = a.shape.n_gqa * a.shape.n_embd_head_k;
+        const int32_t n = a.shape.n_gqa / a.n_q_layer * a.shape.n_embd_head_k; // of one layer
         const int64_t row = plan.voter_row[t];
-        if (a.q8) {
-            q8_0_to_f32_row(a.q8 + row * (a.q_row / Q_BLOCK), ih * n, x, n);
-        } else {
-            f16_to_f32_row(a.q + row * a.q_row + (int64_t) ih * n, x, n);
+        for (int32_t l = 0; l < a.n_q_layer; ++l, x += n) {
+            const int32_t first = (l * a.n_head_kv + ih) * n;
+            if (a.q8) {
+                q8_0_to_f32_row(a.q8 + row * (a.q_row / Q_BLOCK), first, x, n);
+            } else {
+                f16_to_f32_row(a.q + row * a.q_row + first, x, n);
+            }
         }
+    }
+
+    // Weights of the g-th query head of the group, see pass_args; NULL: none.
+    const float * query_weight(int32_t g) const {
+        const int32_t layer = g / (a.shape.n_gqa / a.n_q_layer);
+        return a.q_weight ? a.q_weight + layer * a.shape.n_embd_head_k : nullptr;
     }
 
     // Writes the row; k and v are scratch afterwards.

@@ -49,8 +49,12 @@ void load_queries(const pass_head & h, int32_t stride, pass_rows & x) {
     auto load = [&](int32_t t) {
         h.load_query(t, q);
         for (int32_t g = 0; g < shape.n_gqa; ++g, q += d) {
+            const float * weight = h.query_weight(g);
+            if (weight) { // a channel of weight 0 has lost what would turn into its pair: nothing of it comes back
+                for_rows(d, [&](int32_t i) { q[i] = weight[i] != 0.0f ? q[i] / weight[i] : 0.0f; });
+            }
             turn(q, h.a.turn + (int64_t) t * h.a.n_rot, h.a.n_rot, h.a.neox);
-            for_rows(d, [&](int32_t i) { q[i] *= shape.scale; });
+            for_rows(d, [&](int32_t i) { q[i] *= weight ? weight[i] * shape.scale : shape.scale; });
         }
     };
     for (int32_t t = 0; t < h.plan.n_voter; t += stride) {

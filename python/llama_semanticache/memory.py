@@ -167,7 +167,10 @@ def estimate(
         meta = round((rows * _META_BYTES + config.kv_stage * _VOTES_BYTES) * n_head_kv)
         stage = _plain_bytes(full, config.kv_stage, "f16")
         n_ring = config.n_room if config.kv_compress in _ASK_QUERIES else 0
-        query = sum(_query_rows(n_ring) * _query_row_bytes(layer.n_head * layer.n_embd_head_k) for layer in full)
+        query = sum(
+            _query_rows(n_ring) * (1 + layer.n_reader) * _query_row_bytes(layer.n_head * layer.n_embd_head_k)
+            for layer in full
+        )
         other = _plain_bytes(swa, cells_swa, "f16")
         kv_cells = config.kv_stage
     else:

@@ -49,6 +49,8 @@ class LayerShape:
         Query heads, kv heads.
     n_embd_head_k, n_embd_head_v : int
         Values per key and per value; n_embd_head_v is 0 where no value is cached (MLA).
+    n_reader : int
+        Later layers without K and V of their own that attend to this one's (Gemma 3n, Gemma 4).
     """
 
     il: int
@@ -57,6 +59,7 @@ class LayerShape:
     n_head_kv: int
     n_embd_head_k: int
     n_embd_head_v: int
+    n_reader: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,9 @@ def shape_of(path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorIn
     for il in range(n_layer):
         kind = "none" if not cached[il] else "swa" if swa[il] else "full"
         k, v = (d_k_swa, d_v_swa) if swa[il] else (d_k, d_v)
-        layers.append(LayerShape(il, kind, n_head[il], n_head_kv[il] if cached[il] else 0, k, 0 if mla else v))
+        n_kv = n_head_kv[il] if cached[il] else 0
+        readers = _readers(meta, il, n_layer, swa)
+        layers.append(LayerShape(il, kind, n_head[il], n_kv, k, 0 if mla else v, readers))
 
     embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
     return ModelShape(
@@ -235,11 +240,22 @@ def _sliding_window(meta: _Metadata, n_layer: int) -> tuple[int, list[bool]]:
     return n_swa, [il % abs(period) != full for il in range(n_layer)]
 
 
+def _n_own(meta: _Metadata, n_layer: int) -> int:
+    """The first layers, which have K and V of their own; Gemma 3n's number stands in llama.cpp itself."""
+    return 20 if meta.arch == "gemma3n" else n_layer - meta.number("attention.shared_kv_layers", 0)
+
+
+def _readers(meta: _Metadata, il: int, n_layer: int, swa: list[bool]) -> int:
+    """Layers that read layer il's K and V: the last two that have their own serve one kind each."""
+    n_own = _n_own(meta, n_layer)
+    return sum(il == n_own - (2 if swa[reader] else 1) for reader in range(n_own, n_layer))
+
+
 def _cached_layers(meta: _Metadata, n_layer: int, n_head_kv: list[int]) -> list[bool]:
     """Per layer, whether it has a KV cache of its own."""
     if meta.arch in _RECURRENT:
         return [False] * n_layer
-    n_own = n_layer - meta.number("attention.shared_kv_layers", 0)
+    n_own = _n_own(meta, n_layer)
     period = 1
     if meta.arch in _HYBRID_PERIOD:
         period = meta.number("full_attention_interval", _HYBRID_PERIOD[meta.arch]) or 1
@@ -257,8 +273,6 @@ def _refusal(meta: _Metadata, layers: list[LayerShape]) -> str | None:
         return f"{meta.arch} has multi-head latent attention (MLA)"
     if meta.get("attention.max_alibi_bias"):
         return f"{meta.arch} has ALiBi positions"
-    if meta.get("rope.dimension_sections"):
-        return f"{meta.arch} has M-RoPE positions"
     if meta.get("attention.causal") in (False, 0):
         return f"{meta.arch} has non-causal attention"
     if meta.get("attention.indexer.top_k") or meta.get("attention.indexer.key_length"):

@@ -265,6 +265,7 @@ struct pass_call {
         args.q = stage.q.data();
         args.q8 = stage.q8.empty() ? nullptr : stage.q8.data();
         args.q_row = stage.q_row;
+        args.n_q_layer = 1;
         args.turn = t.cs.data();
         args.n_rot = 2 * (int32_t) r.inv_freq.size();
         args.neox = r.neox;

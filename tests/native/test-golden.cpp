@@ -313,6 +313,7 @@ template <typename F> void check_errors(std::istream & in, F && many) {
     layer.v_elem = 1;
     layer.q = q.data();
     layer.q_row = n_gqa * d_k;
+    layer.n_q_layer = 1;
     const calibrate_text text = { &layer, &r, cell.data(), cell.data(), chunk.data(), cell.data(), n, n_past, n_sink };
     const std::vector<double> got = output_errors(text, 0, cp, parts);
     CHECK_EQ(got.size(), want.size());

@@ -537,6 +537,54 @@ void test_q8_queries() {
     }
 }
 
+// Layers that read another one's rows ask as more query heads of its groups would. A weight that queries got after RoPE
+// is taken off before they are turned, and put back: with keys divided by it all is as without.
+void test_readers_and_weights() {
+    for (bool weighed : { false, true }) {
+        CASE(weighed ? "queries weighed after RoPE" : "queries of two layers");
+        spec s;
+        s.n_gqa = 4;
+        s.distinct = weighed ? 0 : DISTINCT; // how unlike keys are depends on their weights
+        text_source text(s, 80);
+        const int32_t n_head_kv = 3, ih = 1, n_q_layer = 2, d = s.d_k, n_group = s.n_gqa / n_q_layer * d;
+        head_store a(text.shape, 40), b(text.shape, 40);
+        std::vector<float> weight(n_q_layer * d, 1.0f);
+        for (int32_t e = 0; weighed && e < d; ++e) {
+            weight[e] = weight[d + e] = text.r.below(2) ? 0.5f : -2.0f; // exact, and so is its inverse
+        }
+        for (int pass = 0; pass < 3; ++pass) {
+            const tokens t = text.draw(pass == 0, 60);
+            text.accept(t);
+            const layout l = { n_head_kv, ih, false, 0, 0 };
+            stage_store one(t, text.shape, l), two(t, text.shape, l);
+            two.q.assign(two.q.size(), F16_NAN);
+            for (int32_t i = 0; i < t.n_q; ++i) { // a row holds the heads of the first layer, then those of the second
+                for (int32_t at = 0; at < n_q_layer * n_group; ++at) {
+                    const int32_t layer = at / n_group, e = at % n_group;
+                    const float x = f16_to_f32(t.q[(size_t) i * n_q_layer * n_group + at]);
+                    two.q[i * two.q_row + (layer * n_head_kv + ih) * n_group + e] = f32_to_f16(x * weight[e % d]);
+                }
+            }
+            for (size_t at = 0; at < two.k.size(); ++at) {
+                two.k[at] = f32_to_f16(f16_to_f32(two.k[at]) / weight[at % d]);
+            }
+            run_pass(a, one, text.rp, text.params());
+            pass_call call(b, two, text.rp, text.params());
+            call.args.n_q_layer = n_q_layer;
+            call.args.q_weight = weighed ? weight.data() : nullptr;
+            call.run();
+
+            head_store same = b;
+            for (int32_t i = 0; i < b.n_used; ++i) {
+                for (int32_t e = 0; e < d; ++e) {
+                    same.key(i)[e] = f32_to_f16(f16_to_f32(b.key(i)[e]) * weight[e]);
+                }
+            }
+            CHECK_SAME_ROWS(a, same);
+        }
+    }
+}
+
 // Quantized rows: the pass reads and writes what f16 rows hold, but for half a step of the rotated row; a row that
 // stays keeps its bytes, however many passes it sees.
 void test_quantized_rows() {
@@ -597,6 +645,7 @@ void test_quantized_rows() {
 int main() {
     test_quantized_rows();
     test_q8_queries();
+    test_readers_and_weights();
     test_long_text();
     test_streaming();
     test_below_budget();

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -20,6 +22,16 @@ PASSES = dict(kv_compress="semanticache", kv_stage=96, kv_window=12, kv_profile=
 SMALL = dict(n_ctx=1024, **PASSES)
 
 # ---------------------------------------------------------------------------------------------- models
+
+
+def built_by_make(variable: str, what: str) -> str:
+    """Path that `make test` hands over in an environment variable; without it the test fails."""
+    path = os.environ.get(variable)
+    if not path or not Path(path).exists():
+        pytest.fail(
+            f"expected {variable} to name {what}, got {path!r}; run `make test`, which builds it", pytrace=False
+        )
+    return path
 
 
 @pytest.fixture(scope="session")

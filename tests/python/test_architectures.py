@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -14,6 +17,8 @@ FULL_ATTENTION = {
     "gemma2": {1},
     "gemma3": {5},
     "lfm2": {1, 3},
+    "gemma3n": {4, 9, 14, 19},
+    "gemma4": {1, 3},
 }  # the other layers have sliding windows, or of lfm2 a recurrent state
 TOKENS = random_tokens(N_PROMPT + N_MORE)
 
@@ -47,7 +52,14 @@ def test_compressed_run(arch, tiny, load):
 
 
 @pytest.mark.parametrize(
-    "arch, n_rot", [("llama", [16, 16]), ("phi3-longrope", [12, 12]), ("smollm3", [16, 16, 16, 0]), ("gemma3", [32])]
+    "arch, n_rot",
+    [
+        ("llama", [16, 16]),
+        ("phi3-longrope", [12, 12]),
+        ("smollm3", [16, 16, 16, 0]),
+        ("gemma3", [32]),
+        ("gemma4", [32, 32]),
+    ],
 )
 def test_queries_are_turned_where_rope_turned_them(arch, n_rot, tiny, load):
     llm = load(tiny(arch), **SMALL)
@@ -150,3 +162,37 @@ def test_context_larger_than_the_model_was_trained_for_uses_the_logical_size(tin
         llm.eval(TOKENS[:300])
         assert llm.kv_stats().n_pass >= 2
         assert kl(last_logits(full), last_logits(llm)) < 1e-5
+
+
+def test_layers_without_rows_of_their_own_attend_to_those_of_others_and_vote(tiny, load):
+    """Of gemma4 layers 5 and 6 read layer 3: its row of the ring holds the queries of three layers."""
+    llm = load(tiny("gemma4"), **SMALL)
+    n_ring, n_embd_q = (SMALL["kv_stage"] - SMALL["kv_window"]) // 2 + 1, 4 * 32
+    wanted = n_ring * (1 + 3) * n_embd_q // 32 * 34
+    assert llm.kv_stats().query_bytes == pytest.approx(wanted, abs=64)  # tensors are padded
+    run(llm)
+    assert llm.kv_stats().rows_merged > 0
+
+
+def test_pictures_are_refused_and_text_goes_on(tiny, load):
+    """A picture comes as embeddings with four positions each."""
+    llm, twin = load(tiny("qwen2vl"), **SMALL), load(tiny("qwen2vl"), **SMALL)
+    for some in (llm, twin):
+        some.eval(TOKENS[:200])
+    n_embd, n = llama_cpp.llama_model_n_embd(llm.model), 16
+    batch = llama_cpp.llama_batch_init(4 * n, n_embd, 1)
+    batch.n_tokens = n
+    for i in range(n):
+        for axis in range(4):
+            batch.pos[axis * n + i] = 200
+        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 0
+        for e in range(n_embd):
+            batch.embd[i * n_embd + e] = 0.1
+    _native.clear_error()
+    assert llama_cpp.llama_decode(llm.ctx, batch) != 0
+    llama_cpp.llama_batch_free(batch)
+    assert "expected tokens, got embeddings with 4 positions each" in str(_native.last_error())
+    assert llm.kv_stats() == replace(twin.kv_stats(), pass_s=llm.kv_stats().pass_s)
+    for some in (llm, twin):
+        some.eval(TOKENS[200:300])
+    np.testing.assert_array_equal(last_logits(llm), last_logits(twin))

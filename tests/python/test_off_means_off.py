@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import continue_with, last_logits, sentences, text_tokens
+from conftest import built_by_make, continue_with, last_logits, sentences, text_tokens
 
 STOCK_VARIABLE = "LLAMA_SEMANTICACHE_STOCK_LIB"
 N_PROMPT, N_DECODE = 512, 32
@@ -47,14 +46,7 @@ np.save(out, np.array(rows))
 
 @pytest.fixture(scope="module")
 def stock_lib() -> str:
-    folder = os.environ.get(STOCK_VARIABLE)
-    if not folder or not Path(folder).is_dir():
-        pytest.fail(
-            f"expected {STOCK_VARIABLE} to name the folder of an unpatched libllama of this commit, got {folder!r}; "
-            "run `make test`, which builds it",
-            pytrace=False,
-        )
-    return folder
+    return built_by_make(STOCK_VARIABLE, "the folder of an unpatched libllama of this commit")
 
 
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])

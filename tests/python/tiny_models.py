@@ -16,7 +16,8 @@ import numpy as np
 # Architectures whose cache can be compressed. "llama3" is llama with RoPE frequency factors, "mistral" is llama with a
 # head size that is not n_embd / n_head, "phi3-longrope" has long and short factors and rotates 3/4 of a head, every
 # fourth layer of "smollm3" is without RoPE, every second layer of "lfm2" is a short convolution, whose state cannot be
-# cut.
+# cut. "qwen2vl" has M-RoPE, "hunyuan-dense" weighs queries after RoPE, and of "gemma3n" and "gemma4" later layers read
+# the rows of earlier ones.
 SUPPORTED = (
     "llama",
     "llama3",
@@ -30,6 +31,10 @@ SUPPORTED = (
     "phi3-longrope",
     "smollm3",
     "lfm2",
+    "qwen2vl",
+    "hunyuan-dense",
+    "gemma3n",
+    "gemma4",
 )
 
 # Architectures that must be refused with kv_compress, and why.
@@ -37,8 +42,6 @@ REFUSED = {
     "mamba": "recurrent",
     "bloom": "ALiBi",
     "deepseek2": "MLA",
-    "qwen2vl": "M-RoPE",
-    "hunyuan-dense": "weighs them again",
 }
 
 CHAT_TEMPLATE = (
@@ -48,7 +51,9 @@ CHAT_TEMPLATE = (
 
 _GGUF_ARCH = {"llama3": "llama", "mistral": "llama", "phi3-longrope": "phi3"}
 _ATTN_GAIN = math.sqrt(2.0)  # of q and of k: attention logits then have a standard deviation of 2
-_N_LAYER = {"gemma3": 7, "smollm3": 4, "lfm2": 4}  # of gemma3 five sliding-window layers, one full, one sliding-window
+# Of gemma3 five sliding-window layers, one full, one sliding-window; of gemma3n every fifth is full, and those from 20
+# on read others' rows; gemma4 has full layers 1 and 3, which 5 and 6 read, and sliding windows 0, 2 and 4.
+_N_LAYER = {"gemma3": 7, "smollm3": 4, "lfm2": 4, "gemma3n": 25, "gemma4": 7}
 _EPS = 1e-5
 
 
@@ -78,7 +83,7 @@ def write_tiny(
     arch : str
         One of `SUPPORTED` or a key of `REFUSED`.
     n_layer : int, optional
-        Default 2; 7 for gemma3, whose every sixth layer has full attention; 4 for smollm3 and lfm2.
+        Default 2, or as many as an architecture needs.
     n_embd, n_head, n_head_kv : int
         Width, query heads, kv heads. bloom has as many kv heads as query heads, deepseek2 (MLA) one.
     n_embd_head : int, optional
@@ -87,7 +92,7 @@ def write_tiny(
     n_ctx_train : int
         Context length in the metadata, tokens.
     n_swa : int
-        Sliding window of gemma2 and gemma3, tokens.
+        Sliding window of gemma models, tokens.
     dtype : {"f32", "f16"}
         Type of the matrices; vectors are always f32.
     seed : int
@@ -207,7 +212,7 @@ class _Builder:
     ) -> None:
         w = self.writer
         self.n_embd, self.n_head, self.n_head_kv, self.n_ff = n_embd, n_head, n_head_kv, 2 * n_embd
-        wide = 2 if self.arch in ("mistral", "qwen3", "gemma2", "gemma3") else 1
+        wide = 2 if self.arch in ("mistral", "qwen3", "gemma2", "gemma3", "gemma3n", "gemma4") else 1
         self.d = n_embd_head or wide * n_embd // n_head
         self.n_ctx_train, self.n_swa = n_ctx_train, n_swa
         w.add_context_length(n_ctx_train)
@@ -225,9 +230,14 @@ class _Builder:
             self.tensor("output.weight", output, self.dtype)
         self.norm("token_embd_norm.weight" if self.arch == "lfm2" else "output_norm.weight", n_embd)
 
-        {"mamba": self.mamba, "bloom": self.bloom, "deepseek2": self.deepseek2}.get(self.arch, self.transformer)(
-            n_layer
-        )
+        others = {
+            "mamba": self.mamba,
+            "bloom": self.bloom,
+            "deepseek2": self.deepseek2,
+            "gemma3n": self.gemma3n,
+            "gemma4": self.gemma4,
+        }
+        others.get(self.arch, self.transformer)(n_layer)
 
     def attention_metadata(self, n_head_kv: int | list[int]) -> None:
         w = self.writer
@@ -361,6 +371,82 @@ class _Builder:
             self.matrix(f"{blk}.attn_output.weight", n_embd, n_head * d_v)
             self.norm(f"{blk}.ffn_norm.weight", n_embd)
             self.feed_forward(blk)
+
+    def gemma_layer(self, il: int, d: int, has_kv: bool, has_v: bool = True, post_gain: float = 2.0) -> None:
+        """What the layers of Gemma 3n and 4 share. Queries and keys are normalized, their product is not scaled."""
+        blk, gain = f"blk.{il}", math.sqrt(2.0 / math.sqrt(d))
+        for name in ("attn_norm", "ffn_norm"):
+            self.norm(f"{blk}.{name}.weight", self.n_embd)
+        for name in ("post_attention_norm", "post_ffw_norm"):
+            self.norm(f"{blk}.{name}.weight", self.n_embd, post_gain)
+        self.matrix(f"{blk}.attn_q.weight", self.n_head * d, self.n_embd)
+        self.norm(f"{blk}.attn_q_norm.weight", d, gain)
+        if has_kv:
+            self.matrix(f"{blk}.attn_k.weight", self.n_head_kv * d, self.n_embd)
+            self.norm(f"{blk}.attn_k_norm.weight", d, gain)
+        if has_kv and has_v:
+            self.matrix(f"{blk}.attn_v.weight", self.n_head_kv * d, self.n_embd)
+        self.matrix(f"{blk}.attn_output.weight", self.n_embd, self.n_head * d, gain=3.0)
+        self.feed_forward(blk)
+
+    def gemma4(self, n_layer: int) -> None:
+        w, d, d_swa = self.writer, self.d, self.d // 2
+        is_swa = [il < 5 and il % 2 == 0 for il in range(n_layer)]
+        n_shared = 3
+        self.attention_metadata(self.n_head_kv)
+        w.add_layer_norm_rms_eps(_EPS)
+        w.add_key_length(d)
+        w.add_value_length(d)
+        w.add_key_length_swa(d_swa)
+        w.add_value_length_swa(d_swa)
+        w.add_rope_dimension_count(d)
+        w.add_rope_dimension_count_swa(d_swa)
+        w.add_rope_freq_base(1e6)
+        w.add_rope_freq_base_swa(1e4)
+        w.add_sliding_window(self.n_swa)
+        w.add_sliding_window_pattern(is_swa)
+        w.add_shared_kv_layers(n_shared)
+        w.add_embedding_length_per_layer_input(0)
+        w.add_final_logit_softcapping(30.0)
+        turned = np.where(np.arange(d // 2) < d // 8, 1.0, 1e30)  # a quarter of the pairs is turned
+        self.tensor("rope_freqs.weight", turned)
+        for il in range(n_layer):  # full layers have no V: it is K without RoPE
+            has_kv = il < n_layer - n_shared
+            self.gemma_layer(il, d_swa if is_swa[il] else d, has_kv, has_v=is_swa[il], post_gain=0.7)
+
+    def gemma3n(self, n_layer: int) -> None:
+        w, d, n_embd, n_altup, n_embd_altup, rank = self.writer, self.d, self.n_embd, 4, 256, 64  # as in llama.cpp
+        n_own = 20  # likewise
+        self.attention_metadata(self.n_head_kv)
+        w.add_layer_norm_rms_eps(_EPS)
+        w.add_key_length(d)
+        w.add_value_length(d)
+        w.add_rope_dimension_count(d)
+        w.add_rope_freq_base(1e6)
+        w.add_rope_freq_base_swa(1e4)
+        w.add_sliding_window(self.n_swa)
+        w.add_shared_kv_layers(n_layer - n_own)
+        w.add_final_logit_softcapping(30.0)
+        self.matrix("altup_proj.weight", n_altup - 1, n_embd, n_embd)
+        self.matrix("altup_unembd_proj.weight", n_altup - 1, n_embd, n_embd)
+        self.matrix("per_layer_token_embd.weight", self.n_vocab, n_embd_altup * n_layer)
+        self.matrix("per_layer_model_proj.weight", n_embd_altup * n_layer, n_embd)
+        self.norm("per_layer_proj_norm.weight", n_embd_altup)
+        for il in range(n_layer):
+            blk = f"blk.{il}"
+            # all have K and V in the file; 25 layers in a row must not amplify the noise of a sum
+            self.gemma_layer(il, d, has_kv=True, post_gain=0.3)
+            self.matrix(f"{blk}.inp_gate.weight", n_embd_altup, n_embd)
+            self.matrix(f"{blk}.proj.weight", n_embd, n_embd_altup)
+            self.norm(f"{blk}.post_norm.weight", n_embd, 0.1)
+            self.matrix(f"{blk}.altup_correct_coef.weight", n_altup, n_altup, gain=0.1)
+            self.norm(f"{blk}.altup_correct_scale.weight", n_embd)
+            self.matrix(f"{blk}.altup_predict_coef.weight", n_altup * n_altup, n_altup, gain=0.05)
+            self.matrix(f"{blk}.altup_router.weight", n_altup, n_embd)
+            self.norm(f"{blk}.altup_router_norm.weight", n_embd)
+            self.matrix(f"{blk}.laurel_l.weight", rank, n_embd)
+            self.matrix(f"{blk}.laurel_r.weight", n_embd, rank)
+            self.norm(f"{blk}.laurel_post_norm.weight", n_embd)
 
     def mamba(self, n_layer: int) -> None:
         w, n_embd = self.writer, self.n_embd

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,28 @@ MAX_ROOM = 4096
 """SEMCACHE_MAX_ROOM: tokens that a pass may compress at once."""
 
 
+_UNITS = {"": 1, **{f"{k}B": 1000**i for i, k in enumerate(("", "K", "M", "G"))}}
+_UNITS.update({f"{k}iB": 1024**i for i, k in enumerate(("K", "M", "G"), start=1)})
+
+
+def parse_bytes(value: object) -> int:
+    """A number of bytes, or one with a unit: "512MiB", "1.5 GB".
+
+    Raises
+    ------
+    ArgumentError
+        It is neither, or not more than 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMG]?i?B|)\s*", str(value))
+    is_size = isinstance(value, int | str) and not isinstance(value, bool)
+    if not is_size or not found or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ArgumentError(
+            f"kv_budget: expected a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB, got {value!r}; pass "
+            'for instance "512MiB"'
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
 @dataclass(frozen=True)
 class KVConfig:
     """All kv_* arguments of `Llama`, which documents them. Anything may be in here until `check` has been called."""
@@ -58,6 +81,7 @@ class KVConfig:
     kv_type_v: str = "auto"
     kv_profile: str | os.PathLike[str] | None = "auto"
     kv_params: Mapping[str, int] | None = None
+    kv_budget: int | str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `Llama`."""
@@ -96,6 +120,12 @@ class KVConfig:
             raise ArgumentError(
                 f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows"
             )
+        if self.kv_budget is not None:
+            parse_bytes(self.kv_budget)
+            if ratio != KVConfig.kv_ratio:
+                raise ArgumentError(
+                    f"kv_budget: expected no kv_ratio beside it, got {ratio!r}; leave one of the two out"
+                )
         for name, least in (("kv_sink", 0), ("kv_window", 1), ("kv_stage", 2)):
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from . import _cpu, _native, profile
 from .config import KVConfig
 from .errors import ArgumentError, ContextOverflowError, StateError, UnsupportedModelError
+from .memory import within_budget
 from .model_file import ModelFile
 
 _ffi, _lib = _native.load()
@@ -122,6 +123,10 @@ class Llama(llama_cpp.Llama):
         Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, distinct, seed;
         calibrate is for `profile.calibrate`.
 
+    kv_budget : int or str, optional
+        Bytes of the whole cache, "512MiB" or a number, instead of ``kv_ratio``: as many rows as fit beside the stage,
+        the queries and the sliding windows. The recurrent state of a hybrid model comes on top.
+
     Raises
     ------
     ArgumentError, UnsupportedModelError, ProfileError, ModelFileError
@@ -141,11 +146,12 @@ class Llama(llama_cpp.Llama):
         kv_type_v: str = KVConfig.kv_type_v,
         kv_profile: str | os.PathLike[str] | None = KVConfig.kv_profile,
         kv_params: Mapping[str, int] | None = KVConfig.kv_params,
+        kv_budget: int | str | None = KVConfig.kv_budget,
         **kwargs: Any,
     ) -> None:
         self._gate = Gate()
         self._kv = KVConfig(
-            kv_compress, kv_ratio, kv_stage, kv_window, kv_sink, kv_type_k, kv_type_v, kv_profile, kv_params
+            kv_compress, kv_ratio, kv_stage, kv_window, kv_sink, kv_type_k, kv_type_v, kv_profile, kv_params, kv_budget
         )
         self.kv_compress = kv_compress
         unknown = sorted(name for name in kwargs if name.startswith("kv_") and name != "kv_overrides")
@@ -177,16 +183,17 @@ class Llama(llama_cpp.Llama):
         self._kv.check()
         _check_others(self._kv, kwargs)
         model = ModelFile.of(model_path)
-        file = profile.ensure(model, kwargs.get("verbose", True), kwargs.get("n_threads_batch"), config=self._kv)
+        config = self._within_budget(model, kwargs)
+        file = profile.ensure(model, kwargs.get("verbose", True), kwargs.get("n_threads_batch"), config=config)
         # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their
         # window
         kwargs.setdefault("swa_full", False)
         # without it values lie across the stage, which is slower to read; the cores' attention is ours in any case
         kwargs.setdefault("flash_attn", True)
-        with _native.compressed(self._kv, file, model.id if file else ""):
+        with _native.compressed(config, file, model.id if file else ""):
             self._load(model_path, kwargs)
         stats = self._native_stats()
-        if self._kv.has_too_few_heads(stats.n_head_kv):
+        if config.has_too_few_heads(stats.n_head_kv):
             warnings.warn(
                 f"only {stats.n_head_kv} KV heads of this model attend to the whole text, too few to take rows from "
                 "one another: expect facts to be lost (README, Limits); ask what you need to remember, or leave "
@@ -199,6 +206,16 @@ class Llama(llama_cpp.Llama):
         self.input_ids = self.input_ids.__class__((self._n_ctx,), dtype=self.input_ids.dtype)
         if self._logits_all and self.scores.shape[0] < self._n_ctx:
             self.scores = self.scores.__class__((self._n_ctx, self._n_vocab), dtype=self.scores.dtype)
+
+    def _within_budget(self, model: ModelFile, kwargs: dict[str, Any]) -> KVConfig:
+        def chosen(name: str) -> Any:
+            return kwargs.get(name, _UPSTREAM.parameters[name].default)
+
+        if self._kv.kv_budget is None:
+            return self._kv
+        n_ubatch = min(chosen("n_batch"), chosen("n_ubatch"))
+        n_ctx = chosen("n_ctx") or model.shape.n_ctx_train
+        return within_budget(self._kv, model.shape, n_ctx, n_ubatch=n_ubatch, swa_full=kwargs.get("swa_full", False))
 
     def _native_stats(self) -> Any:
         stats = _ffi.new("struct semcache_stats *")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .config import OURS, KVConfig
+from .config import OURS, KVConfig, parse_bytes
 from .errors import ArgumentError
 from .model_file import ModelFile
 from .shape import LayerShape, ModelShape
@@ -23,6 +23,7 @@ CACHE_TYPES = ("f16", "q8_0", "q4_0", OURS)
 _BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
 _BIAS_BYTES, _META_BYTES = 4, 9  # of a row, besides K and V
+_PADDING_BYTES = 10 * 32  # of a layer's tensors, at the most
 _VOTES_BYTES = 8  # of a token in the stage, per kv head
 _ASK_QUERIES = (OURS, "snapkv", "tova", "h2o")  # the other methods keep no queries
 _DRIVER_BYTES = 300 << 20  # context of a GPU driver, estimated
@@ -155,6 +156,7 @@ def estimate(
         config = KVConfig(**{"kv_compress": OURS, **kv})
         config.check()
         config.check_n_ctx(n_ctx)
+        config = within_budget(config, shape, n_ctx, n_ubatch=n_ubatch, swa_full=swa_full)
         n_head_kv = shape.n_head_kv
         rows = config.rows_per_head(cells, n_head_kv)
         if not swa_full:  # a batch is no larger than what a pass makes room for
@@ -189,6 +191,48 @@ def estimate(
         overhead_bytes=_compute_bytes(shape, kv_cells, n_ubatch) + _DRIVER_BYTES,
         compression_factor=f16_bytes / kv_bytes if kv_bytes else 1.0,
     )
+
+
+def within_budget(config: KVConfig, shape: ModelShape, n_ctx: int, **options: Any) -> KVConfig:
+    """The settings with the largest kv_ratio whose whole cache, stage and sliding windows included, takes no more than
+    kv_budget; as they are without one. Recurrent states of a hybrid model do not depend on n_ctx and are not counted.
+
+    Parameters
+    ----------
+    config : KVConfig
+    shape : ModelShape
+    n_ctx : int
+        Context size, tokens.
+    **options
+        n_ubatch and swa_full, see `estimate`.
+
+    Raises
+    ------
+    ArgumentError
+        Not even the least number of rows fits; the message says what would.
+    """
+    if config.kv_budget is None:
+        return config
+    budget = parse_bytes(config.kv_budget)
+
+    def with_ratio(ratio: float) -> KVConfig:
+        return replace(config, kv_ratio=ratio, kv_budget=None)
+
+    def kv_bytes(ratio: float) -> int:
+        padding = _PADDING_BYTES * len(shape.of_kind("full"))
+        return estimate(shape, n_ctx, OURS, **options, **with_ratio(ratio).arguments()).kv_bytes + padding
+
+    # the bytes of rows are in proportion to the ratio
+    least = min(1.0, (config.kv_sink + config.n_chunk) / _pad(n_ctx) * (1 + 1e-6))
+    at_least, at_most = kv_bytes(least), kv_bytes(1.0)
+    if budget < at_least:
+        raise ArgumentError(
+            f"kv_budget: expected at least {-(-at_least // 2**20)} MiB at n_ctx {n_ctx}, for the stage and the least "
+            f"number of rows, got {budget / 2**20:.1f} MiB; raise it, or lower n_ctx or kv_stage"
+        )
+    if budget >= at_most:
+        return with_ratio(1.0)
+    return with_ratio(least + (1 - least) * (budget - at_least) / (at_most - at_least))
 
 
 def _row_type(layers: Sequence[LayerShape], kind: str, part: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import tiny_models
 from conftest import SMALL, last_logits, random_tokens
 from llama_semanticache import _native, memory, profile
+from llama_semanticache.config import KVConfig, parse_bytes
 from llama_semanticache.errors import ArgumentError, ModelFileError
 from llama_semanticache.memory import estimate, largest_n_ctx, memory_report
 from llama_semanticache.model_file import ModelFile
@@ -364,3 +367,75 @@ def test_report_as_json(folder):
     first = loaded["estimates"][0]
     assert first["kv_bytes"] == report.estimates[0].kv_bytes and first["fits_gb"] == [6, 8]
     assert loaded["max_n_ctx"]["f16"] == {"6": 4096, "8": 4096}
+
+
+# ---------------------------------------------------------------------------------------------- a budget in bytes
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1000, 1000),
+        ("1000", 1000),
+        ("64KiB", 65536),
+        ("1.5 MiB", 3 << 19),
+        (" 2GB ", 2 * 10**9),
+        ("0.5GiB", 1 << 29),
+        ("7 B", 7),
+    ],
+)
+def test_budgets_are_read(value, expected):
+    assert parse_bytes(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value", ["", "MiB", "-5MiB", 0, "0MB", True, 1.5e-3, "12 iB", "1 MiBs", "1,5MiB", None, "1e9"]
+)
+def test_other_budgets_are_refused(value):
+    with pytest.raises(ArgumentError, match="kv_budget: expected a number of bytes.*got.*512MiB"):
+        parse_bytes(value)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_cache_takes_its_budget_and_no_more(arch, share, folder):
+    from llama_semanticache import Llama
+
+    path = tiny_models.write_tiny(folder / f"{arch}.gguf", arch, n_embd=128, n_ctx_train=8192)
+    options = dict(n_ctx=8192, kv_compress="semanticache", kv_stage=192, kv_window=64, kv_profile=None, verbose=False)
+    sizes = {}
+    for ratio in (0.01, 1):
+        llm = Llama(str(path), **options, kv_ratio=ratio)
+        sizes[ratio] = llm.kv_stats().total_bytes
+        llm.close()
+    budget = round(sizes[0.01] + share * (sizes[1] - sizes[0.01]))
+    llm = Llama(str(path), **options, kv_budget=budget)
+    stats = llm.kv_stats()
+    llm.close()
+    assert 0.98 * budget < stats.total_bytes <= budget
+
+
+def test_a_budget_for_more_than_all_rows_keeps_all(folder):
+    path = tiny_models.write_tiny(folder / "all.gguf", "llama")
+    shape = ModelFile.of(path).shape
+    config = KVConfig("semanticache", kv_stage=96, kv_window=12, kv_budget="1GiB")
+    assert memory.within_budget(config, shape, 1024).kv_ratio == 1
+    assert memory.within_budget(replace(config, kv_budget=None), shape, 1024).kv_ratio == 0.25
+
+
+def test_a_budget_below_the_least_is_refused_before_anything_is_allocated(folder):
+    from llama_semanticache import Llama
+
+    path = tiny_models.write_tiny(folder / "least.gguf", "llama", n_embd=256)
+    options = dict(n_ctx=4096, kv_compress="semanticache", kv_stage=192, kv_window=64, kv_profile=None, verbose=False)
+    with pytest.raises(
+        ArgumentError, match=r"kv_budget: expected at least 1 MiB at n_ctx 4096.*got 0\.1 MiB; raise it"
+    ):
+        Llama(str(path), **options, kv_budget="100KiB")
+    with pytest.raises(ArgumentError, match="kv_budget: expected no kv_ratio beside it, got 0.5"):
+        Llama(str(path), **options, kv_ratio=0.5, kv_budget="1MiB")
+    llm = Llama(str(path), **options, kv_budget="1MiB")
+    again = pickle.loads(pickle.dumps(llm))
+    assert again.kv_stats().rows_allocated == llm.kv_stats().rows_allocated
+    for some in (llm, again):
+        some.close()

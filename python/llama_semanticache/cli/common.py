@@ -59,6 +59,7 @@ class LoadOptions:
     kv_type_k: str
     kv_type_v: str
     kv_profile: str | None
+    kv_budget: str | None
     threads: int | None
     verbose: bool
 
@@ -159,6 +160,12 @@ _LOAD: tuple[Callable[..., Any], ...] = (
         callback=_check_profile,
         help="Budget of each head: measured once per model, equal, or from a file.",
     ),
+    click.option(
+        "--kv-budget",
+        default=KVConfig.kv_budget,
+        metavar="SIZE",
+        help="Bytes of the whole KV cache, as in 512MiB, instead of --kv-ratio.",
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama.cpp's choice]"),
     click.option(
         "--verbose",
@@ -227,6 +234,7 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, ModelFile]:
         n_ctx = min(DEFAULT_N_CTX, model_file.shape.n_ctx_train or DEFAULT_N_CTX)
 
     from .. import Llama, profile
+    from ..memory import within_budget
 
     options: dict[str, Any] = {
         "n_ctx": n_ctx,
@@ -235,7 +243,8 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, ModelFile]:
         "verbose": load.verbose,
     }
     # Llama does this too, but silently unless llama.cpp's log is wanted
-    profile.ensure(model_file, verbose=True, n_threads=load.threads, config=KVConfig(**load.kv_settings()))
+    config = within_budget(KVConfig(**load.kv_settings()), model_file.shape, n_ctx)
+    profile.ensure(model_file, verbose=True, n_threads=load.threads, config=config)
     return Llama(model_file, **options, **load.kv_settings()), model_file
 
 

@@ -29,8 +29,8 @@ lint: $(VENV)/.lint $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' 'tests/native/*.cpp' 'tests/native/*.h' | \
-	    xargs $(BIN)/clang-format --dry-run --Werror
+	files="$$(git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' 'tests/native/*.cpp' 'tests/native/*.h')" && [ -n "$$files" ] && \
+	    $(BIN)/clang-format --dry-run --Werror $$files
 
 build: $(VENV)/.installed
 

@@ -161,6 +161,11 @@ bool llama_semcache::make_room(const llama_ubatch & ubatch) {
                                         ", got " + std::to_string(ubatch.n_tokens) + " from position " +
                                         std::to_string(*first) + "; remove what is to be read again first");
         }
+        if (!p->time.ring_holds_behind(p->pos_max(), *last)) {
+            throw semcache_error(SEMCACHE_ERR_STATE, "batch: expected tokens close behind position " +
+                                                         std::to_string(p->pos_max()) + ", got one at " +
+                                                         std::to_string(*last) + "; number them without a gap");
+        }
         p->run_pass((int32_t) ubatch.n_tokens);
         return true;
     } catch (const std::bad_alloc &) {

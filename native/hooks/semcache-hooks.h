@@ -6,7 +6,8 @@
 // Call sites (patches/*.patch): the constructor of llama_context opens the scope; that of llama_kv_cache asks for its
 // number of cells and attaches the store; the memory context of a batch asks for cells before each ubatch; clear,
 // seq_rm, seq_keep, seq_pos_*, memory_breakdown, state_write and state_read pass through; llama_memory_seq_cp, _add and
-// _div ask semcache_refuses, and build_attn_mha asks semcache_build_attn first.
+// _div ask semcache_refuses, decode asks semcache_refuses_non_causal, and build_attn_mha asks semcache_build_attn
+// first.
 
 #pragma once
 
@@ -103,6 +104,9 @@ std::shared_ptr<llama_semcache> semcache_attach(
 // Positions and the sequence of a compressed cache are fixed, and so is what lies beside it (sliding windows, recurrent
 // states): if the memory has a store, says so as the last error and returns true.
 bool semcache_refuses(llama_memory_i * memory, const char * what);
+
+// Attention that looks ahead, as within a picture, does not go with passes between ubatches: as above, asked by decode.
+bool semcache_refuses_non_causal(llama_memory_i * memory, const llama_cparams & cparams);
 
 // Attention over cores and stage for one layer: what build_attn_mha would return, or NULL if the layer is not
 // compressed or has no cores yet, for upstream to go on as always.

@@ -140,9 +140,14 @@ llama_semcache_scope::llama_semcache_scope(llama_context & lctx, const llama_mod
                                                         ", got " + std::to_string(p.n_stage) +
                                                         "; raise n_ctx or lower n_stage");
     }
+    if (cparams.n_rs_seq > (uint32_t) p.n_window) { // recurrent states could go back to where the stage has nothing
+        throw semcache_error(
+            SEMCACHE_ERR_ARGUMENT, "n_rs_seq: expected at most n_window = " + std::to_string(p.n_window) + ", got " +
+                                       std::to_string(cparams.n_rs_seq) + "; lower it or raise n_window");
+    }
     // a batch may be as large as it likes: a pass comes before each ubatch that has no room, and frees as much at the
-    // most
-    cparams.n_ubatch = std::min(cparams.n_ubatch, (uint32_t) (p.n_stage - p.n_window));
+    // most, one row besides the sinks included
+    cparams.n_ubatch = std::min(cparams.n_ubatch, (uint32_t) (p.n_stage - std::max(p.n_window, p.n_sink)));
     // rows that a device cannot attend to would be copied from it for every token: they stay where the CPU reads them
     for (uint32_t il = 0; cparams.offload_kqv && il < model.hparams.n_layer(); ++il) {
         ggml_backend_dev_t dev = model.dev_layer(il);
@@ -221,6 +226,17 @@ llama_semcache * semcache_find(llama_memory_i * memory) {
         kv = m->get_mem_attn()->get_base();
     }
     return kv ? kv->semcache.get() : nullptr;
+}
+
+bool semcache_refuses_non_causal(llama_memory_i * memory, const llama_cparams & cparams) {
+    if (cparams.causal_attn || !semcache_find(memory)) {
+        return false;
+    }
+    semcache_set_error(SEMCACHE_ERR_STATE,
+        "batch: expected causal attention, got non-causal, as for a picture, which a compressed KV cache cannot hold; "
+        "leave pictures out, or load the model without compression");
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, semcache_last_error());
+    return true;
 }
 
 bool semcache_refuses(llama_memory_i * memory, const char * what) {

@@ -68,6 +68,9 @@ public:
     // Whether the ring has room for the queries of tokens at [first, last].
     bool ring_holds(int32_t first, int32_t last) const { return first >= n_asked && last - n_asked < p.n_ring; }
 
+    // The same after a pass over tokens up to pos_last.
+    bool ring_holds_behind(int32_t pos_last, int32_t last) const { return last - pos_last <= p.n_ring; }
+
     // A text begins at this position; the cache is empty.
     void start(int32_t pos) { n_asked = pos; }
 

@@ -32,6 +32,8 @@ class Gate:
         self._lock = threading.RLock()
         self._depth = 0  # of the thread that is inside
         self.closed = False
+        self.n_changes = 0
+        """Calls so far, from outside, that may have changed the cache; a step of a generator is one."""
 
     def __enter__(self) -> None:
         if not self._lock.acquire(blocking=False):
@@ -47,6 +49,11 @@ class Gate:
     def __exit__(self, *_exception: object) -> None:
         self._depth -= 1
         self._lock.release()
+
+    @property
+    def outermost(self) -> bool:
+        """Nobody is inside, or nothing but the call that asks."""
+        return self._depth <= 1
 
     def close(self) -> None:
         """Let nobody in any more; to be called inside.
@@ -91,30 +98,45 @@ class Tokenizer(LlamaTokenizer):
         return super().detokenize(tokens, prev_tokens, special)
 
 
-def gated(method: Method) -> Method:
+def gated(method: Method, *, changes: bool = True) -> Method:
     """A method of an object with a `_gate`, which is passed for as long as it runs; of a generator, for every step.
 
-    Between two steps the gate is open: a server may advance one generator from changing threads.
+    Between two steps the gate is open: a server may advance one generator from changing threads. Calls that change the
+    cache end a generator that has begun: its next step raises StateError.
     """
 
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._gate:
-            result = method(self, *args, **kwargs)
-        return _gated_steps(self._gate, result) if inspect.isgenerator(result) else result
+        gate, result = self._gate, None
+        with gate:
+            try:
+                result = method(self, *args, **kwargs)
+            finally:
+                if changes and gate.outermost and not inspect.isgenerator(result):
+                    gate.n_changes += 1
+        return _gated_steps(gate, result) if inspect.isgenerator(result) else result
 
     return cast(Method, wrapper)
 
 
 def _gated_steps(gate: Gate, stream: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    sent = None
+    sent, n_changes = None, None
     try:
         while True:
             with gate:
+                # one that another generator or call is stepping through is within their change
+                if gate.outermost and n_changes not in (None, gate.n_changes):
+                    raise StateError(
+                        "expected the cache as the last step of this stream left it, got another call that changed it "
+                        "since; let a stream end before that, or load the model once for each"
+                    )
                 try:
                     item = stream.send(sent)
                 except StopIteration as end:
                     return end.value
+                finally:
+                    gate.n_changes += gate.outermost
+                    n_changes = gate.n_changes
             sent = yield item
     finally:
         stream.close()

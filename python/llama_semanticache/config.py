@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 import re
@@ -51,21 +52,26 @@ _UNITS.update({f"{k}iB": 1024**i for i, k in enumerate(("K", "M", "G"), start=1)
 
 
 def parse_bytes(value: object) -> int:
-    """A number of bytes, or one with a unit: "512MiB", "1.5 GB".
+    """A number of bytes, or a text with a unit or without: "512MiB", "1.5 GB".
 
     Raises
     ------
     ArgumentError
         It is neither, or not more than 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMG]?i?B|)\s*", str(value))
-    is_size = isinstance(value, int | str) and not isinstance(value, bool)
-    if not is_size or not found or found[2] not in _UNITS or float(found[1]) <= 0:
+    n_bytes = 0.0
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMG]?i?B|)\s*", value)
+        if found and found[2] in _UNITS:
+            n_bytes = float(found[1]) * _UNITS[found[2]]
+    elif not isinstance(value, bool) and isinstance(value, numbers.Real):
+        n_bytes = float(value)
+    if not 1 <= n_bytes < math.inf:
         raise ArgumentError(
             f"kv_budget: expected a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB, got {value!r}; pass "
             'for instance "512MiB"'
         )
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(n_bytes)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class KVConfig:
     kv_type_v: str = "auto"
     kv_profile: str | os.PathLike[str] | None = "auto"
     kv_params: Mapping[str, int] | None = None
-    kv_budget: int | str | None = None
+    kv_budget: float | str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `Llama`."""
@@ -100,6 +106,11 @@ class KVConfig:
     def n_room(self) -> int:
         """Tokens that a pass makes room for, about, and comes after."""
         return self.kv_stage - self.kv_window
+
+    @property
+    def n_ubatch(self) -> int:
+        """Tokens that are computed at a time at the most: a pass frees that many at the least."""
+        return self.kv_stage - max(self.kv_window, self.kv_sink)
 
     def check(self) -> None:
         """Check what can be said without a model; what depends on one is checked by the library too.
@@ -148,7 +159,7 @@ class KVConfig:
                 f"kv_stage: expected more than kv_window + kv_sink = {self.kv_window + self.kv_sink}, got "
                 f"{self.kv_stage}; raise kv_stage or lower kv_window"
             )
-        if self.n_room > MAX_ROOM:
+        if self.n_room > MAX_ROOM and not (self.kv_params or {}).get("calibrate"):  # which has no pass
             raise ArgumentError(
                 f"kv_stage: expected at most kv_window + {MAX_ROOM} = {self.kv_window + MAX_ROOM}, got "
                 f"{self.kv_stage}; lower kv_stage or raise kv_window"

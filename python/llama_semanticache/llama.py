@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 import os
 import struct
@@ -123,7 +124,7 @@ class Llama(llama_cpp.Llama):
         Further fields of ``semcache_params`` (semcache.h) for experiments: n_horizon, n_chunk, merge, distinct, seed;
         calibrate is for `profile.calibrate`.
 
-    kv_budget : int or str, optional
+    kv_budget : number or str, optional
         Bytes of the whole cache, "512MiB" or a number, instead of ``kv_ratio``: as many rows as fit beside the stage,
         the queries and the sliding windows. The recurrent state of a hybrid model comes on top.
 
@@ -146,7 +147,7 @@ class Llama(llama_cpp.Llama):
         kv_type_v: str = KVConfig.kv_type_v,
         kv_profile: str | os.PathLike[str] | None = KVConfig.kv_profile,
         kv_params: Mapping[str, int] | None = KVConfig.kv_params,
-        kv_budget: int | str | None = KVConfig.kv_budget,
+        kv_budget: float | str | None = KVConfig.kv_budget,
         **kwargs: Any,
     ) -> None:
         self._gate = Gate()
@@ -182,12 +183,13 @@ class Llama(llama_cpp.Llama):
     def _load_compressed(self, model_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
         self._kv.check()
         _check_others(self._kv, kwargs)
+        # upstream gives sliding-window layers n_ctx cells too unless told otherwise, also by None: they need no more
+        # than their window
+        if kwargs.get("swa_full") is None:
+            kwargs["swa_full"] = False
         model = ModelFile.of(model_path)
         config = self._within_budget(model, kwargs)
         file = profile.ensure(model, kwargs.get("verbose", True), kwargs.get("n_threads_batch"), config=config)
-        # upstream gives sliding-window layers n_ctx cells too unless told otherwise: they need no more than their
-        # window
-        kwargs.setdefault("swa_full", False)
         # without it values lie across the stage, which is slower to read; the cores' attention is ours in any case
         kwargs.setdefault("flash_attn", True)
         with _native.compressed(config, file, model.id if file else ""):
@@ -213,9 +215,12 @@ class Llama(llama_cpp.Llama):
 
         if self._kv.kv_budget is None:
             return self._kv
+        shape = model.shape_with(chosen("kv_overrides"))
+        if shape.refused:
+            return self._kv  # the library says why
         n_ubatch = min(chosen("n_batch"), chosen("n_ubatch"))
-        n_ctx = chosen("n_ctx") or model.shape.n_ctx_train
-        return within_budget(self._kv, model.shape, n_ctx, n_ubatch=n_ubatch, swa_full=kwargs.get("swa_full", False))
+        n_ctx = chosen("n_ctx") or shape.n_ctx_train
+        return within_budget(self._kv, shape, n_ctx, n_ubatch=n_ubatch, swa_full=kwargs["swa_full"])
 
     def _native_stats(self) -> Any:
         stats = _ffi.new("struct semcache_stats *")
@@ -290,7 +295,7 @@ class Llama(llama_cpp.Llama):
         except RuntimeError as error:
             raise _native.last_error() or error from error
 
-    sample = gated(llama_cpp.Llama.sample)
+    sample = gated(llama_cpp.Llama.sample, changes=False)
     embed = gated(llama_cpp.Llama.embed)
     create_completion = gated(llama_cpp.Llama.create_completion)
     create_chat_completion = gated(llama_cpp.Llama.create_chat_completion)
@@ -355,7 +360,7 @@ class Llama(llama_cpp.Llama):
             n = 0
         return n
 
-    @gated
+    @functools.partial(gated, changes=False)
     def save_state(self) -> llama_cpp.LlamaState:
         """What load_state() of the same model and settings restores.
 

@@ -160,7 +160,7 @@ def estimate(
         n_head_kv = shape.n_head_kv
         rows = config.rows_per_head(cells, n_head_kv)
         if not swa_full:  # a batch is no larger than what a pass makes room for
-            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, config.n_room)))
+            cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, config.n_ubatch)))
         kv_type_k, kv_type_v = _row_type(full, config.kv_type_k, "k"), _row_type(full, config.kv_type_v, "v")
         core = round(
             rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,7 +81,11 @@ class ModelFile:
         ModelFileError
             The metadata is not that of a language model, or has values that none can have.
         """
-        return shape_of(self.path, self.metadata, self.tensors)
+        return self.shape_with(None)
+
+    def shape_with(self, overrides: Mapping[str, Any] | None) -> ModelShape:
+        """As `shape`, with metadata replaced: the kv_overrides of llama_cpp.Llama. Raises ModelFileError."""
+        return shape_of(self.path, {**self.metadata, **(overrides or {})}, self.tensors)
 
     @cached_property
     def id(self) -> str:

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -199,6 +200,18 @@ def random_tokens(n: int, seed: int = 0) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------- measures
+
+
+def decode_at_once(llm, tokens, first=0):
+    """Decode through the C API, as evaluation tools do, with the logits of every token: status, logits."""
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, first + i, 1, 0, 1
+    status = llama_cpp.llama_decode(llm.ctx, batch)
+    logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(tokens), llm.n_vocab())).copy()
+    llama_cpp.llama_batch_free(batch)
+    return status, logits
 
 
 def last_logits(llm: Llama) -> np.ndarray:

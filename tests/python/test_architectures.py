@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import tiny_models
-from conftest import EXACT, SMALL, check_stats, continue_with, kl, last_logits, random_tokens
-from llama_semanticache import _native
+from conftest import EXACT, SMALL, check_stats, continue_with, decode_at_once, kl, last_logits, random_tokens
+from llama_semanticache import ArgumentError, StateError, _native
 
 N_PROMPT, N_MORE = 600, 8
 FULL_ATTENTION = {
@@ -196,3 +196,46 @@ def test_pictures_are_refused_and_text_goes_on(tiny, load):
     for some in (llm, twin):
         some.eval(TOKENS[200:300])
     np.testing.assert_array_equal(last_logits(llm), last_logits(twin))
+
+
+def test_a_gap_in_the_positions_is_refused_and_text_goes_on(tiny, load):
+    """With M-RoPE llama.cpp takes positions that leap, as they do behind a picture."""
+    llm, twin = load(tiny("qwen2vl"), **SMALL), load(tiny("qwen2vl"), **SMALL)
+    for some in (llm, twin):
+        some.eval(TOKENS[:10])
+    _native.clear_error()
+    assert decode_at_once(llm, TOKENS[10:12], 2000)[0] != 0
+    assert "expected tokens close behind position 9, got one at 2001; number" in str(_native.last_error())
+    for some in (llm, twin):
+        some.eval(TOKENS[10:300])
+    np.testing.assert_array_equal(last_logits(llm), last_logits(twin))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma4"])
+@pytest.mark.parametrize("n_tokens", [20, 200])
+def test_attention_that_looks_ahead_is_refused_and_text_goes_on(n_tokens, arch, tiny, load):
+    """llama.cpp aborts where such a batch is larger than n_ubatch."""
+    llm, twin = (load(tiny(arch), **{**SMALL, "n_batch": 512}) for _ in range(2))
+    for some in (llm, twin):
+        some.eval(TOKENS[:100])
+    llama_cpp.llama_set_causal_attn(llm.ctx, False)
+    with pytest.raises(StateError, match="^batch: expected causal attention, got non-causal, .*; leave pictures out"):
+        llm.eval(TOKENS[100 : 100 + n_tokens])
+    llama_cpp.llama_set_causal_attn(llm.ctx, True)
+    for some in (llm, twin):
+        some.eval(TOKENS[100:300])
+    np.testing.assert_array_equal(last_logits(llm), last_logits(twin))
+
+
+def test_a_recurrent_state_goes_back_no_further_than_the_window(tiny, load, monkeypatch):
+    defaults = llama_cpp.llama_context_default_params
+
+    def with_snapshots():
+        params = defaults()
+        params.n_rs_seq = 4
+        return params
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_context_default_params", with_snapshots)
+    load(tiny("lfm2"), **{**SMALL, "kv_window": 4}).eval(TOKENS[:200])
+    with pytest.raises(ArgumentError, match="^n_rs_seq: expected at most n_window = 3, got 4; lower it or raise"):
+        load(tiny("lfm2"), **{**SMALL, "kv_window": 3})

@@ -210,6 +210,42 @@ def test_one_stream_from_changing_threads(used):
     assert texts[:-1] == expected
 
 
+BETWEEN = "^expected the cache as the last step of this stream left it, got another call .* since; let a stream end"
+
+
+@both
+@pytest.mark.parametrize("name", [name for name in USES if name not in ("sample", "save_state")])
+def test_what_changes_the_cache_between_two_steps(name, used):
+    """Nobody gets tokens that follow another one's text."""
+    llm, state = used
+    streams = [
+        llm.generate(TOKENS, temp=0),
+        llm.create_completion(PROMPT, max_tokens=9, stream=True),
+        llm.create_chat_completion([{"role": "user", "content": "abc"}], max_tokens=9, stream=True),
+    ]
+    for stream in streams:
+        next(stream)
+        next(stream)
+        USES[name](llm, state)
+        with pytest.raises(StateError, match=BETWEEN):
+            next(stream)
+    USES[name](llm, state)
+
+
+@both
+@pytest.mark.parametrize("name", [*HARMLESS, "sample", "save_state"])
+def test_what_changes_nothing_between_two_steps(name, used):
+    llm, state = used
+    expected = [chunk["choices"] for chunk in llm.create_completion(PROMPT, max_tokens=9, temperature=0, stream=True)]
+    llm.reset()
+    chunks = []
+    for chunk in llm.create_completion(PROMPT, max_tokens=9, temperature=0, stream=True):
+        chunks.append(chunk["choices"])
+        (USES | HARMLESS)[name](llm, state)
+        llm.create_completion("begun by nobody", stream=True)
+    assert chunks == expected
+
+
 def test_threads_that_do_not_overlap(tiny, load):
     llm, twin = load(tiny("llama"), **SMALL), load(tiny("llama"), **SMALL)
     for i in range(0, len(TOKENS), 50):

@@ -23,6 +23,7 @@ from conftest import (
     SMALL,
     check_stats,
     count_evals,
+    decode_at_once,
     kl,
     last_logits,
     random_tokens,
@@ -252,18 +253,6 @@ def test_n_batch_is_what_was_asked_for(n_batch, tiny, load):
     assert llama_cpp.llama_n_ubatch(llm.ctx) == min(n_batch, 512, SMALL["kv_stage"] - SMALL["kv_window"])
 
 
-def decode_at_once(llm, tokens, first=0):
-    """Decode through the C API, as evaluation tools do, with the logits of every token: status, logits."""
-    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-    batch.n_tokens = len(tokens)
-    for i, token in enumerate(tokens):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, first + i, 1, 0, 1
-    status = llama_cpp.llama_decode(llm.ctx, batch)
-    logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(tokens), llm.n_vocab())).copy()
-    llama_cpp.llama_batch_free(batch)
-    return status, logits
-
-
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
 def test_a_batch_larger_than_the_stage(arch, tiny, load):
     """Passes run between its parts, where they come if these are decoded one by one."""
@@ -277,11 +266,23 @@ def test_a_batch_larger_than_the_stage(arch, tiny, load):
         np.testing.assert_array_equal(some, logits[first : first + n_part])
 
 
+def test_more_sinks_than_window(tiny, load):
+    """A pass may not be asked for more tokens than there are behind the sinks."""
+    options = {**SMALL, "kv_stage": 64, "kv_window": 8, "kv_sink": 16, "n_batch": 512}
+    llm = load(tiny("llama"), **options)
+    assert llama_cpp.llama_n_ubatch(llm.ctx) == 48
+    tokens, first = random_tokens(600), 0
+    for n in (10, 56, 64, 1, 48, 421):
+        status, logits = decode_at_once(llm, tokens[first : first + n], first)
+        first += n
+        assert status == 0 and np.isfinite(logits).all()
+    assert llm.kv_stats().n_tokens == 600 and llm.kv_stats().rows_used == llm.kv_stats().rows_allocated
+
+
 FAILED_PART = """
 import resource, sys
 sys.path.insert(0, sys.argv[2])
-from conftest import random_tokens
-from test_llama import decode_at_once
+from conftest import decode_at_once, random_tokens
 from llama_semanticache import Llama
 
 llm = Llama(sys.argv[1], n_ctx=2048, kv_compress="semanticache", kv_stage=1024, kv_window=16, kv_profile=None,

@@ -14,7 +14,7 @@ import tiny_models
 from conftest import SMALL, last_logits, random_tokens
 from llama_semanticache import _native, memory, profile
 from llama_semanticache.config import KVConfig, parse_bytes
-from llama_semanticache.errors import ArgumentError, ModelFileError
+from llama_semanticache.errors import ArgumentError, ModelFileError, UnsupportedModelError
 from llama_semanticache.memory import estimate, largest_n_ctx, memory_report
 from llama_semanticache.model_file import ModelFile
 from llama_semanticache.shape import LayerShape, ModelShape, shape_of
@@ -382,6 +382,8 @@ def test_report_as_json(folder):
         (" 2GB ", 2 * 10**9),
         ("0.5GiB", 1 << 29),
         ("7 B", 7),
+        (512e6, 512_000_000),
+        (np.int64(1 << 30), 1 << 30),
     ],
 )
 def test_budgets_are_read(value, expected):
@@ -389,7 +391,24 @@ def test_budgets_are_read(value, expected):
 
 
 @pytest.mark.parametrize(
-    "value", ["", "MiB", "-5MiB", 0, "0MB", True, 1.5e-3, "12 iB", "1 MiBs", "1,5MiB", None, "1e9"]
+    "value",
+    [
+        "",
+        "MiB",
+        "-5MiB",
+        0,
+        "0MB",
+        True,
+        1.5e-3,
+        "12 iB",
+        "1 MiBs",
+        "1,5MiB",
+        None,
+        "1e9",
+        float("inf"),
+        float("nan"),
+        [1],
+    ],
 )
 def test_other_budgets_are_refused(value):
     with pytest.raises(ArgumentError, match="kv_budget: expected a number of bytes.*got.*512MiB"):
@@ -413,6 +432,37 @@ def test_a_cache_takes_its_budget_and_no_more(arch, share, folder):
     stats = llm.kv_stats()
     llm.close()
     assert 0.98 * budget < stats.total_bytes <= budget
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(swa_full=None),
+        dict(n_ctx=0),
+        dict(n_ctx=0, kv_overrides={"gemma3.context_length": 32768}),
+        dict(kv_overrides={"gemma3.attention.sliding_window": 512}),
+        dict(n_batch=64, flash_attn=False),
+    ],
+    ids=str,
+)
+def test_a_budget_holds_with_any_arguments_of_upstream(options, folder):
+    from llama_semanticache import Llama
+
+    path = tiny_models.write_tiny(folder / "any.gguf", "gemma3", n_embd=128, n_ctx_train=8192)
+    known = dict(n_ctx=8192, kv_compress="semanticache", kv_stage=192, kv_window=64, kv_profile=None, verbose=False)
+    llm = Llama(str(path), **{**known, **options}, kv_budget="2.5MiB")
+    stats = llm.kv_stats()
+    llm.close()
+    assert 0.98 * 2.5 * 2**20 < stats.total_bytes <= 2.5 * 2**20
+
+
+@pytest.mark.parametrize("arch", ["mamba", "bloom", "deepseek2"])
+def test_a_budget_for_a_model_that_cannot_be_compressed(arch, folder):
+    from llama_semanticache import Llama
+
+    path = tiny_models.write_tiny(folder / f"{arch}-budget.gguf", arch)
+    with pytest.raises(UnsupportedModelError, match="expected"):
+        Llama(str(path), n_ctx=1024, kv_compress="semanticache", kv_profile=None, verbose=False, kv_budget="64MiB")
 
 
 def test_a_budget_for_more_than_all_rows_keeps_all(folder):

@@ -47,6 +47,13 @@ def test_calibration_writes_a_profile_that_is_used(arch, tiny, cache, load):
         assert [rows for *_, rows, _ in llm.kv_rows()] == expected.tolist()
 
 
+def test_calibration_on_more_than_a_pass_could_make_room_for(cache, tmp_path):
+    model = tiny_models.write_tiny(tmp_path / "long.gguf", "llama", n_ctx_train=8192)
+    path = profile.calibrate(model, texts=[TEXTS[0] * 10], n_ctx=7680, progress=False, n_threads=2)
+    got = ref.read_profile(path)
+    assert got.n_text == 1 and (got.errors[:, -1] < got.errors[:, 0]).all()
+
+
 def test_calibration_is_kept(tiny, cache, tmp_path):
     path = profile.calibrate(tiny("llama"), texts=TEXTS, n_ctx=1024, progress=False, n_threads=1)
     first = path.read_bytes()

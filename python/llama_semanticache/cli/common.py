@@ -243,7 +243,11 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, ModelFile]:
         "verbose": load.verbose,
     }
     # Llama does this too, but silently unless llama.cpp's log is wanted
-    config = within_budget(KVConfig(**load.kv_settings()), model_file.shape, n_ctx)
+    config = KVConfig(**load.kv_settings())
+    if config.kv_compress is not None and not model_file.shape.refused:
+        config.check()
+        config.check_n_ctx(n_ctx)
+        config = within_budget(config, model_file.shape, n_ctx)
     profile.ensure(model_file, verbose=True, n_threads=load.threads, config=config)
     return Llama(model_file, **options, **load.kv_settings()), model_file
 

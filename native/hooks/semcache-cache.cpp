@@ -142,19 +142,16 @@ bool llama_semcache::make_room(const llama_ubatch & ubatch) {
     if (n_used == 0 && !has_cores()) {
         p->time.start(*first); // a text may begin anywhere
     }
-    if (!ubatch.token && ubatch.n_pos > 1) {
-        semcache_set_error(SEMCACHE_ERR_STATE, "batch: expected tokens, got embeddings with " +
-                                                   std::to_string(ubatch.n_pos) +
-                                                   " positions each, as of a picture, which a compressed KV cache "
-                                                   "cannot hold; leave pictures out, or load "
-                                                   "the model without compression");
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, semcache_last_error());
-        return false;
-    }
-    if (p->time.ring_holds(*first, *last) && n_used + (int32_t) ubatch.n_tokens <= n_stage) {
-        return true;
-    }
     try {
+        if (!ubatch.token && ubatch.n_pos > 1) {
+            throw semcache_error(
+                SEMCACHE_ERR_STATE, "batch: expected tokens, got embeddings with " + std::to_string(ubatch.n_pos) +
+                                        " positions each, as of a picture, which a compressed KV cache cannot hold; "
+                                        "leave pictures out, or load the model without compression");
+        }
+        if (p->time.ring_holds(*first, *last) && n_used + (int32_t) ubatch.n_tokens <= n_stage) {
+            return true;
+        }
         if (!p->time.can_plan(n_used, p->pos_max())) {
             throw semcache_error(
                 SEMCACHE_ERR_STATE, "batch: expected tokens that follow position " + std::to_string(p->pos_max()) +

@@ -228,24 +228,21 @@ llama_semcache * semcache_find(llama_memory_i * memory) {
     return kv ? kv->semcache.get() : nullptr;
 }
 
-bool semcache_refuses_non_causal(llama_memory_i * memory, const llama_cparams & cparams) {
-    if (cparams.causal_attn || !semcache_find(memory)) {
-        return false;
-    }
-    semcache_set_error(SEMCACHE_ERR_STATE,
-        "batch: expected causal attention, got non-causal, as for a picture, which a compressed KV cache cannot hold; "
-        "leave pictures out, or load the model without compression");
-    LLAMA_LOG_ERROR("%s: %s\n", __func__, semcache_last_error());
+// The memory has a store: says so as the last error.
+static bool refuse(const char * func, const std::string & message) {
+    semcache_set_error(SEMCACHE_ERR_STATE, message);
+    LLAMA_LOG_ERROR("%s: %s\n", func, message.c_str());
     return true;
 }
 
+bool semcache_refuses_non_causal(llama_memory_i * memory, const llama_cparams & cparams) {
+    return !cparams.causal_attn && semcache_find(memory) &&
+           refuse(__func__, "batch: expected causal attention, got non-causal, as for a picture, which a compressed KV "
+                            "cache cannot hold; leave pictures out, or load the model without compression");
+}
+
 bool semcache_refuses(llama_memory_i * memory, const char * what) {
-    if (!semcache_find(memory)) {
-        return false;
-    }
-    const std::string message = std::string(what) + ": expected an uncompressed KV cache, got a compressed one, whose "
-                                                    "only sequence stays where it is; clear it instead";
-    semcache_set_error(SEMCACHE_ERR_STATE, message);
-    LLAMA_LOG_ERROR("%s: %s\n", __func__, message.c_str());
-    return true;
+    return semcache_find(memory) &&
+           refuse(__func__, std::string(what) + ": expected an uncompressed KV cache, got a compressed one, whose only "
+                                                "sequence stays where it is; clear it instead");
 }

@@ -737,27 +737,9 @@ def test_chat(smollm2, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "chat.json"
     text.write_text("The quick brown fox jumps over a lazy dog and runs into the dark wood. " * 60)
     settings = ("semanticache:0.25:equal:stage=192:window=32", "shift:0.25")
-    output = run_command(
-        "chat",
-        smollm2,
-        "--text",
-        text,
-        "--turns",
-        6,
-        "--facts",
-        2,
-        "--n-answer",
-        40,
-        "--chats",
-        1,
-        "--first-chat",
-        1,
-        "--n-ctx",
-        1024,
-        *(w for s in settings for w in ("--setting", s)),
-        "--json",
-        out,
-    )
+    options = (smollm2, "--text", text, "--turns", 6, "--facts", 2, "--n-answer", 40)
+    options += ("--chats", 1, "--first-chat", 1, "--n-ctx", 1024)
+    output = run_command("chat", *options, *(w for s in settings for w in ("--setting", s)), "--json", out)
     records = json.loads(out.read_text())["records"]
     assert [name.split("|")[1] for name in records] == ["stock:f16", *settings]
     wanted = [(turn, fact[3]) for turn, fact in enumerate(cases.chat_facts(1, 2), 1)]
@@ -765,27 +747,7 @@ def test_chat(smollm2, tmp_path):
         assert record["tokens"] > 300 and [(a["turn"], a["want"]) for a in record["answers"]] == wanted
     assert all(chat.has_words(a["got"], a["want"]) for a in records["chat|stock:f16|1"]["answers"])
     assert "turn 2" in output and "2/2" in output
-    alone = run_command(
-        "chat",
-        smollm2,
-        "--text",
-        text,
-        "--turns",
-        6,
-        "--facts",
-        2,
-        "--n-answer",
-        40,
-        "--chats",
-        1,
-        "--first-chat",
-        1,
-        "--n-ctx",
-        1024,
-        "--without-base",
-        "--setting",
-        settings[0],
-    )
+    alone = run_command("chat", *options, "--without-base", "--setting", settings[0])
     assert settings[0] in alone and "stock:f16" not in alone
     assert chat.chat_options("shift:0.25", ModelFile.read(smollm2).shape, 8960)[1] in range(2048, 8960 // 2, 256)
 

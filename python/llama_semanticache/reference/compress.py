@@ -42,6 +42,21 @@ N_FIT = 96
 """Rows are merged by the queries of about this many tokens."""
 
 
+_ROW_DTYPES = {
+    "k": np.float64,
+    "v": np.float64,
+    "bias": np.float64,
+    "chunk": np.int32,
+    "s_use": np.float64,
+    "n_tok": np.int64,
+}
+
+
+def _to_arrays(frozen, dtypes) -> None:
+    for name, dtype in dtypes.items():
+        object.__setattr__(frozen, name, np.asarray(getattr(frozen, name), dtype=dtype))
+
+
 @dataclass(frozen=True)
 class HeadRows:
     """Rows of one kv head, in index order.
@@ -67,15 +82,8 @@ class HeadRows:
     n_tok: np.ndarray
 
     def __post_init__(self):
-        for name, dtype in (
-            ("k", np.float64),
-            ("v", np.float64),
-            ("bias", np.float64),
-            ("chunk", np.int32),
-            ("s_use", np.float64),
-            ("n_tok", np.int64),
-        ):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+        _to_arrays(self, _ROW_DTYPES)
+        for name in _ROW_DTYPES:
             _expect(f"entries of {name}", len(self.k), len(getattr(self, name)))
 
     def __len__(self) -> int:
@@ -159,17 +167,7 @@ class PassInput:
     votes: Votes = field(default_factory=lambda: Votes.none(0))
 
     def __post_init__(self):
-        for name, dtype in (
-            ("k", np.float64),
-            ("v", np.float64),
-            ("bias", np.float64),
-            ("chunk", np.int32),
-            ("s_use", np.float64),
-            ("n_tok", np.int64),
-            ("q", np.float64),
-            ("pos_q", np.int64),
-        ):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+        _to_arrays(self, {**_ROW_DTYPES, "q": np.float64, "pos_q": np.int64})
         _expect("rows of v", len(self.k), len(self.v))
         _expect("entries of bias", len(self.k), len(self.bias))
         _expect("entries of chunk", self.n_cand, len(self.chunk))

@@ -11,8 +11,9 @@
 // queries vote on all rows, and what then leaves the stage is compressed. While there are no more than n_window +
 // n_sink tokens, a pass only takes votes.
 //
-// Batches. A batch may have up to n_batch tokens, as always; n_ubatch is lowered to n_stage - n_window, and a pass runs
-// before each ubatch that has no room. If it fails, llama_decode() returns an error and what was read before stays.
+// Batches. A batch may have up to n_batch tokens, as always; n_ubatch is lowered to n_stage - max(n_window, n_sink),
+// and a pass runs before each ubatch that has no room. If it fails, llama_decode() returns an error and what was read
+// before stays.
 //
 // Errors. Functions that can fail return a semcache_status; semcache_last_error() then holds the message of this thread
 // ("expected ..., got ...; next step"). Nothing here aborts the process.

@@ -12,7 +12,7 @@ class ArgumentError(SemanticCacheError, ValueError):
 
 
 class UnsupportedModelError(SemanticCacheError, ValueError):
-    """The model's cache cannot be compressed (recurrent, ALiBi, M-RoPE, MLA, embeddings)."""
+    """The model's cache cannot be compressed (recurrent, ALiBi, MLA, embeddings)."""
 
 
 class ProfileError(SemanticCacheError, ValueError):

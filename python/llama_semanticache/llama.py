@@ -108,7 +108,7 @@ class Llama(llama_cpp.Llama):
         Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
     kv_stage : int
         Newest tokens that are held exactly until the next pass compresses them. Limits ``n_ubatch``, the tokens
-        computed at a time, to ``kv_stage - kv_window``.
+        computed at a time, to ``kv_stage - max(kv_window, kv_sink)``.
     kv_window : int
         Newest tokens of the stage that a pass leaves alone.
     kv_sink : int

@@ -103,7 +103,7 @@ struct bench {
                     }
                 }
             } else if (name == "bias") {
-                std::fill_n((float *) t->data, ggml_nelements(t), 0.0f);
+                std::fill_n((ggml_fp16_t *) t->data, ggml_nelements(t), ggml_fp32_to_fp16(0.0f));
             } else if (name != "rows") {
                 for (int64_t i = 0; i < ggml_nrows(t); ++i) {
                     const float * x = values.data() + (i * 37) % ((int64_t) values.size() - t->ne[0]);
@@ -152,23 +152,25 @@ std::unique_ptr<bench> flash_attention(
     return b;
 }
 
-// All rows but those of the stage are cores; as many of every head.
+// All rows but those of the stage are cores; as many of every head. Beside quantized rows the stage is in q8_0.
 std::unique_ptr<bench> proportional_attention(ggml_backend_t cpu, const shape & s, int64_t n_rows, int64_t n_tokens,
     int64_t n_layer, ggml_type type_k, ggml_type type_v) {
     auto b = std::make_unique<bench>(n_layer);
     ggml_context * c = b->ctx.get();
     const int64_t n_core = n_rows - N_STAGE;
+    const ggml_type type_stage = type_k == GGML_TYPE_F16 ? GGML_TYPE_F16 : GGML_TYPE_Q8_0;
     ggml_tensor * mask = b->tensor("mask", GGML_TYPE_F16, { N_STAGE, n_tokens });
     ggml_tensor * rows = b->tensor("rows", GGML_TYPE_I32, { s.n_head_kv, 2 });
     for (int64_t il = 0; il < n_layer; ++il) {
         ggml_tensor * q = b->tensor("q", GGML_TYPE_F32, { s.d, s.n_head_kv * s.n_gqa, n_tokens });
-        ggml_tensor * k = b->tensor("k", GGML_TYPE_F16, { s.d, s.n_head_kv, N_STAGE });
-        ggml_tensor * v = b->tensor("v", GGML_TYPE_F16, { s.d, s.n_head_kv, N_STAGE });
+        ggml_tensor * k = b->tensor("k", type_stage, { s.d, s.n_head_kv, N_STAGE });
+        ggml_tensor * v = b->tensor("v", type_stage, { s.d, s.n_head_kv, N_STAGE });
         ggml_tensor * ck = b->tensor("core_k", type_k, { s.d, s.n_head_kv * n_core });
         ggml_tensor * cv = b->tensor("core_v", type_v, { s.d, s.n_head_kv * n_core });
-        ggml_tensor * bias = b->tensor("bias", GGML_TYPE_F32, { s.n_head_kv * n_core });
-        ggml_build_forward_expand(b->graph,
-            ggml_prop_attn(c, q, k, v, mask, ck, cv, bias, rows, nullptr, 1.0f / std::sqrt((float) s.d), 0.0f));
+        ggml_tensor * bias = b->tensor("bias", GGML_TYPE_F16, { s.n_head_kv * n_core });
+        ggml_tensor * heads = b->tensor("heads", GGML_TYPE_F16, { 2 * s.d, s.n_head_kv }); // no sinks
+        ggml_build_forward_expand(b->graph, ggml_prop_attn(c, q, k, v, mask, ck, cv, bias, rows, heads, nullptr,
+                                                1.0f / std::sqrt((float) s.d), 0.0f, false));
         b->bytes = (int64_t) (ggml_nbytes(k) + ggml_nbytes(v) + ggml_nbytes(ck) + ggml_nbytes(cv) + ggml_nbytes(bias));
     }
     b->allocate(cpu);
@@ -202,8 +204,9 @@ int main(int argc, char ** argv) {
     const std::pair<ggml_type, ggml_type> types[] = {
         { GGML_TYPE_F16, GGML_TYPE_F16 },
         { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0 },
-        { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 },
+        { GGML_TYPE_Q5_0, GGML_TYPE_IQ4_NL },
         { GGML_TYPE_Q4_0, GGML_TYPE_Q4_0 },
+        { GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_NL },
     };
     const double bandwidth = read_bandwidth(n_threads);
     printf("%d threads, %d rounds, %lld rows per head, times per layer; a plain loop reads %.1f GB/s\n\n", n_threads,

@@ -16,6 +16,17 @@ void rope::table(const std::vector<int64_t> & delta, std::vector<float> & cs) co
     }
 }
 
+void rope::mean_table(int64_t first, int64_t n, std::vector<float> & cs) const {
+    cs.resize(inv_freq.size() * 2);
+    for (size_t i = 0; i < inv_freq.size(); ++i) { // a geometric series of e^(i w)
+        const double w = inv_freq[i], half = std::sin(0.5 * w);
+        const double length = half != 0.0 ? std::sin(0.5 * w * (double) n) / (half * (double) n) : 1.0;
+        const double angle = w * ((double) first + 0.5 * (double) (n - 1));
+        cs[2 * i + 0] = (float) (length * std::cos(angle));
+        cs[2 * i + 1] = (float) (length * std::sin(angle));
+    }
+}
+
 void turn(float * x, const float * cs, int32_t n_rot, bool neox) {
     const int32_t n = n_rot / 2;
     for (int32_t i = 0; i < n; ++i) {

@@ -16,6 +16,10 @@ struct rope {
 
     // Cosine and sine of every angle: cs [n_delta, n_rot/2, 2] for turns by delta [n_delta] positions.
     void table(const std::vector<int64_t> & delta, std::vector<float> & cs) const;
+
+    // The mean of the turns to the positions [first, first + n): cs [n_rot/2, 2], shorter than 1 the faster a pair
+    // turns.
+    void mean_table(int64_t first, int64_t n, std::vector<float> & cs) const;
 };
 
 // Turns x [n_rot] in place by the angles cs [n_rot/2, 2]; neox as in rope.

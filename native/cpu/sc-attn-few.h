@@ -28,18 +28,6 @@ struct row_span {
     }
 };
 
-template <row_type T> vf load_values(const uint8_t * row, int32_t e) {
-    if constexpr (T == row_type::f16) {
-        return vload_f16((const f16 *) row + e);
-    } else if constexpr (T == row_type::q8_0) {
-        const q8_block & b = ((const q8_block *) row)[e / Q_BLOCK];
-        return i8_to_vf(b.qs + e % Q_BLOCK) * f16_to_f32(b.d);
-    } else {
-        const q4_block & b = ((const q4_block *) row)[e / Q_BLOCK];
-        return i4_to_vf(b.qs, e % Q_BLOCK) * f16_to_f32(b.d);
-    }
-}
-
 // x[r][i] = q_r.k_i for NQ query rows and the keys i, i + 1, ... < n, NK of these at a time
 template <row_type T, int NQ, int NK>
 void few_logits(const float * q, int32_t d, const row_span & k, const row_span & next, int32_t i, int32_t n, float * x,
@@ -173,14 +161,6 @@ void few_values_along(const float * x, int64_t ld_x, const row_span & v, const r
                 o[(r + j / NE) * ld_v + e + j % NE] += sums[j];
             }
         }
-    }
-}
-
-template <typename F> void with_type(row_type t, F && f) {
-    switch (t) {
-        case row_type::f16: f(std::integral_constant<row_type, row_type::f16>()); break;
-        case row_type::q8_0: f(std::integral_constant<row_type, row_type::q8_0>()); break;
-        case row_type::q4_0: f(std::integral_constant<row_type, row_type::q4_0>()); break;
     }
 }
 

@@ -20,25 +20,44 @@ constexpr int32_t N_QUERY = 192;     // query rows of a batch that share a conve
 constexpr float MASKED = -1e30f;     // finite, so that differences of masked logits are no NaN
 constexpr float MASKED_LO = -1e29f;
 
-// Rows [begin, end) of one head: first its cores, then the cells of the stage.
+// Rows [begin, end) of one head: its sinks and cores, then the cells of the stage.
 struct piece {
     int32_t head, begin, end;
 };
 
-row_span k_span(const attn_args & a, int32_t h, bool core, int32_t row) {
-    const row_type type = core ? a.k_type : row_type::f16;
-    const int64_t size = row_size(type, a.n_embd_head_k);
-    return core ? row_span{ a.k_core + (a.row_first[h] + row) * size, size, type, size }
-                : row_span{ (const uint8_t *) (a.k + h * a.k_head + row * a.k_cell), a.k_cell * (int64_t) sizeof(f16),
-                      type, size };
+enum class source { sinks, cores, cells };
+
+row_span rows_of(const uint8_t * p, row_type type, int32_t row, int64_t d) {
+    const int64_t size = row_size(type, d);
+    return { p + row * size, size, type, size };
 }
 
-row_span v_span(const attn_args & a, int32_t h, bool core, int32_t row) {
-    const row_type type = core ? a.v_type : row_type::f16;
-    const int64_t size = row_size(type, a.n_embd_head_v);
-    return core ? row_span{ a.v_core + (a.row_first[h] + row) * size, size, type, size }
-                : row_span{ (const uint8_t *) (a.v + h * a.v_head + row * a.v_cell), a.v_cell * (int64_t) sizeof(f16),
-                      type, size };
+// Rows of one source from the row-th on; those of the sinks and cores of a head are counted together.
+row_span k_span(const attn_args & a, int32_t h, source from, int32_t row) {
+    const int64_t d = a.n_embd_head_k;
+    switch (from) {
+        case source::sinks:
+            return rows_of(
+                (const uint8_t *) head_parts(a.heads, h, d, a.n_embd_head_v, a.n_sink).k_sink, row_type::f16, row, d);
+        case source::cores: return rows_of(a.k_core, a.k_type, a.row_first[h] + row, d);
+        default: return { a.k + h * a.k_head + row * a.k_cell, a.k_cell, a.k_cell_type, row_size(a.k_cell_type, d) };
+    }
+}
+
+row_span v_span(const attn_args & a, int32_t h, source from, int32_t row) {
+    const int64_t d = a.n_embd_head_v;
+    switch (from) {
+        case source::sinks:
+            return rows_of(
+                (const uint8_t *) head_parts(a.heads, h, a.n_embd_head_k, d, a.n_sink).v_sink, row_type::f16, row, d);
+        case source::cores: return rows_of(a.v_core, a.v_type, a.row_first[h] + row, d);
+        default: return { a.v + h * a.v_head + row * a.v_cell, a.v_cell, a.v_cell_type, row_size(a.v_cell_type, d) };
+    }
+}
+
+// Elements e, e + 1, ... of the values of n cells of a transposed stage.
+row_span v_span_along(const attn_args & a, int32_t h, int32_t row, int32_t n) {
+    return { a.v + h * a.v_head + row * a.v_cell, a.v_elem, row_type::f16, n * (int64_t) sizeof(f16) };
 }
 
 int32_t tokens_at_once(const attn_args & a) {
@@ -71,7 +90,8 @@ int64_t slots_size(const attn_args & a) {
 // Running softmax of some query rows over the rows seen so far, in the scratch of one thread.
 struct online {
     int64_t ld_v, ld_x;
-    float *q, *q_core; // [n_row, d_k] scaled, for the stage and for cores: rotated where their keys are
+    float *q, *q_core; // [n_row, d_k] scaled; for cores in their frame, if they have one
+    float * shift;     // [n_row] logit that the mean of the cores' keys gives
     float *k, *p;      // a tile's keys [N_TILE, d_k] and packed
     float * v;         // a tile's values [N_TILE, ld_v]
     float * x;         // logits [n_row, ld_x]
@@ -91,7 +111,8 @@ struct online {
             return res;
         };
         q = take(n_row * d_k);
-        q_core = a.k_type == row_type::f16 ? q : take(n_row * d_k);
+        q_core = a.k_type == row_type::f16 && !a.k_rotated ? q : take(n_row * d_k);
+        shift = take(n_row);
         k = take(N_TILE * d_k);
         p = take(N_TILE * d_k);
         v = take(N_TILE * ld_v);
@@ -142,22 +163,32 @@ bool visible(const attn_args & a, int32_t token0, int32_t n_tokens, int32_t cell
     return false;
 }
 
+// Adds biases in f16 and a shift to a row of logits.
+void add_bias(const f16 * bias, float shift, int32_t n, float * x) {
+    int32_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        vstore(x + i, vload(x + i) + (vload_f16(bias + i) + shift));
+    }
+    for (; i < n; ++i) {
+        x[i] += f16_to_f32(bias[i]) + shift;
+    }
+}
+
 // Logits of query row r become shares of its running softmax: x [n], padded with zeros to n_cols.
-void soft_max_step(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t n_cols, int32_t token,
+void soft_max_step(const attn_args & a, int32_t h, source from, int32_t row, int32_t n, int32_t n_cols, int32_t token,
     int32_t r, online & s) {
     float * x = s.x + r * s.ld_x;
+    float shift = from == source::cores ? s.shift[r] : 0.0f;
     if (a.softcap > 0.0f) {
         for (int32_t i = 0; i < n; i += VL) {
-            vstore(x + i, vsoftcap(vload(x + i), a.softcap));
+            vstore(x + i, vsoftcap(vload(x + i) + shift, a.softcap));
         }
+        shift = 0.0f;
     }
     std::fill(x + n, x + n_cols, MASKED);
-    if (core) {
-        const float * bias = a.bias + a.row_first[h] + row;
-        for (int32_t i = 0; i < n; ++i) {
-            x[i] += bias[i];
-        }
-    } else if (!add_mask(a, token, row, n, x)) {
+    if (from == source::cores) {
+        add_bias(a.bias + a.row_first[h] + row, shift, n, x);
+    } else if (from == source::cells && !add_mask(a, token, row, n, x)) {
         std::fill(x, x + n_cols, 0.0f);
         return;
     }
@@ -184,18 +215,18 @@ void soft_max_step(const attn_args & a, int32_t h, bool core, int32_t row, int32
     s.l[r] += vsum(vl);
 }
 
-// One tile of n rows, for any number of query rows: cores from `row` on or cells from `row` on.
+// One tile of n rows of a source from `row` on, for any number of query rows.
 void add_tile(
-    const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t token0, int32_t n_tokens, online & s) {
+    const attn_args & a, int32_t h, source from, int32_t row, int32_t n, int32_t token0, int32_t n_tokens, online & s) {
     const int32_t d_k = a.n_embd_head_k, d_v = a.n_embd_head_v;
     const int32_t n_gqa = a.n_head / a.n_head_kv;
     const int32_t n_row = n_tokens * n_gqa;
-    if (!core && !visible(a, token0, n_tokens, row, n)) {
+    if (from == source::cells && !visible(a, token0, n_tokens, row, n)) {
         return;
     }
 
-    const row_span k = k_span(a, h, core, row), v = v_span(a, h, core, row);
-    const bool transposed = !core && a.v_elem != 1;
+    const row_span k = k_span(a, h, from, row), v = v_span(a, h, from, row);
+    const bool transposed = from == source::cells && a.v_trans();
     for (int32_t i = 0; i < n; ++i) {
         decode_row(k.type, k.row(i), s.k + (int64_t) i * d_k, d_k);
         float * to = s.v + i * s.ld_v;
@@ -206,15 +237,15 @@ void add_tile(
     }
     if (transposed) { // read along the cells
         for (int32_t e = 0; e < d_v; ++e) {
-            const f16 * from = a.v + h * a.v_head + e * a.v_elem + row * a.v_cell;
+            const uint8_t * elem = v.p + e * a.v_elem;
             for (int32_t i = 0; i < n; ++i) {
-                s.v[i * s.ld_v + e] = f16_to_f32(from[i * a.v_cell]);
+                s.v[i * s.ld_v + e] = f16_to_f32(*(const f16 *) (elem + i * a.v_cell));
             }
         }
     }
 
     const int32_t n_cols = (int32_t) pad_to(n, NR);
-    const float * q = core ? s.q_core : s.q;
+    const float * q = from == source::cores ? s.q_core : s.q;
     if (n_row >= MR) {
         pack_panels(s.k, d_k, n, d_k, s.p);
         gemm_panels(q, d_k, n_row, s.p, d_k, n_cols, s.x, s.ld_x);
@@ -226,28 +257,26 @@ void add_tile(
         }
     }
     for (int32_t r = 0; r < n_row; ++r) {
-        soft_max_step(a, h, core, row, n, n_cols, token0 + r / n_gqa, r, s);
+        soft_max_step(a, h, from, row, n, n_cols, token0 + r / n_gqa, r, s);
     }
     gemm_rows(s.x, s.ld_x, n_row, s.v, s.ld_v, n, (int) s.ld_v, s.o, s.ld_v, true);
 }
 
-bool strips_fit(const attn_args & a, bool core) {
-    return a.n_embd_head_k % VL == 0 && a.n_embd_head_v % VL == 0 && (core || a.v_elem == 1 || a.v_cell == 1);
+bool strips_fit(const attn_args & a, source from) {
+    return a.n_embd_head_k % VL == 0 && a.n_embd_head_v % VL == 0 &&
+           (from != source::cells || !a.v_trans() || a.v_cell == (int64_t) sizeof(f16));
 }
 
 // A strip of n rows, as add_tile.
-void add_strip(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n, int32_t n_tokens, online & s) {
+void add_strip(const attn_args & a, int32_t h, source from, int32_t row, int32_t n, int32_t n_tokens, online & s) {
     const int32_t d_k = a.n_embd_head_k, d_v = a.n_embd_head_v;
     const int32_t n_gqa = a.n_head / a.n_head_kv, n_row = n_tokens * n_gqa;
-    if (!core && !visible(a, 0, n_tokens, row, n)) {
+    if (from == source::cells && !visible(a, 0, n_tokens, row, n)) {
         return;
     }
-    const bool along = !core && a.v_elem != 1; // then a row of v is an element of all cells' values
-    const row_span k = k_span(a, h, core, row),
-                   v = along ? row_span{ (const uint8_t *) (a.v + h * a.v_head + row * a.v_cell),
-                       a.v_elem * (int64_t) sizeof(f16), row_type::f16, n * (int64_t) sizeof(f16) }
-                             : v_span(a, h, core, row);
-    const float * q = core ? s.q_core : s.q;
+    const bool along = from == source::cells && a.v_trans(); // then a row of v is an element of all cells' values
+    const row_span k = k_span(a, h, from, row), v = along ? v_span_along(a, h, row, n) : v_span(a, h, from, row);
+    const float * q = from == source::cores ? s.q_core : s.q;
     with_type(k.type, [&](auto type) {
         for_queries(n_row, [&](int32_t r, auto n_q) {
             constexpr int NQ = decltype(n_q)::value;
@@ -256,9 +285,9 @@ void add_strip(const attn_args & a, int32_t h, bool core, int32_t row, int32_t n
         });
     });
     for (int32_t r = 0; r < n_row; ++r) {
-        soft_max_step(a, h, core, row, n, (int32_t) pad_to(n, VL), r / n_gqa, r, s);
+        soft_max_step(a, h, from, row, n, (int32_t) pad_to(n, VL), r / n_gqa, r, s);
     }
-    const row_span k_next = k_span(a, h, core, row + n); // of the next strip, if there is one
+    const row_span k_next = k_span(a, h, from, row + n); // of the next strip, if there is one
     if (along) {
         for_queries(n_row, [&](int32_t r, auto n_q) {
             few_values_along<decltype(n_q)::value>(
@@ -279,42 +308,52 @@ void attend(const attn_args & a, const piece & p, int32_t token0, int32_t n_toke
     const int32_t d_k = a.n_embd_head_k;
     const int32_t n_gqa = a.n_head / a.n_head_kv;
     const int32_t n_row = n_tokens * n_gqa;
+    const head_parts head(a.heads, p.head, d_k, a.n_embd_head_v, a.n_sink);
     for (int32_t r = 0; r < n_row; ++r) {
         const float * from = a.q + (token0 + r / n_gqa) * a.q_token + (p.head * n_gqa + r % n_gqa) * a.q_head;
         float * q = s.q + (int64_t) r * d_k;
         for (int32_t e = 0; e < d_k; ++e) {
             q[e] = a.scale * from[e];
         }
+        s.shift[r] = 0.0f;
         if (s.q_core != s.q) {
-            std::copy_n(q, d_k, s.q_core + (int64_t) r * d_k);
-            hadamard(s.q_core + (int64_t) r * d_k, d_k);
+            float * framed = s.q_core + (int64_t) r * d_k;
+            std::copy_n(q, d_k, framed);
+            if (a.k_rotated) {
+                hadamard(framed, d_k);
+            }
+            if (a.k_type != row_type::f16) {
+                s.shift[r] = frame_query(head.frame(), framed, d_k);
+            }
         }
     }
     std::fill_n(s.o, n_row * s.ld_v, 0.0f);
     std::fill_n(s.l, n_row, 0.0f);
     std::fill_n(s.m, n_row, MASKED);
 
-    const int32_t n_core = a.row_count[p.head], mid = std::clamp(n_core, p.begin, p.end);
-    auto rows = [&](bool core, int32_t begin, int32_t end) {
-        const bool strips = a.n_tokens <= N_FEW && strips_fit(a, core);
-        const int32_t step = strips && core ? N_STRIP : N_TILE,
-                      first = core ? 0 : n_core; // tiles of cells that nobody sees are skipped
+    const int32_t n_used = a.row_count[p.head], n_sink = std::min(n_used, a.n_sink);
+    auto rows = [&](source from, int32_t begin, int32_t end) {
+        const bool strips = a.n_tokens <= N_FEW && strips_fit(a, from);
+        const int32_t step = strips && from == source::cores ? N_STRIP : N_TILE,
+                      first = from == source::cells ? n_used : 0; // tiles of cells that nobody sees are skipped
         for (int32_t i = begin; i < end; i += step) {
             const int32_t n = std::min(step, end - i);
             if (strips) {
-                add_strip(a, p.head, core, i - first, n, n_tokens, s);
+                add_strip(a, p.head, from, i - first, n, n_tokens, s);
             } else {
-                add_tile(a, p.head, core, i - first, n, token0, n_tokens, s);
+                add_tile(a, p.head, from, i - first, n, token0, n_tokens, s);
             }
         }
     };
-    rows(true, p.begin, mid);
-    if (a.v_type != row_type::f16 && mid > p.begin) { // what the cores gave is a sum of rotated values
+    const int32_t sinks_end = std::clamp(n_sink, p.begin, p.end), cores_end = std::clamp(n_used, p.begin, p.end);
+    rows(source::cores, sinks_end, cores_end);
+    if (a.v_type != row_type::f16 && cores_end > sinks_end) { // what the cores gave is a sum of rotated values
         for (int32_t r = 0; r < n_row; ++r) {
             hadamard(s.o + r * s.ld_v, a.n_embd_head_v);
         }
     }
-    rows(false, mid, p.end);
+    rows(source::sinks, p.begin, sinks_end);
+    rows(source::cells, cores_end, p.end);
 }
 
 // out = o/l with the sink's share taken off

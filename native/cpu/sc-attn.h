@@ -1,11 +1,11 @@
 // sc-attn.h - proportional attention on the CPU: one softmax over the cores of a head and the stage
 //
-//     out = sum_i p_i v_i,  p = softmax_i( softcap(scale q.k_i) + bias_i ),  i over the head's cores and the stage's
-//     cells
+//     out = sum_i p_i v_i,  p = softmax_i( softcap(scale q.k_i) + bias_i ),  i over the head's sinks and cores and the
+//     stage's cells
 //
-// with the bias of a core as stored and that of a cell from the mask. A K or V row is read and converted once for
-// several query heads of its group, not for each of them. The work is cut the same way whatever the number of threads,
-// so the result does not depend on it.
+// with the bias of a core as stored, 0 for a sink, and that of a cell from the mask. A K or V row is read and converted
+// once for several query heads of its group, not for each of them. The work is cut the same way whatever the number of
+// threads, so the result does not depend on it.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace semcache {
 
-// All tensors of one attention call. Strides are in elements of the tensor's type.
+// All tensors of one attention call. Strides are in elements, those of the stage in bytes.
 struct attn_args {
     int32_t n_embd_head_k;
     int32_t n_embd_head_v;
@@ -24,14 +24,17 @@ struct attn_args {
     int32_t n_tokens;
     int32_t n_kv; // cells of the stage that the mask covers
     float scale;
-    float softcap; // 0: none
+    float softcap;  // 0: none
+    bool k_rotated; // q, k and K of the sinks are rotated
 
     const float * q;
     int64_t q_head, q_token; // [n_embd_head_k, n_head, n_tokens]
-    const f16 * k;
+    const uint8_t * k;
+    row_type k_cell_type;   // f16 or q8_0
     int64_t k_head, k_cell; // [n_embd_head_k, n_head_kv, n_kv]
-    const f16 * v;
-    int64_t v_head, v_cell, v_elem; // [n_embd_head_v, n_head_kv, n_kv], any order in memory
+    const uint8_t * v;
+    row_type v_cell_type;           // likewise; f16 if the values lie along the cells
+    int64_t v_head, v_cell, v_elem; // [n_embd_head_v, n_head_kv, n_kv], any order in memory; v_elem of f16 alone
     const void * mask;
     bool mask_f16;
     int64_t mask_token;  // [n_kv, n_tokens] f16 or f32, 0 or -inf (or a bias)
@@ -41,10 +44,14 @@ struct attn_args {
     row_type k_type; // [n_embd_head_k, n_row]
     const uint8_t * v_core;
     row_type v_type;           // [n_embd_head_v, n_row]
-    const float * bias;        // [n_row]
+    const f16 * bias;          // [n_row]
     int32_t n_row;             // allocated, of all heads
     const int32_t * row_first; // [n_head_kv] first row of each head
-    const int32_t * row_count; // [n_head_kv] rows in use
+    const int32_t * row_count; // [n_head_kv] rows in use; the first n_sink of them are sinks
+    const f16 * heads;         // [n_head_kv, head_size] see head_parts
+    int32_t n_sink;
+
+    bool v_trans() const { return v_elem > (int64_t) sizeof(f16); }
 };
 
 // Floats of scratch for all nth threads together. Needs the sizes and types of `a` only.

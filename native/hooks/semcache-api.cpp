@@ -73,13 +73,14 @@ semcache_params semcache_default_params(void) {
     p.struct_size = sizeof(p);
     p.method = SEMCACHE_METHOD_SEMANTIC;
     p.ratio = 0.25f;
-    p.n_stage = 768;
-    p.n_window = 512;
+    p.n_stage = 512;
+    p.n_window = 256;
     p.n_sink = 4;
     p.n_horizon = 512;
     p.n_chunk = 32;
     p.type_k = SEMCACHE_TYPE_AUTO;
     p.type_v = SEMCACHE_TYPE_AUTO;
+    p.type_stage = SEMCACHE_TYPE_AUTO;
     p.merge = 1;
     p.distinct = semcache::DISTINCT;
     return p;
@@ -108,11 +109,16 @@ int32_t semcache_configure_next(const semcache_params * params) {
         expect(p.distinct >= 0 && p.distinct <= 100, "distinct", "0 to 100", num(p.distinct));
         expect(p.n_chunk >= 1 && p.n_chunk <= 255, "n_chunk", "1 to 255", num(p.n_chunk));
 
-        for (const auto & [name, type] : { std::pair("type_k", p.type_k), std::pair("type_v", p.type_v) }) {
-            const bool known =
-                type == SEMCACHE_TYPE_AUTO || type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
-            expect(known, name, "SEMCACHE_TYPE_AUTO, GGML_TYPE_F16, _Q8_0 or _Q4_0", num(type));
-        }
+        const std::vector<int32_t> cells = { SEMCACHE_TYPE_AUTO, GGML_TYPE_F16, GGML_TYPE_Q8_0 };
+        std::vector<int32_t> rows = cells;
+        rows.insert(rows.end(), { GGML_TYPE_Q5_0, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL });
+        auto expect_type = [&](const char * name, int32_t type, const std::vector<int32_t> & known, const char * what) {
+            expect(std::find(known.begin(), known.end(), type) != known.end(), name, what, num(type));
+        };
+        const char * of_rows = "SEMCACHE_TYPE_AUTO, GGML_TYPE_F16, _Q8_0, _Q5_0, _Q4_0 or _IQ4_NL";
+        expect_type("type_k", p.type_k, rows, of_rows);
+        expect_type("type_v", p.type_v, rows, of_rows);
+        expect_type("type_stage", p.type_stage, cells, "SEMCACHE_TYPE_AUTO, GGML_TYPE_F16 or _Q8_0");
 
         auto c = std::make_unique<semcache_config>();
         c->params = p;

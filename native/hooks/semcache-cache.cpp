@@ -73,6 +73,7 @@ llama_semcache::parts::parts(llama_kv_cache & kv, const llama_semcache_scope & s
     lctx(scope.lctx), kv(kv), v_trans(v_trans), arch(scope.model.arch_name()), n_ctx((int32_t) scope.cparams.n_ctx),
     delimiter(delimiters(scope.model.vocab)), time(timeline_of(scope.config->params)),
     store(stage_layers(kv.layers, kv.map_layer_ids), scope, time.ring_end() + 1) {
+    kv.attn_rot_v = false; // rotating 8 bits of a value gains nothing (docs/decisions.md)
     if (scope.config->params.calibrate) {
         scope.cparams.cb_eval = semcache_residual::observe;
         scope.cparams.cb_eval_user_data = &residual;
@@ -97,6 +98,8 @@ semcache::stage_tokens llama_semcache::parts::collect() const {
     }
     return st;
 }
+
+bool llama_semcache::parts::k_rotated() const { return kv.attn_rot_k; }
 
 int32_t llama_semcache::parts::n_stage_used() const { return (int32_t) kv.v_cells[0].get_used(); }
 

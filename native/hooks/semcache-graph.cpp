@@ -84,7 +84,7 @@ struct query_history {
 
 query_history history_of(const ggml_tensor * q, const std::string & arch) {
     query_history res;
-    for (const ggml_tensor * t = q; t; t = t->src[0]) {
+    for (const ggml_tensor * t = q; t;) {
         switch (t->op) {
             case GGML_OP_ROPE: res.is_turned = true; return res;
             case GGML_OP_MUL:
@@ -98,9 +98,15 @@ query_history history_of(const ggml_tensor * q, const std::string & arch) {
                 break;
             case GGML_OP_CONCAT: refuse_queries(arch, "turns a part of them that does not begin a head");
             case GGML_OP_MUL_MAT:
+                if (t->op_params[1] == GGML_HINT_SRC0_IS_HADAMARD) { // for a quantized stage
+                    t = t->src[1];
+                    continue;
+                }
+                return {};
             case GGML_OP_MUL_MAT_ID: return {};
             default: break;
         }
+        t = t->src[0];
     }
     return {};
 }
@@ -136,12 +142,12 @@ ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor *
         }
         ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, ring, q_rows, input->row));
     }
-    if (!input->has_cores) {
+    if (!input->has_cores && k->type == GGML_TYPE_F16) {
         return nullptr; // upstream's own attention, to the bit
     }
 
-    ggml_tensor * cur =
-        ggml_prop_attn(ctx, q, k, v, kq_mask, l->k, l->v, l->bias, l->rows, sinks, kq_scale, l->shape.softcap);
+    ggml_tensor * cur = ggml_prop_attn(ctx, q, k, v, kq_mask, l->k, l->v, l->bias, l->rows, l->heads, sinks, kq_scale,
+        l->shape.softcap, own->k_rotated());
     ggml_build_forward_expand(graph.gf, cur);
     return cur;
 }

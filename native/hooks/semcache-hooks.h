@@ -4,10 +4,10 @@
 // it is allocated with n_stage cells and goes on doing masks, slots and positions for the newest tokens.
 //
 // Call sites (patches/*.patch): the constructor of llama_context opens the scope; that of llama_kv_cache asks for its
-// number of cells and attaches the store; the memory context of a batch asks for cells before each ubatch; clear,
-// seq_rm, seq_keep, seq_pos_*, memory_breakdown, state_write and state_read pass through; llama_memory_seq_cp, _add and
-// _div ask semcache_refuses, decode asks semcache_refuses_non_causal, and build_attn_mha asks semcache_build_attn
-// first.
+// number of cells and their types and attaches the store; the memory context of a batch asks for cells before each
+// ubatch; clear, seq_rm, seq_keep, seq_pos_*, memory_breakdown, state_write and state_read pass through;
+// llama_memory_seq_cp, _add and _div ask semcache_refuses, decode asks semcache_refuses_non_causal, and build_attn_mha
+// asks semcache_build_attn first.
 
 #pragma once
 
@@ -94,8 +94,9 @@ private:
     std::unique_ptr<parts> p;
 };
 
-// Cells for a cache that is about to be built: those of the stage inside a scope, else kv_size.
-uint32_t semcache_n_cells(uint32_t kv_size, llama_swa_type swa_type, const void * other);
+// A cache that is about to be built: inside a scope it gets the cells and types of the stage, else they stay.
+void semcache_shape_cache(
+    uint32_t & kv_size, ggml_type & type_k, ggml_type & type_v, llama_swa_type swa_type, const void * other);
 
 // The store for a cache that was just built inside a scope, else NULL.
 std::shared_ptr<llama_semcache> semcache_attach(
@@ -109,7 +110,7 @@ bool semcache_refuses(llama_memory_i * memory, const char * what);
 bool semcache_refuses_non_causal(llama_memory_i * memory, const llama_cparams & cparams);
 
 // Attention over cores and stage for one layer: what build_attn_mha would return, or NULL if the layer is not
-// compressed or has no cores yet, for upstream to go on as always.
+// compressed, or has no cores yet and a stage of f16, for upstream to go on as always.
 struct llm_graph_context;
 ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
     ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il);

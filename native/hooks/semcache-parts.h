@@ -31,6 +31,9 @@ struct llama_semcache::parts {
     // The stage's tokens in position order.
     semcache::stage_tokens collect() const;
 
+    // Whether llama.cpp rotates queries and the keys of the stage, as it does where that is quantized.
+    bool k_rotated() const;
+
     int32_t n_stage_used() const;
     llama_pos pos_max() const; // -1 if the stage is empty
 

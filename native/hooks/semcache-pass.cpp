@@ -90,15 +90,26 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
     semcache::planned_pass next = time.plan(collect(), n_room);
 
     // whatever can fail comes before the graph runs
-    std::vector<std::vector<float>> turns(store.ropes.size());
+    const bool makes_frames = !time.has_cores() && next.n_stop > 0;
+    std::vector<std::vector<float>> turns(store.ropes.size()), backs(turns.size()), means(turns.size());
     for (size_t i = 0; i < turns.size(); ++i) {
         store.ropes[i].table(next.turn, turns[i]);
+        if (makes_frames) {
+            store.ropes[i].table(next.back, backs[i]);
+            store.ropes[i].mean_table(next.pos_begin, n_ctx, means[i]);
+        }
     }
     std::vector<semcache::pass_args> args;
     std::vector<semcache::pass_job> jobs;
     args.reserve(store.layers.size());
     for (const auto & l : store.layers) {
-        args.push_back(store.args(l, v_trans, turns[l.rope]));
+        args.push_back(store.args(l, v_trans, k_rotated()));
+        args.back().turn = turns[l.rope].data();
+        args.back().makes_frame = makes_frames && args.back().k_type != semcache::row_type::f16;
+        if (makes_frames) {
+            args.back().back = backs[l.rope].data();
+            args.back().mean_turn = means[l.rope].data();
+        }
         for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
             jobs.push_back({ &args.back(), ih });
         }
@@ -165,7 +176,6 @@ void llama_semcache::parts::calibrate_add() {
     semcache::chunker cut{ params.n_chunk, 0 };
     cut.run({ st.is_delimiter.begin() + params.n_sink, st.is_delimiter.begin() + n_past }, chunk);
 
-    const std::vector<float> no_turns; // a text's passes make their own
     std::vector<semcache::pass_args> args;
     std::vector<semcache::calibrate_text> texts;
     std::vector<semcache::calibrate_job> jobs;
@@ -173,7 +183,7 @@ void llama_semcache::parts::calibrate_add() {
     args.reserve(store.layers.size());
     texts.reserve(store.layers.size());
     for (const auto & l : store.layers) {
-        args.push_back(store.args(l, v_trans, no_turns));
+        args.push_back(store.args(l, v_trans, k_rotated())); // a text's passes make their own turns
         texts.push_back({ &args.back(), &store.ropes[l.rope], st.pos.data(), st.cell.data(), chunk.data(), ring.data(),
             n_token, n_past, params.n_sink });
         for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {

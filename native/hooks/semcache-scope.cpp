@@ -16,6 +16,9 @@ namespace {
 
 thread_local llama_semcache_scope * scope_active = nullptr;
 
+// What SEMCACHE_TYPE_AUTO stands for (docs/decisions.md).
+constexpr ggml_type TYPE_K = GGML_TYPE_IQ4_NL, TYPE_V = GGML_TYPE_IQ4_NL, TYPE_STAGE = GGML_TYPE_Q8_0;
+
 // What an architecture has that keeps its cache from being compressed, whatever the model; NULL: nothing.
 const char * arch_obstacle(llm_arch arch) {
     if (llm_arch_is_recurrent(arch)) {
@@ -83,28 +86,70 @@ std::string obstacle(const llama_model & model, const llama_cparams & cparams, c
     return "";
 }
 
+// Layers whose cache is compressed: those that attend to all tokens.
+bool is_compressed(const llama_hparams & h, uint32_t il) { return h.n_head_kv(il) > 0 && !h.is_swa(il); }
+
+// Type that SEMCACHE_TYPE_AUTO stands for: the given one where all heads of the compressed layers are whole blocks of
+// it.
+int32_t resolve_type(int32_t type, ggml_type best, const llama_hparams & h) {
+    if (type != SEMCACHE_TYPE_AUTO) {
+        return type;
+    }
+    const int64_t block = ggml_blck_size(best);
+    for (uint32_t il = 0; il < h.n_layer(); ++il) {
+        if (is_compressed(h, il) && (h.n_embd_head_k(il) % block || h.n_embd_head_v(il) % block)) {
+            return GGML_TYPE_F16;
+        }
+    }
+    return best;
+}
+
+// What it stands for in the stage. Keys of 8 bits are good enough if they are rotated, which llama.cpp does where heads
+// are multiples of 64 values (llama_kv_cache::attn_rot_k).
+int32_t resolve_stage_type(const semcache_params & p, const llama_cparams & cparams, const llama_hparams & h) {
+    bool rotates = cparams.flash_attn && !p.calibrate && h.n_embd_head_k() % 64 == 0;
+    uint32_t of_all = 0;
+    for (uint32_t il = 0; il < h.n_layer(); ++il) {
+        if (is_compressed(h, il)) {
+            of_all = of_all ? of_all : h.n_embd_head_k(il);
+            rotates = rotates && h.n_embd_head_k(il) == of_all && of_all % 64 == 0;
+        }
+    }
+    return resolve_type(p.type_stage, rotates ? TYPE_STAGE : GGML_TYPE_F16, h);
+}
+
+// A cell of the cache and a row hold whole blocks of every head.
+void check_type(const char * name, int32_t type, const llama_hparams & h) {
+    const int64_t block = ggml_blck_size((ggml_type) type);
+    for (uint32_t il = 0; il < h.n_layer(); ++il) {
+        for (const int64_t d : { (int64_t) h.n_embd_head_k(il), (int64_t) h.n_embd_head_v(il) }) {
+            if (is_compressed(h, il) && d % block != 0) {
+                throw semcache_error(SEMCACHE_ERR_MODEL,
+                    std::string(name) + ": expected f16 for heads of " + std::to_string(d) + " values, as in layer " +
+                        std::to_string(il) + ", got " + ggml_type_name((ggml_type) type) + ", whose blocks have " +
+                        std::to_string(block) + "; use f16");
+            }
+        }
+    }
+}
+
 // Whether a device computes attention over a layer's cores.
 bool has_prop_attn(ggml_backend_dev_t dev, const llama_hparams & h, uint32_t il, const semcache_params & p) {
-    const ggml_context_ptr ctx(ggml_init({ 9 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
+    const ggml_context_ptr ctx(ggml_init({ 12 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
     if (!ctx) {
         throw semcache_error(
             SEMCACHE_ERR_MEMORY, "compressed KV cache: expected room to describe its attention, got none; free memory");
     }
     const int64_t n_k = h.n_embd_head_k(il), n_v = h.n_embd_head_v(il), n_head = h.n_head(il),
                   n_head_kv = h.n_head_kv(il), n = 256;
-    // a type that a head's rows do not fill is refused by the store, which comes later
-    const auto core = [](int32_t type, int64_t n_embd) {
-        return n_embd % ggml_blck_size(GGML_TYPE_Q8_0) ? GGML_TYPE_F16
-               : type == SEMCACHE_TYPE_AUTO            ? GGML_TYPE_Q8_0
-                                                       : (ggml_type) type;
-    };
     const auto tensor = [&](int32_t type, int64_t ne0, int64_t ne1, int64_t ne2) {
         return ggml_new_tensor_3d(ctx.get(), (ggml_type) type, ne0, ne1, ne2);
     };
-    const ggml_tensor * op = ggml_prop_attn(ctx.get(), tensor(GGML_TYPE_F32, n_k, n_head, n),
-        tensor(GGML_TYPE_F16, n_k, n_head_kv, n), tensor(GGML_TYPE_F16, n_v, n_head_kv, n),
-        tensor(GGML_TYPE_F16, n, n, 1), tensor(core(p.type_k, n_k), n_k, n, 1), tensor(core(p.type_v, n_v), n_v, n, 1),
-        tensor(GGML_TYPE_F32, n, 1, 1), tensor(GGML_TYPE_I32, n_head_kv, 2, 1), nullptr, 1.0f, 0.0f);
+    const ggml_tensor * op =
+        ggml_prop_attn(ctx.get(), tensor(GGML_TYPE_F32, n_k, n_head, n), tensor(p.type_stage, n_k, n_head_kv, n),
+            tensor(p.type_stage, n_v, n_head_kv, n), tensor(GGML_TYPE_F16, n, n, 1), tensor(p.type_k, n_k, n, 1),
+            tensor(p.type_v, n_v, n, 1), tensor(GGML_TYPE_F16, n, 1, 1), tensor(GGML_TYPE_I32, n_head_kv, 2, 1),
+            tensor(GGML_TYPE_F16, semcache::head_size(n_k, n_v, p.n_sink), n_head_kv, 1), nullptr, 1.0f, 0.0f, false);
     return ggml_backend_dev_supports_op(dev, op);
 }
 
@@ -123,7 +168,7 @@ llama_semcache_scope::llama_semcache_scope(llama_context & lctx, const llama_mod
     if (!config) {
         return;
     }
-    const auto & p = config->params;
+    auto & p = config->params;
     const std::string why = obstacle(model, cparams, params);
     if (!why.empty()) {
         throw semcache_error(SEMCACHE_ERR_MODEL,
@@ -148,10 +193,22 @@ llama_semcache_scope::llama_semcache_scope(llama_context & lctx, const llama_mod
     // a batch may be as large as it likes: a pass comes before each ubatch that has no room, and frees as much at the
     // most, one row besides the sinks included
     cparams.n_ubatch = std::min(cparams.n_ubatch, (uint32_t) (p.n_stage - std::max(p.n_window, p.n_sink)));
+    if (!cparams.flash_attn && p.type_stage != SEMCACHE_TYPE_AUTO && p.type_stage != GGML_TYPE_F16) {
+        throw semcache_error(SEMCACHE_ERR_ARGUMENT,
+            std::string(
+                "type_stage: expected f16 without flash attention, since values then lie along the cells, got ") +
+                ggml_type_name((ggml_type) p.type_stage) + "; use f16 or flash attention");
+    }
+    p.type_k = resolve_type(p.type_k, TYPE_K, model.hparams);
+    p.type_v = resolve_type(p.type_v, TYPE_V, model.hparams);
+    p.type_stage = resolve_stage_type(p, cparams, model.hparams);
+    check_type("type_k", p.type_k, model.hparams);
+    check_type("type_v", p.type_v, model.hparams);
+    check_type("type_stage", p.type_stage, model.hparams);
     // rows that a device cannot attend to would be copied from it for every token: they stay where the CPU reads them
     for (uint32_t il = 0; cparams.offload_kqv && il < model.hparams.n_layer(); ++il) {
         ggml_backend_dev_t dev = model.dev_layer(il);
-        if (model.hparams.n_head_kv(il) > 0 && !(has_prop_attn(dev, model.hparams, il, p) && has_pass(dev))) {
+        if (is_compressed(model.hparams, il) && !(has_prop_attn(dev, model.hparams, il, p) && has_pass(dev))) {
             LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores, or no pass\n",
                 __func__, ggml_backend_dev_name(dev));
             cparams.offload_kqv = false;
@@ -178,8 +235,12 @@ static bool takes_store(llama_swa_type swa_type, const void * other) {
     return scope_active && scope_active->config && !scope_active->attached && swa_type == LLAMA_SWA_TYPE_NONE && !other;
 }
 
-uint32_t semcache_n_cells(uint32_t kv_size, llama_swa_type swa_type, const void * other) {
-    return takes_store(swa_type, other) ? (uint32_t) scope_active->config->params.n_stage : kv_size;
+void semcache_shape_cache(
+    uint32_t & kv_size, ggml_type & type_k, ggml_type & type_v, llama_swa_type swa_type, const void * other) {
+    if (takes_store(swa_type, other)) {
+        kv_size = (uint32_t) scope_active->config->params.n_stage;
+        type_k = type_v = (ggml_type) scope_active->config->params.type_stage;
+    }
 }
 
 std::shared_ptr<llama_semcache> semcache_attach(

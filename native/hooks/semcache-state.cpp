@@ -11,7 +11,7 @@
 namespace {
 
 constexpr uint32_t STATE_MAGIC = 0x6d657363; // "csem": no stock cache state begins with so many streams
-constexpr uint32_t STATE_VERSION = 7;
+constexpr uint32_t STATE_VERSION = 8;
 
 [[noreturn]] void throw_damaged(const std::string & expected, const std::string & got) {
     throw semcache_error(
@@ -167,6 +167,7 @@ std::vector<std::pair<const char *, uint32_t>> head_of(const llama_semcache::par
         { "n_layer", (uint32_t) p.store.layers.size() },
         { "type_k", (uint32_t) params.type_k },
         { "type_v", (uint32_t) params.type_v },
+        { "type_stage", (uint32_t) params.type_stage },
         { "calibrate", params.calibrate != 0 },
     };
 }
@@ -194,16 +195,33 @@ void for_tokens(const llama_semcache::parts & p, const semcache_store::layer & l
 // Cores of a head in use are in the order of their chunks and stand for tokens.
 void check_cores(const semcache_store & store, const semcache_store::layer & l, int32_t ih, int32_t n_chunk) {
     const int32_t n = l.row_count[ih], n_sink = store.params.n_sink;
-    std::vector<int32_t> chunk(n);
-    std::vector<uint8_t> n_tok(n);
-    ggml_backend_tensor_get(l.chunk, chunk.data(), l.row_first[ih] * sizeof(int32_t), n * sizeof(int32_t));
-    ggml_backend_tensor_get(l.n_tok, n_tok.data(), l.row_first[ih], n);
+    std::vector<int32_t> origin(n);
+    ggml_backend_tensor_get(l.origin, origin.data(), l.row_first[ih] * sizeof(int32_t), n * sizeof(int32_t));
+    int32_t last = 0;
     for (int32_t i = n_sink; i < n; ++i) {
-        if (chunk[i] < 0 || chunk[i] >= n_chunk || (i > n_sink && chunk[i] < chunk[i - 1])) {
+        const int32_t chunk = semcache::chunk_of(origin[i]), n_tok = semcache::n_tok_of(origin[i]);
+        if (chunk < last || chunk >= n_chunk) {
             throw_damaged("rows in the order of their chunks", "others");
         }
-        if (n_tok[i] < 1 || n_tok[i] > store.params.n_chunk) {
-            throw_damaged("rows of 1 to " + std::to_string(store.params.n_chunk) + " tokens", std::to_string(n_tok[i]));
+        if (n_tok < 1 || n_tok > store.params.n_chunk) {
+            throw_damaged("rows of 1 to " + std::to_string(store.params.n_chunk) + " tokens", std::to_string(n_tok));
+        }
+        last = chunk;
+    }
+}
+
+// Calls f(tensor, offset, bytes) for what the layer holds besides the stage: frames and sinks, then the cores in use.
+template <typename F> void for_cores(const semcache_store & store, const semcache_store::layer & l, F && f) {
+    const int32_t n_sink = store.params.n_sink;
+    if (std::all_of(l.row_count.begin(), l.row_count.end(), [](int32_t n) { return n == 0; })) {
+        return;
+    }
+    f(l.heads, 0, ggml_nbytes(l.heads));
+    for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
+        for (ggml_tensor * t : l.row_tensors()) {
+            if (l.row_count[ih] > n_sink) {
+                f(t, (l.row_first[ih] + n_sink) * l.row_bytes(t), (l.row_count[ih] - n_sink) * l.row_bytes(t));
+            }
         }
     }
 }
@@ -221,12 +239,8 @@ void read_rows(
         }
     }
     l.row_count = count;
+    for_cores(store, l, [&](ggml_tensor * t, size_t at, size_t n) { io.read_tensor(t, at, n); });
     for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
-        for (ggml_tensor * t : l.row_tensors()) {
-            if (count[ih] > 0) {
-                io.read_tensor(t, l.row_first[ih] * l.row_bytes(t), count[ih] * l.row_bytes(t));
-            }
-        }
         check_cores(store, l, ih, n_chunk);
     }
     l.put_counts();
@@ -305,13 +319,7 @@ void llama_semcache::state_write_data(llama_io_write_i & io) const {
     }
     for (const auto & l : p->store.layers) {
         io.write(l.row_count.data(), l.row_count.size() * sizeof(int32_t));
-        for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
-            for (ggml_tensor * t : l.row_tensors()) {
-                if (l.row_count[ih] > 0) {
-                    io.write_tensor(t, l.row_first[ih] * l.row_bytes(t), l.row_count[ih] * l.row_bytes(t));
-                }
-            }
-        }
+        for_cores(p->store, l, [&](ggml_tensor * t, size_t at, size_t n) { io.write_tensor(t, at, n); });
         for_tokens(*p, l, st, s.n_asked, [&](ggml_tensor * t, size_t at, size_t n) { io.write_tensor(t, at, n); });
     }
 }
@@ -323,7 +331,7 @@ void llama_semcache::state_read_data(llama_io_read_i & io) {
         s.n_past = read_value<int32_t>(io);
         s.n_asked = read_value<int32_t>(io);
         s.begin = read_value<int32_t>(io);
-        s.chunk_start = read_values<int32_t>(io, semcache::timeline::N_CHUNK_MAX);
+        s.chunk_start = read_values<int32_t>(io, semcache::N_CHUNK_MAX);
         const auto merged = read_value<int64_t>(io), dropped = read_value<int64_t>(io);
         const auto pos = read_values<int32_t>(io, p->store.params.n_stage);
         const auto tok = read_values<int32_t>(io, p->store.params.n_stage);

@@ -12,6 +12,10 @@
 
 namespace {
 
+// Of the query ring: queries vote and are what rows are fitted to, for which 5 bits are enough; a calibration also
+// measures with them (docs/decisions.md).
+constexpr ggml_type TYPE_Q = GGML_TYPE_Q5_0, TYPE_Q_CALIBRATE = GGML_TYPE_Q8_0;
+
 // Whether M-RoPE turns pair i of a token of text: its first three positions are the text's, the fourth is 0
 // (llm_graph_input_pos::set_input; the sections are those of ggml-cpu/ops.cpp, ggml_mrope_cache_init).
 bool turns_text(const llama_hparams & hparams, int32_t i) {
@@ -93,30 +97,12 @@ std::vector<int32_t> budgets(
     return rows;
 }
 
-// What SEMCACHE_TYPE_AUTO stands for, for the layers' heads of these sizes.
-int32_t resolve_type(int32_t type, const std::vector<int64_t> & n_embd_head) {
-    if (type != SEMCACHE_TYPE_AUTO) {
-        return type;
-    }
-    const bool whole = std::all_of(
-        n_embd_head.begin(), n_embd_head.end(), [](int64_t n) { return n % ggml_blck_size(GGML_TYPE_Q8_0) == 0; });
-    return whole ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
-}
-
-void check_type(const char * name, int32_t type, int64_t d, uint32_t il) {
-    const int64_t block = ggml_blck_size((ggml_type) type);
-    if (d % block != 0) {
-        throw semcache_error(SEMCACHE_ERR_MODEL, std::string("cores of ") + ggml_type_name((ggml_type) type) +
-                                                     ": expected heads of a multiple of " + std::to_string(block) +
-                                                     " values, got " + std::to_string(d) + " for " + name +
-                                                     " in layer " + std::to_string(il) + "; use f16");
-    }
-}
-
 semcache::row_type row_type_of(const ggml_tensor * t) {
     switch (t->type) {
         case GGML_TYPE_Q8_0: return semcache::row_type::q8_0;
+        case GGML_TYPE_Q5_0: return semcache::row_type::q5_0;
         case GGML_TYPE_Q4_0: return semcache::row_type::q4_0;
+        case GGML_TYPE_IQ4_NL: return semcache::row_type::iq4_nl;
         default: return semcache::row_type::f16;
     }
 }
@@ -131,16 +117,11 @@ semcache_store::semcache_store(const std::vector<semcache_stage_layer> & stage, 
     int64_t n_vote_row) : params(scope.config->params) {
     const auto & hparams = scope.model.hparams;
     std::vector<std::pair<int32_t, int32_t>> heads;
-    std::vector<int64_t> sizes_k, sizes_v;
     for (const auto & sl : stage) {
         for (uint32_t ih = 0; ih < hparams.n_head_kv(sl.il); ++ih) {
             heads.emplace_back(sl.il, ih);
-            sizes_k.push_back(hparams.n_embd_head_k(sl.il));
-            sizes_v.push_back(hparams.n_embd_head_v(sl.il));
         }
     }
-    params.type_k = resolve_type(params.type_k, sizes_k);
-    params.type_v = resolve_type(params.type_v, sizes_v);
     make_layers(stage, scope, budgets(heads, *scope.config, (int32_t) scope.cparams.n_ctx));
     allocate(scope, n_vote_row);
     clear();
@@ -166,8 +147,6 @@ void semcache_store::make_layers(const std::vector<semcache_stage_layer> & stage
         l.shape.n_embd_head_v = (int32_t) hparams.n_embd_head_v(sl.il);
         l.shape.n_gqa = (int32_t) hparams.n_gqa(sl.il);
         l.shape.softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
-        check_type("K", params.type_k, l.shape.n_embd_head_k, sl.il);
-        check_type("V", params.type_v, l.shape.n_embd_head_v, sl.il);
         l.row_count.assign(hparams.n_head_kv(sl.il), 0);
         l.row_first.assign(1, 0);
         for (size_t ih = 0; ih < l.row_count.size(); ++ih) {
@@ -189,9 +168,9 @@ void semcache_store::make_layers(const std::vector<semcache_stage_layer> & stage
 
 void semcache_store::make_tensors(ggml_context * ctx, layer & l, int64_t n_vote_row) const {
     const int64_t n_row = l.row_first.back(), n_stage = params.n_stage;
-    // queries only vote: 8 bits are enough for that (docs/decisions.md)
     const int64_t n_embd_q = (int64_t) l.shape.n_embd_head_k * l.n_head;
-    const ggml_type type_q = n_embd_q % ggml_blck_size(GGML_TYPE_Q8_0) == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
+    const bool fills = l.shape.n_embd_head_k % 16 == 0 && n_embd_q % ggml_blck_size(TYPE_Q) == 0;
+    const ggml_type type_q = fills ? (params.calibrate ? TYPE_Q_CALIBRATE : TYPE_Q) : GGML_TYPE_F16;
     auto make = [&](const char * name, ggml_type type, int64_t ne0, int64_t ne1) {
         ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
         ggml_format_name(t, "core_%s_l%d", name, l.il);
@@ -199,10 +178,12 @@ void semcache_store::make_tensors(ggml_context * ctx, layer & l, int64_t n_vote_
     };
     l.k = make("k", (ggml_type) params.type_k, l.shape.n_embd_head_k, n_row);
     l.v = make("v", (ggml_type) params.type_v, l.shape.n_embd_head_v, n_row);
-    l.bias = make("bias", GGML_TYPE_F32, n_row, 1);
-    l.s_use = make("s_use", GGML_TYPE_F32, n_row, 1);
-    l.chunk = make("chunk", GGML_TYPE_I32, n_row, 1);
-    l.n_tok = make("n_tok", GGML_TYPE_I8, n_row, 1);
+    l.bias = make("bias", GGML_TYPE_F16, n_row, 1);
+    l.s_use =
+        make("s_use", semcache::evicts((semcache::method) params.method) ? GGML_TYPE_F32 : GGML_TYPE_F16, n_row, 1);
+    l.origin = make("origin", GGML_TYPE_I32, n_row, 1);
+    l.heads = make("heads", GGML_TYPE_F16,
+        semcache::head_size(l.shape.n_embd_head_k, l.shape.n_embd_head_v, params.n_sink), l.n_head_kv());
     l.rows = make("rows", GGML_TYPE_I32, l.n_head_kv(), 2);
     l.vote_p4 = make("vote_p4", GGML_TYPE_F32, n_stage, l.n_head_kv());
     l.vote_p = make("vote_p", GGML_TYPE_F32, n_stage, l.n_head_kv());
@@ -303,8 +284,8 @@ void semcache_store::cut(int32_t chunk) {
         for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
             int32_t & n = l.row_count[ih];
             of.resize(n);
-            ggml_backend_tensor_get(l.chunk, of.data(), l.row_first[ih] * sizeof(int32_t), n * sizeof(int32_t));
-            while (n > params.n_sink && of[n - 1] >= chunk) {
+            ggml_backend_tensor_get(l.origin, of.data(), l.row_first[ih] * sizeof(int32_t), n * sizeof(int32_t));
+            while (n > params.n_sink && semcache::chunk_of(of[n - 1]) >= chunk) {
                 --n;
             }
         }
@@ -312,7 +293,7 @@ void semcache_store::cut(int32_t chunk) {
     }
 }
 
-semcache::pass_args semcache_store::args(const layer & l, bool v_trans, const std::vector<float> & turns) const {
+semcache::pass_args semcache_store::args(const layer & l, bool v_trans, bool k_rotated) const {
     semcache::pass_args a = {};
     a.shape = l.shape;
     a.shape.n_gqa *= l.n_q_layer();
@@ -323,33 +304,37 @@ semcache::pass_args semcache_store::args(const layer & l, bool v_trans, const st
     a.v = (uint8_t *) l.v->data;
     a.k_type = row_type_of(l.k);
     a.v_type = row_type_of(l.v);
-    a.bias = (float *) l.bias->data;
-    a.s_use = (float *) l.s_use->data;
-    a.chunk = (int32_t *) l.chunk->data;
-    a.n_tok = (uint8_t *) l.n_tok->data;
+    a.bias = (semcache::f16 *) l.bias->data;
+    if (l.s_use->type == GGML_TYPE_F32) {
+        a.s_policy = (float *) l.s_use->data;
+    } else {
+        a.s_use = (semcache::f16 *) l.s_use->data;
+    }
+    a.origin = (int32_t *) l.origin->data;
     a.n_row = l.row_first.back();
     a.row_first = (const int32_t *) l.rows->data;
     a.row_count = (int32_t *) l.rows->data + a.n_head_kv;
+    a.heads = (semcache::f16 *) l.heads->data;
+    a.n_sink = params.n_sink;
 
-    const int64_t d_k = l.shape.n_embd_head_k, d_v = l.shape.n_embd_head_v, n_stage = params.n_stage;
-    a.k_stage = (const semcache::f16 *) l.k_stage->data;
-    a.k_head = d_k;
-    a.k_cell = l.k_stage->ne[0];
-    a.v_stage = (const semcache::f16 *) l.v_stage->data;
-    a.v_head = v_trans ? d_v * n_stage : d_v;
-    a.v_cell = v_trans ? 1 : l.v_stage->ne[0];
-    a.v_elem = v_trans ? n_stage : 1;
+    const int64_t d_v = l.shape.n_embd_head_v, n_stage = params.n_stage, size = sizeof(semcache::f16);
+    a.k_rotated = k_rotated;
+    a.k_stage = (const uint8_t *) l.k_stage->data;
+    a.k_cell_type = row_type_of(l.k_stage);
+    a.k_head = (int64_t) ggml_row_size(l.k_stage->type, l.shape.n_embd_head_k);
+    a.k_cell = (int64_t) l.k_stage->nb[1];
+    a.v_stage = (const uint8_t *) l.v_stage->data;
+    a.v_cell_type = row_type_of(l.v_stage);
+    a.v_head = v_trans ? d_v * n_stage * size : (int64_t) ggml_row_size(l.v_stage->type, d_v);
+    a.v_cell = v_trans ? size : (int64_t) l.v_stage->nb[1];
+    a.v_elem = v_trans ? n_stage * size : size;
     a.vote_p4 = (float *) l.vote_p4->data;
     a.vote_p = (float *) l.vote_p->data;
     a.vote_head = n_stage;
 
-    if (l.q->type == GGML_TYPE_Q8_0) {
-        a.q8 = (const semcache::q8_block *) l.q->data;
-    } else {
-        a.q = (const semcache::f16 *) l.q->data;
-    }
-    a.q_row = l.q->ne[0];
-    a.turn = turns.data();
+    a.q = (const uint8_t *) l.q->data;
+    a.q_type = row_type_of(l.q);
+    a.q_row = (int64_t) l.q->nb[1];
     a.n_rot = 2 * (int32_t) ropes[l.rope].inv_freq.size();
     a.neox = ropes[l.rope].neox;
     return a;
@@ -374,10 +359,10 @@ void semcache_store::stats(semcache_stats & s) const {
         s.n_head_kv += l.n_head_kv();
         s.rows_allocated += l.row_first.back();
         s.rows_used += std::accumulate(l.row_count.begin(), l.row_count.end(), (int64_t) 0);
-        s.core_bytes += allocated(l.k) + allocated(l.v) + allocated(l.bias) + allocated(l.rows);
+        s.core_bytes += allocated(l.k) + allocated(l.v) + allocated(l.bias) + allocated(l.rows) + allocated(l.heads);
         s.stage_bytes += ggml_nbytes(l.k_stage) + ggml_nbytes(l.v_stage);
         s.query_bytes += allocated(l.q);
-        for (const ggml_tensor * t : { l.s_use, l.chunk, l.n_tok, l.vote_p4, l.vote_p }) {
+        for (const ggml_tensor * t : { l.s_use, l.origin, l.vote_p4, l.vote_p }) {
             s.meta_bytes += allocated(t);
         }
     }

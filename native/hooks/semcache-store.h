@@ -33,17 +33,17 @@ public:
         semcache::head_shape shape;
         ggml_tensor * k_stage; // of the llama_kv_cache
         ggml_tensor * v_stage;
-        ggml_tensor * k;       // F16, Q8_0 or Q4_0 [n_embd_head_k, n_row]
-        ggml_tensor * v;       // F16, Q8_0 or Q4_0 [n_embd_head_v, n_row]
-        ggml_tensor * bias;    // F32 [n_row]
-        ggml_tensor * s_use;   // F32 [n_row] see pass_args, and so on
-        ggml_tensor * chunk;   // I32 [n_row]
-        ggml_tensor * n_tok;   // I8 [n_row], without sign
+        ggml_tensor * k;       // semcache_params::type_k [n_embd_head_k, n_row]
+        ggml_tensor * v;       // type_v [n_embd_head_v, n_row]
+        ggml_tensor * bias;    // F16 [n_row]
+        ggml_tensor * s_use;   // F16 [n_row] see pass_args, and so on; F32 as s_policy
+        ggml_tensor * origin;  // I32 [n_row]
+        ggml_tensor * heads;   // F16 [head_size, n_head_kv]
         ggml_tensor * rows;    // I32 [n_head_kv, 2] first row of each head, and its rows in use
         ggml_tensor * vote_p4; // F32 [n_stage, n_head_kv]
         ggml_tensor * vote_p;  // F32 [n_stage, n_head_kv]
-        ggml_tensor * q;       // Q8_0 (F16 if rows are no whole blocks) [n_embd_head_k*n_head*n_q_layer, n_ring + 1]
-        int32_t rope;          // index into ropes; 0: queries are not turned
+        ggml_tensor * q; // quantized, or F16 if heads do not fill blocks [n_embd_head_k*n_head*n_q_layer, n_ring + 1]
+        int32_t rope;    // index into ropes; 0: queries are not turned
 
         // Weights of RMS norms that follow RoPE: [n_q_layer, n_embd_head_k] if any layer has one.
         std::vector<float> q_weight;
@@ -68,7 +68,7 @@ public:
         void put_counts() const;
         void get_counts();
 
-        std::vector<ggml_tensor *> row_tensors() const { return { k, v, bias, s_use, chunk, n_tok }; }
+        std::vector<ggml_tensor *> row_tensors() const { return { k, v, bias, s_use, origin }; }
     };
 
     // n_vote_row: rows of the query ring.
@@ -94,10 +94,10 @@ public:
     void stats(semcache_stats & s) const;
     int32_t head_stats(semcache_head_stats * heads, int32_t n) const;
 
-    // The layer as a pass sees it; turns belong to l.rope.
-    semcache::pass_args args(const layer & l, bool v_trans, const std::vector<float> & turns) const;
+    // The layer as a pass sees it, but for what belongs to l.rope.
+    semcache::pass_args args(const layer & l, bool v_trans, bool k_rotated) const;
 
-    semcache_params params; // with the types that AUTO stands for
+    semcache_params params;
     std::vector<layer> layers;
     std::vector<semcache::rope> ropes; // distinct ones, behind one that turns nothing
 

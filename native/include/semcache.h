@@ -56,7 +56,8 @@ enum semcache_status {
     SEMCACHE_ERR_IO = 7        // a file could not be written, or a state is damaged
 };
 
-// In the place of a ggml_type: Q8_0 where all heads are whole blocks of it, else F16.
+// In the place of a ggml_type: IQ4_NL for rows where all heads are whole blocks of it, Q8_0 for the stage with flash
+// attention where they are multiples of 64 values; else F16.
 enum { SEMCACHE_TYPE_AUTO = -1 };
 
 enum semcache_method {
@@ -78,11 +79,13 @@ struct semcache_params {
     float ratio;        // rows allocated for cores, as a share of n_ctx, mean over kv heads; 0 < ratio <= 1
     int32_t n_stage;    // cells of the stage; n_window + n_sink < n_stage <= min(n_ctx, n_window + SEMCACHE_MAX_ROOM)
     int32_t n_window;   // newest tokens of the stage that a pass leaves alone; >= 1
-    int32_t n_sink;     // first tokens of the sequence, never merged or dropped; >= 0
+    int32_t n_sink;     // first tokens of the sequence, never merged, dropped or quantized; >= 0
     int32_t n_horizon;  // the look-ahead rotates queries to n_past + n_window + [0, n_horizon); >= 1
     int32_t n_chunk;    // longest chunk, tokens; 1 to 255
-    int32_t type_k;     // ggml_type of the cores' K: F16, Q8_0, Q4_0 or SEMCACHE_TYPE_AUTO; the stage is F16
+    int32_t type_k;     // ggml_type of the cores' K: F16, Q8_0, Q5_0, Q4_0, IQ4_NL or SEMCACHE_TYPE_AUTO
     int32_t type_v;     // ggml_type of the cores' V, likewise
+    int32_t type_stage; // ggml_type of the stage: F16, with which attention is llama.cpp's own until there are cores,
+                        // Q8_0, which needs flash attention, or SEMCACHE_TYPE_AUTO
     int32_t merge;      // 1: losers are merged into winners of their chunk; 0: they are dropped
     int32_t distinct;  // percent of a head's rows that go to the keys least like the others, whatever their score; 0 to
                        // 100; a calibration has none
@@ -109,10 +112,10 @@ struct semcache_stats {
     int64_t n_pass;       // passes since the context was made
     int64_t pass_us;      // microseconds spent in them
     int64_t pass_last_us;
-    int64_t core_bytes;  // allocated: K, V and bias of the cores
+    int64_t core_bytes;  // allocated: K, V and bias of the cores, frames and sinks of the heads
     int64_t stage_bytes; // allocated: K and V of the stage in the compressed layers
     int64_t query_bytes; // allocated: ring of the queries since the last pass
-    int64_t meta_bytes;  // allocated: scores, chunk ids, token counts, votes on the stage
+    int64_t meta_bytes;  // allocated: scores and origins of the cores, votes on the stage
     int64_t full_bytes;  // what an uncompressed f16 cache would take for the compressed layers
 };
 

@@ -48,37 +48,43 @@ struct pass_plan {
     int32_t n_token() const { return n_sink + n_new + n_window; }
 };
 
-// One layer. Pointers of rows, stage and ring are to all heads; strides are in elements of the type.
+// One layer. Pointers of rows, stage and ring are to all heads; strides are in elements, those of the stage in bytes.
 struct pass_args {
     head_shape shape;
     int32_t n_head_kv;
 
-    // Rows of head ih: row_first[ih] and those behind it. n_plan::n_row_sink sinks, then cores in text order, then free
-    // ones.
+    // Rows of head ih: row_first[ih] and those behind it. plan::n_row_sink sinks, then cores in text order, then free
+    // ones. K and V of sinks are in heads; nothing of their rows is read.
     uint8_t * k; // [n_row] rows of n_embd_head_k values of type k_type
     uint8_t * v; // [n_row] rows of n_embd_head_v values of type v_type
     row_type k_type, v_type;
-    float * bias;    // [n_row]
-    float * s_use;   // [n_row] greatest attention that a core ever got; of the methods that evict, the last pass's
-    int32_t * chunk; // [n_row] id of its chunk
-    uint8_t * n_tok; // [n_row] tokens that it stands for; at most n_chunk <= 255, since clusters never cross a chunk
-    int32_t n_row;   // allocated
+    f16 * bias;       // [n_row]
+    f16 * s_use;      // [n_row] greatest attention that a core ever got
+    float * s_policy; // [n_row] instead of it, of the methods that evict: the last pass's score, which some add up
+    int32_t * origin; // [n_row] chunk and tokens, see origin_of; clusters never cross a chunk, of at most 255 tokens
+    int32_t n_row;    // allocated
     const int32_t * row_first; // [n_head_kv]
     int32_t * row_count;       // [n_head_kv] in use; written by the pass
+    f16 * heads;               // [n_head_kv, head_size] see head_parts; frames and sinks are written by the first pass
+    int32_t n_sink;            // that heads has room for
 
-    // Stage, by cells.
-    const f16 * k_stage;
+    // Stage, by cells, of type f16 or q8_0. If k_rotated, its keys, those of the sinks and the ring's queries are
+    // rotated.
+    bool k_rotated;
+    const uint8_t * k_stage;
+    row_type k_cell_type;
     int64_t k_head, k_cell; // a key is contiguous
-    const f16 * v_stage;
-    int64_t v_head, v_cell, v_elem; // a value need not be (transposed cache)
+    const uint8_t * v_stage;
+    row_type v_cell_type;
+    int64_t v_head, v_cell, v_elem; // a value of f16 need not be (transposed cache)
     float * vote_p4; // [n_head_kv, vote_head] sums over queries and query heads: of attention shares to the power of 4
     float * vote_p;  // likewise: of attention shares
     int64_t vote_head;
 
-    // Query ring: f16, or q8_0 if q8 is set. A row holds the queries of all heads, layer by layer.
-    const f16 * q;
-    const q8_block * q8;
-    int64_t q_row;          // values from one row to the next
+    // Query ring. A row holds the queries of all heads, layer by layer.
+    const uint8_t * q;
+    row_type q_type;        // f16 if heads are no multiples of 16 values
+    int64_t q_row;          // bytes from one row to the next
     int32_t n_q_layer;      // layers whose queries ask: the one that has the rows, and those that read them
     const float * q_weight; // [n_q_layer, n_embd_head_k] that queries were multiplied by after RoPE; NULL: by nothing
 
@@ -86,6 +92,11 @@ struct pass_args {
     const float * turn; // [n_voter, n_rot/2, 2]
     int32_t n_rot;      // 0: none
     bool neox;
+
+    // Whether this pass makes frames, as the first over a text does: with turns of the stage's tokens back to position
+    // 0 [n_token, n_rot/2, 2] and the mean of the turns to all positions of the context [n_rot/2, 2].
+    bool makes_frame;
+    const float *back, *mean_turn;
 };
 
 // Counts over the candidates of a head.

@@ -26,7 +26,7 @@ struct exact_rows {
     void add_core(const pass_head & h, int32_t i) {
         h.load_core_key(i, k.data() + (size_t) n * h.a.shape.n_embd_head_k);
         h.load_core_value(i, v.data() + (size_t) n * h.a.shape.n_embd_head_v);
-        bias[n++] = h.a.bias[h.first + i];
+        bias[n++] = h.bias(i);
     }
 };
 
@@ -101,9 +101,10 @@ std::vector<text_pass> passes_of(const calibrate_text & text, const calibrate_pa
 
 // Rows of one head in f16: a profile is of the model, not of the type of the rows.
 struct own_rows {
-    std::vector<uint8_t> k, v, n_tok;
-    std::vector<float> bias, s_use, vote_p4, vote_p;
-    std::vector<int32_t> chunk, row_first, row_count;
+    std::vector<uint8_t> k, v;
+    std::vector<f16> bias, s_use, heads;
+    std::vector<float> vote_p4, vote_p;
+    std::vector<int32_t> origin, row_first, row_count;
     pass_args args;
 
     own_rows(const calibrate_text & text, int32_t ih, int32_t n_alloc) : args(*text.layer) {
@@ -118,13 +119,15 @@ struct own_rows {
         args.k_type = args.v_type = type;
         args.bias = make(bias, n_alloc);
         args.s_use = make(s_use, n_alloc);
-        args.chunk = make(chunk, n_alloc);
-        args.n_tok = make(n_tok, n_alloc);
+        args.origin = make(origin, n_alloc);
         args.n_row = n_alloc;
         make(row_first, args.n_head_kv);
         std::fill(row_first.begin() + ih + 1, row_first.end(), n_alloc);
         args.row_first = row_first.data();
         args.row_count = make(row_count, args.n_head_kv);
+        args.n_sink = text.n_sink;
+        args.heads =
+            make(heads, args.n_head_kv * head_size(args.shape.n_embd_head_k, args.shape.n_embd_head_v, args.n_sink));
         args.vote_p4 = make(vote_p4, n_cell);
         args.vote_p = make(vote_p, n_cell);
         args.vote_head = 0;
@@ -203,7 +206,9 @@ std::vector<double> output_errors(
             compress_head(args, pass.plan, ih, arena::align(scratch.data()));
         }
         exact_rows rows(cores.args.shape, cores.row_count[ih] + text.n_token - text.n_past);
-        const pass_head h(cores.args, whole, ih);
+        pass_plan after = whole;
+        after.n_row_sink = text.n_sink;
+        const pass_head h(cores.args, after, ih);
         for_rows(cores.row_count[ih], [&](int32_t i) { rows.add_core(h, i); });
         for (int32_t t = text.n_past; t < text.n_token; ++t) {
             rows.add_token(h, t);

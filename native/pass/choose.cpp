@@ -97,11 +97,11 @@ void assign_losers(const pass_head & h, const pass_rows & x, pass_choice & c, ch
 
 void remember(const pass_head & h, const pass_scores & s, pass_choice & c) {
     for_rows(h.n_cand, [&](int32_t i) {
-        const int32_t row = h.first + h.plan.n_row_sink + i;
+        const int32_t row = h.plan.n_row_sink + i;
         const bool is_core = i < h.n_core;
-        c.chunk[i] = is_core ? h.a.chunk[row] : h.plan.chunk[i - h.n_core];
-        c.n_tok[i] = is_core ? h.a.n_tok[row] : 1;
-        c.s_use[i] = is_core && !evicts(h.plan.how) ? std::max(h.a.s_use[row], s.s_use[i]) : s.s_use[i];
+        c.chunk[i] = is_core ? chunk_of(h.a.origin[h.first + row]) : h.plan.chunk[i - h.n_core];
+        c.n_tok[i] = is_core ? n_tok_of(h.a.origin[h.first + row]) : 1;
+        c.s_use[i] = is_core && !evicts(h.plan.how) ? std::max(h.s_use(row), s.s_use[i]) : s.s_use[i];
     });
 }
 
@@ -110,7 +110,7 @@ void score_by_policy(const pass_head & h, const pass_rows & x, pass_scores & s, 
     h.for_all_rows(
         [&](int32_t i) {
             const bool is_core = i >= h.plan.n_row_sink;
-            t.s_key[row] = is_core ? h.a.s_use[h.first + i] : 0.0f;
+            t.s_key[row] = is_core ? h.s_use(i) : 0.0f;
             t.order[row++] = -1;
         },
         [&](int32_t token) {

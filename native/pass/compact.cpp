@@ -2,25 +2,13 @@
 
 namespace semcache {
 
-namespace {
-
-void remember_row(const pass_head & h, int32_t row, float bias, float s_use, int32_t chunk, int32_t n_tok) {
-    h.a.bias[h.first + row] = bias;
-    h.a.s_use[h.first + row] = s_use;
-    h.a.chunk[h.first + row] = chunk;
-    h.a.n_tok[h.first + row] = (uint8_t) n_tok;
-}
-
-} // namespace
-
 pass_result compact(const pass_head & h, pass_rows & x, const pass_choice & c, pass_merged & m) {
     pass_result res;
     const int64_t d_k = h.a.shape.n_embd_head_k, d_v = h.a.shape.n_embd_head_v, ld = value_stride(h.a.shape);
     const int32_t n_row_sink = h.plan.n_row_sink;
     for_rows(h.plan.n_sink, [&](int32_t i) {
         const int32_t row = h.n_cand + n_row_sink + i;
-        h.store_core(i, x.k + row * d_k, x.v + row * ld);
-        remember_row(h, i, 0.0f, 0.0f, 0, 0);
+        h.store_sink(i, x.k + row * d_k, x.v + row * ld);
     });
     int32_t dst = n_row_sink + h.plan.n_sink;
     for_rows(h.n_cand, [&](int32_t i) {
@@ -37,13 +25,13 @@ pass_result compact(const pass_head & h, pass_rows & x, const pass_choice & c, p
             h.store_core(dst, x.k + i * d_k, x.v + i * ld);
         } else {
             const int32_t src = n_row_sink + i;
-            bias = h.a.bias[h.first + src];
+            bias = h.bias(src);
             if (src != dst) {
                 std::copy_n(h.k(src), row_size(h.a.k_type, d_k), h.k(dst));
                 std::copy_n(h.v(src), row_size(h.a.v_type, d_v), h.v(dst));
             }
         }
-        remember_row(h, dst++, bias, c.s_use[i], c.chunk[i], c.n_tok[i]);
+        h.remember(dst++, bias, c.s_use[i], c.chunk[i], c.n_tok[i]);
     });
     h.a.row_count[h.ih] = dst;
     return res;

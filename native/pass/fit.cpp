@@ -54,7 +54,7 @@ int32_t gather_gone(
     for_rows(n, [&](int32_t at) {
         const int32_t i = t.gone[at];
         std::copy_n(x.v + i * ld, ld, t.v + at * ld);
-        t.bias[at] = i < h.n_core ? h.a.bias[h.first + h.plan.n_row_sink + i] : 0.0f;
+        t.bias[at] = i < h.n_core ? h.bias(h.plan.n_row_sink + i) : 0.0f;
     });
     pack_panels([&](int32_t at) { return x.k + (int64_t) t.gone[at] * d; }, n, d, t.panels);
     std::fill(t.bias + n, t.bias + pad_to(n, NR), PAD_LOGIT);

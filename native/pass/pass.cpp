@@ -2,6 +2,7 @@
 
 #include "compact.h"
 #include "fit.h"
+#include "frame.h"
 
 namespace semcache {
 
@@ -14,13 +15,14 @@ struct pass_scratch {
     pass_choice choice;
     pass_merged merged;
     size_t own;
+    frame_scratch frame;
     score_scratch score;
     choose_scratch choose;
     fit_scratch fit;
 
     pass_scratch(arena & a, const head_shape & shape, const pass_sizes & n) :
         rows(a, shape, n), scores(a, shape, n), choice(a, shape, n), merged(a, shape, n), own(a.mark()),
-        score(a, shape, n), choose(again(a), shape, n), fit(again(a), shape, n) {}
+        frame(a, shape), score(again(a), shape, n), choose(again(a), shape, n), fit(again(a), shape, n) {}
 
 private:
     arena & again(arena & a) {
@@ -44,6 +46,7 @@ pass_result compress_head(const pass_args & a, const pass_plan & plan, int32_t i
     pass_scratch t(memory, a.shape, { h.n_rows, std::max(0, h.n_cand - h.budget()), plan.n_voter });
 
     load_rows(h, t.rows);
+    make_frame(h, t.rows, t.frame);
     if (plan.how == method::semantic) {
         load_queries(h, fit_stride(plan), t.rows);
         score_rows(h, t.rows, plan.merge && some_go, t.scores, t.score);

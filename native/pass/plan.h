@@ -39,6 +39,7 @@ struct planned_pass {
     stage_tokens tokens;
     std::vector<int32_t> voter_row, voter_token, n_voted, chunk;
     std::vector<int64_t> turn; // [n_voter] positions by which each voter's queries are turned
+    std::vector<int64_t> back; // [n_token] from each token back to position 0
 
     int32_t n_past, n_asked, pos_begin;
     chunker cut;
@@ -109,9 +110,6 @@ public:
     void set_state(state && s);
 
     std::vector<int32_t> n_voted; // [n_stage] tokens whose queries voted on the token in each cell
-
-    // Every delimiter takes a chunk id, which is free again when the text is cut before it.
-    static constexpr int32_t N_CHUNK_MAX = 1 << 24;
 
 private:
     int32_t n_past = 0;  // see has_cores

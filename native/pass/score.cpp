@@ -26,7 +26,7 @@ namespace {
 
 void pack_keys(const pass_head & h, const pass_rows & x, score_scratch & t) {
     float * b = t.bias;
-    h.for_all_rows([&](int32_t i) { *b++ = h.a.bias[h.first + i]; }, [&](int32_t) { *b++ = 0.0f; });
+    h.for_all_rows([&](int32_t i) { *b++ = h.bias(i); }, [&](int32_t) { *b++ = 0.0f; });
     std::fill(b, t.bias + h.n_cols, PAD_LOGIT);
     const int32_t d = h.a.shape.n_embd_head_k;
     pack_panels(x.k, d, h.n_rows, d, t.panels);

@@ -188,7 +188,8 @@ def compressed(config: KVConfig, profile: Path | None = None, model_id: str = ""
     params.method = getattr(lib, f"SEMCACHE_METHOD_{METHODS[str(config.kv_compress)]}")
     params.ratio = float(config.kv_ratio)
     params.n_stage, params.n_window, params.n_sink = map(int, (config.kv_stage, config.kv_window, config.kv_sink))
-    for name, kind in (("type_k", config.kv_type_k), ("type_v", config.kv_type_v)):
+    for name in ("type_k", "type_v", "type_stage"):
+        kind = getattr(config, f"kv_{name}")
         value = lib.SEMCACHE_TYPE_AUTO if kind == "auto" else getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
         setattr(params, name, value)
     for name, value in (config.kv_params or {}).items():

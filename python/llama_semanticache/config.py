@@ -29,8 +29,11 @@ METHODS = {
 }
 """Values of kv_compress, and what follows SEMCACHE_METHOD_ in semcache.h."""
 
-ROW_TYPES = ("auto", "f16", "q8_0", "q4_0")
+ROW_TYPES = ("auto", "f16", "q8_0", "q5_0", "q4_0", "iq4_nl")
 """Values of kv_type_k and kv_type_v."""
+
+STAGE_TYPES = ("auto", "f16", "q8_0")
+"""Values of kv_type_stage."""
 
 PARAMS = ("n_horizon", "n_chunk", "merge", "distinct", "seed", "calibrate")
 """Names that kv_params may have."""
@@ -80,11 +83,12 @@ class KVConfig:
 
     kv_compress: str | None = None
     kv_ratio: float = 0.25
-    kv_stage: int = 768
-    kv_window: int = 512
+    kv_stage: int = 512
+    kv_window: int = 256
     kv_sink: int = 4
     kv_type_k: str = "auto"
     kv_type_v: str = "auto"
+    kv_type_stage: str = "auto"
     kv_profile: str | os.PathLike[str] | None = "auto"
     kv_params: Mapping[str, int] | None = None
     kv_budget: float | str | None = None
@@ -120,7 +124,13 @@ class KVConfig:
         ArgumentError
             A value is of another kind, out of range, or contradicts another one.
         """
-        for name, choices in (("kv_compress", METHODS), ("kv_type_k", ROW_TYPES), ("kv_type_v", ROW_TYPES)):
+        choices_of = {
+            "kv_compress": METHODS,
+            "kv_type_k": ROW_TYPES,
+            "kv_type_v": ROW_TYPES,
+            "kv_type_stage": STAGE_TYPES,
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in tuple(choices):
                 one_of = "None or one of" if name == "kv_compress" else "one of"
                 raise ArgumentError(

@@ -9,7 +9,7 @@ import os
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,10 +112,12 @@ class Llama(llama_cpp.Llama):
     kv_window : int
         Newest tokens of the stage that a pass leaves alone.
     kv_sink : int
-        First tokens of the context, never merged or dropped; stored as ``kv_type_k`` and ``kv_type_v`` say.
-    kv_type_k, kv_type_v : "auto", "f16", "q8_0" or "q4_0"
-        How K and V of the older tokens are stored; the stage is always f16. "auto" is q8_0, or f16 if heads are no
-        multiple of 32 values.
+        First tokens of the context, never merged or dropped; stored in f16.
+    kv_type_k, kv_type_v : "auto", "f16", "q8_0", "q5_0", "q4_0" or "iq4_nl"
+        How K and V of the older tokens are stored. "auto" is iq4_nl, or f16 if heads are no multiple of 32 values.
+    kv_type_stage : "auto", "f16" or "q8_0"
+        How the stage is stored. "auto" is q8_0, or f16 if heads are no multiple of 32 values or without ``flash_attn``.
+        With f16, attention is llama.cpp's own, to the bit, until the first tokens are compressed.
     kv_profile : "auto", path or None
         Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of
         others and for models of fewer than `config.N_HEAD_KV_FEW` compressed heads; None: all heads the same, which
@@ -145,6 +147,7 @@ class Llama(llama_cpp.Llama):
         kv_sink: int = KVConfig.kv_sink,
         kv_type_k: str = KVConfig.kv_type_k,
         kv_type_v: str = KVConfig.kv_type_v,
+        kv_type_stage: str = KVConfig.kv_type_stage,
         kv_profile: str | os.PathLike[str] | None = KVConfig.kv_profile,
         kv_params: Mapping[str, int] | None = KVConfig.kv_params,
         kv_budget: float | str | None = KVConfig.kv_budget,
@@ -152,7 +155,17 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         self._gate = Gate()
         self._kv = KVConfig(
-            kv_compress, kv_ratio, kv_stage, kv_window, kv_sink, kv_type_k, kv_type_v, kv_profile, kv_params, kv_budget
+            kv_compress=kv_compress,
+            kv_ratio=kv_ratio,
+            kv_stage=kv_stage,
+            kv_window=kv_window,
+            kv_sink=kv_sink,
+            kv_type_k=kv_type_k,
+            kv_type_v=kv_type_v,
+            kv_type_stage=kv_type_stage,
+            kv_profile=kv_profile,
+            kv_params=kv_params,
+            kv_budget=kv_budget,
         )
         self.kv_compress = kv_compress
         unknown = sorted(name for name in kwargs if name.startswith("kv_") and name != "kv_overrides")
@@ -187,11 +200,11 @@ class Llama(llama_cpp.Llama):
         # than their window
         if kwargs.get("swa_full") is None:
             kwargs["swa_full"] = False
+        # without it values lie across the stage, which is slower to read; the cores' attention is ours in any case
+        kwargs.setdefault("flash_attn", True)
         model = ModelFile.of(model_path)
         config = self._within_budget(model, kwargs)
         file = profile.ensure(model, kwargs.get("verbose", True), kwargs.get("n_threads_batch"), config=config)
-        # without it values lie across the stage, which is slower to read; the cores' attention is ours in any case
-        kwargs.setdefault("flash_attn", True)
         with _native.compressed(config, file, model.id if file else ""):
             self._load(model_path, kwargs)
         stats = self._native_stats()
@@ -220,7 +233,10 @@ class Llama(llama_cpp.Llama):
             return self._kv  # the library says why
         n_ubatch = min(chosen("n_batch"), chosen("n_ubatch"))
         n_ctx = chosen("n_ctx") or shape.n_ctx_train
-        return within_budget(self._kv, shape, n_ctx, n_ubatch=n_ubatch, swa_full=kwargs["swa_full"])
+        config = self._kv
+        if config.kv_type_stage == "auto" and not kwargs["flash_attn"]:
+            config = replace(config, kv_type_stage="f16")
+        return within_budget(config, shape, n_ctx, n_ubatch=n_ubatch, swa_full=kwargs["swa_full"])
 
     def _native_stats(self) -> Any:
         stats = _ffi.new("struct semcache_stats *")

@@ -20,9 +20,10 @@ GB = 1024**3
 CARDS_GB = (6, 8, 12, 16, 24)  # memory of common consumer cards
 CACHE_TYPES = ("f16", "q8_0", "q4_0", OURS)
 
-_BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
+_BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q5_0": 22, "q4_0": 18, "iq4_nl": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
-_BIAS_BYTES, _META_BYTES = 4, 9  # of a row, besides K and V
+_BIAS_BYTES, _ORIGIN_BYTES = 2, 4  # of a row, besides K and V; a score comes on top
+_F16_BYTES = 2  # of a value of a frame or a sink
 _PADDING_BYTES = 10 * 32  # of a layer's tensors, at the most
 _VOTES_BYTES = 8  # of a token in the stage, per kv head
 _ASK_QUERIES = (OURS, "snapkv", "tova", "h2o")  # the other methods keep no queries
@@ -40,7 +41,8 @@ class CacheEstimate:
     n_ctx : int
         Tokens, as asked for.
     core_bytes, stage_bytes, query_bytes, meta_bytes : int
-        Compressed layers: K, V and bias of the cores; K and V of the stage; its queries; scores and chunk ids.
+        Compressed layers: K, V and bias of the cores, frames and sinks of the heads; K and V of the stage; its queries;
+        scores and origins of the cores, votes on the stage.
     other_bytes : int
         Layers that are not compressed: all of them unless `cache` is "semanticache".
     weights_bytes : int
@@ -161,18 +163,16 @@ def estimate(
         rows = config.rows_per_head(cells, n_head_kv)
         if not swa_full:  # a batch is no larger than what a pass makes room for
             cells_swa = _pad(min(cells, shape.n_swa + min(n_ubatch, config.n_ubatch)))
-        kv_type_k, kv_type_v = _row_type(full, config.kv_type_k, "k"), _row_type(full, config.kv_type_v, "v")
+        kv_type_k, kv_type_v = (_type(full, kind, "iq4_nl") for kind in (config.kv_type_k, config.kv_type_v))
         core = round(
             rows
             * (_plain_bytes(full, 1, kv_type_k, "k") + _plain_bytes(full, 1, kv_type_v, "v") + _BIAS_BYTES * n_head_kv)
+            + sum(layer.n_head_kv * _head_bytes(layer, config.kv_sink) for layer in full)
         )
-        meta = round((rows * _META_BYTES + config.kv_stage * _VOTES_BYTES) * n_head_kv)
-        stage = _plain_bytes(full, config.kv_stage, "f16")
+        meta = round((rows * (_ORIGIN_BYTES + _score_bytes(config)) + config.kv_stage * _VOTES_BYTES) * n_head_kv)
+        stage = _plain_bytes(full, config.kv_stage, _stage_type(shape, config.kv_type_stage))
         n_ring = config.n_room if config.kv_compress in _ASK_QUERIES else 0
-        query = sum(
-            _query_rows(n_ring) * (1 + layer.n_reader) * _query_row_bytes(layer.n_head * layer.n_embd_head_k)
-            for layer in full
-        )
+        query = sum(_query_rows(n_ring) * (1 + layer.n_reader) * _query_row_bytes(layer) for layer in full)
         other = _plain_bytes(swa, cells_swa, "f16")
         kv_cells = config.kv_stage
     else:
@@ -235,11 +235,29 @@ def within_budget(config: KVConfig, shape: ModelShape, n_ctx: int, **options: An
     return with_ratio(least + (1 - least) * (budget - at_least) / (at_most - at_least))
 
 
-def _row_type(layers: Sequence[LayerShape], kind: str, part: str) -> str:
-    """What "auto" stands for: q8_0 where all heads are whole blocks of it."""
+def _type(layers: Sequence[LayerShape], kind: str, best: str) -> str:
+    """What "auto" stands for: the best type where all heads are whole blocks of it."""
     if kind != "auto":
         return kind
-    return "f16" if any(getattr(layer, f"n_embd_head_{part}") % 32 for layer in layers) else "q8_0"
+    return "f16" if any(layer.n_embd_head_k % 32 or layer.n_embd_head_v % 32 for layer in layers) else best
+
+
+def _stage_type(shape: ModelShape, kind: str) -> str:
+    """What "auto" stands for: q8_0 where llama.cpp rotates its keys, which are of heads of a multiple of 64 values."""
+    full = shape.of_kind("full")
+    sizes = {layer.n_embd_head_k for layer in (shape.layers[0], *full)}
+    rotates = all(size % 64 == 0 for size in sizes) and len({layer.n_embd_head_k for layer in full}) == 1
+    return _type(full, kind, "q8_0" if rotates else "f16")
+
+
+def _score_bytes(config: KVConfig) -> int:
+    """Bytes of a row's score, f16 or, of the eviction methods of others, f32."""
+    return 2 if config.kv_compress in (OURS, "paper", "streaming") else 4
+
+
+def _head_bytes(layer: LayerShape, n_sink: int) -> int:
+    """Bytes of what a KV head has besides its rows: mean and scale of its keys, K and V of the sinks."""
+    return _F16_BYTES * (2 * layer.n_embd_head_k + n_sink * (layer.n_embd_head_k + layer.n_embd_head_v))
 
 
 def _query_rows(n_ring: int) -> int:
@@ -247,9 +265,11 @@ def _query_rows(n_ring: int) -> int:
     return (n_ring + 1) // 2 + 1
 
 
-def _query_row_bytes(n_embd: int) -> int:
-    """Bytes of one token in the query ring: q8_0, or f16 where a row is no whole number of blocks."""
-    return n_embd // 32 * 34 if n_embd % 32 == 0 else 2 * n_embd
+def _query_row_bytes(layer: LayerShape) -> int:
+    """Bytes of one token in a layer's query ring: q5_0, or f16 where heads do not fill blocks."""
+    n_embd = layer.n_head * layer.n_embd_head_k
+    fills = layer.n_embd_head_k % 16 == 0 and n_embd % 32 == 0
+    return n_embd * _BLOCK_BYTES["q5_0" if fills else "f16"] // 32
 
 
 def _pad(n: int) -> int:

@@ -39,9 +39,9 @@ With n_cand = n_core + n_new, T = n_sink + n_cand + n_win and n_stage = n_new + 
     pos_q            int32   [n_q]
     chunk            int32   [n_cand]
     n_tok            int32   [n_core]
-    s_use            float32 [n_core]
-    bias             float32 [T]
-    k                float32 [T, d_k]            values that float16 holds exactly
+    s_use            float32 [n_core]            values that float16 holds exactly
+    bias             float32 [T]                 likewise
+    k                float32 [T, d_k]            likewise
     v                float32 [T, d_v]            likewise
     q                float32 [n_q, gqa, d_k]     likewise
     votes_n          int32   [n_stage]           votes of earlier passes on new rows and window
@@ -362,7 +362,7 @@ CASES = (
 
 
 def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassParams]:
-    """Inputs of a case whose values float32 (k, v, q: float16) holds exactly."""
+    """Inputs of a case whose values float32 (k, v, q, bias, s_use: float16) holds exactly."""
     rng = np.random.RandomState(attempt)
     n_cand = case.n_core + case.n_new
     n_rows = case.n_sink + n_cand + case.n_win
@@ -418,11 +418,11 @@ def draw(case: Case, attempt: int) -> tuple[reference.PassInput, reference.PassP
     inp = reference.PassInput(
         exact(k, np.float16),
         exact(v, np.float16),
-        exact(bias),
+        exact(bias, np.float16),
         case.n_sink,
         case.n_win,
         chunk,
-        exact(s_use),
+        exact(s_use, np.float16),
         n_tok,
         exact(q, np.float16),
         np.arange(n_past - n_q, n_past),
@@ -664,6 +664,17 @@ def steady_text(n_past: int, n_pass: int) -> tuple[reference.TextInput, np.ndarr
     raise RuntimeError("expected a text without close choices, got none in 1000; change its sizes")
 
 
+def golden_frame(n: int, d_k: int, n_rot: int, neox: bool, n_q: int) -> list[float]:
+    """Keys and queries of multiples of 1/64, of channels of all sizes, and their frame."""
+    rng = np.random.RandomState(n)
+    inv_freq = np.float32(10000.0 ** (-2 * np.arange(n_rot // 2) / max(1, n_rot))).astype(np.float64)
+    offset, size = 8 * rng.standard_normal(d_k), np.exp(rng.standard_normal(d_k))
+    k = np.round(64 * (offset + size * rng.standard_normal((n, d_k)))) / 64
+    q = np.round(64 * np.exp(rng.standard_normal(d_k)) * rng.standard_normal((n_q, d_k))) / 64
+    mean, scale = reference.key_frame(k, np.arange(n), q, inv_freq, neox, 0, 4096)
+    return [float(x) for part in (inv_freq, k.ravel(), q.ravel(), mean, scale) for x in part]
+
+
 def tables() -> str:
     """The small functions, one call a line, fields separated by spaces; floats have all their digits (float64).
 
@@ -675,6 +686,8 @@ def tables() -> str:
     equal <n_head> <ratio> <n_ctx> <n_sink> <n_chunk> <rows...>
     errors <n_sink> <n_past> <n_window> <n_probe> <n_pass> <n_skip> <n_horizon> <seed> <d_k> <d_v> <gqa>
            <number of parts> <parts...> <chunks...> <k...> <v...> <q...> <errors...>   neox RoPE of angles 1, 1/2, ...
+    frame <number of keys> <d_k> <n_rot> <rope_neox> <number of queries> <inv_freq...> <k...> <q...>
+          <mean...> <scale...>   keys at the positions from 0 on, of a context of 4096
     """
     lines = []
 
@@ -767,6 +780,14 @@ def tables() -> str:
             n_chunk,
             *reference.equal_budgets(n_head, ratio, n_ctx, n_sink, n_chunk).tolist(),
         )
+    for n, d_k, n_rot, neox, n_q in (
+        (40, 64, 64, True, 12),
+        (300, 32, 32, False, 50),
+        (30, 32, 16, True, 9),
+        (25, 64, 64, True, 0),
+        (20, 32, 0, True, 8),
+    ):
+        line("frame", n, d_k, n_rot, int(neox), n_q, *golden_frame(n, d_k, n_rot, neox, n_q))
     for n_past, n_pass in ((42, 40), (78, 26)):
         text, errors = steady_text(n_past, n_pass)
         params = text_params()

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "pass/head.h"
 #include "pass/pass.h"
 #include "sc-lookahead.h"
 #include "sc-quant.h"
@@ -50,7 +51,7 @@ struct row_meta {
     int32_t n_tok;
 };
 
-// Rows of a head, then guard rows that nobody may write.
+// Rows of a head, then guard rows that nobody may write. The first n_sink rows are sinks, which lie elsewhere.
 struct head_store {
     static constexpr uint8_t GUARD = 0xff; // two of them are a NaN of f16
     // more than any test has candidates too many, so that a failure stays a failure
@@ -58,54 +59,81 @@ struct head_store {
 
     head_shape shape;
     row_type type;
-    int32_t n_alloc, n_sink = 0, n_used = 0, n_room;
-    std::vector<uint8_t> k, v, n_tok;
-    std::vector<float> bias, s_use;
-    std::vector<int32_t> chunk;
+    int32_t n_alloc, n_sink = 0, n_used = 0, n_room, n_sink_room;
+    bool by_policy = false; // scores are in s_policy
+    std::vector<uint8_t> k, v;
+    std::vector<f16> bias, s_use, heads;
+    std::vector<float> s_policy;
+    std::vector<int32_t> origin;
 
     // n_room: rows of memory if these are more than the head may use
-    head_store(const head_shape & shape, int32_t n_alloc, int32_t n_room = 0, row_type type = row_type::f16) :
-        shape(shape), type(type), n_alloc(n_alloc), n_room(std::max(n_alloc, n_room)) {
+    head_store(const head_shape & shape, int32_t n_alloc, int32_t n_room = 0, row_type type = row_type::f16,
+        int32_t n_sink_room = 4) :
+        shape(shape), type(type), n_alloc(n_alloc), n_room(std::max(n_alloc, n_room)), n_sink_room(n_sink_room) {
         const int64_t n = this->n_room + N_GUARD;
         k.assign(n * size_k(), GUARD);
         v.assign(n * size_v(), GUARD);
-        bias.assign(n, NAN);
-        s_use.assign(n, NAN);
-        chunk.assign(n, -1);
-        n_tok.assign(n, GUARD);
+        bias.assign(n, F16_NAN);
+        s_use.assign(n, F16_NAN);
+        s_policy.assign(n, NAN);
+        origin.assign(n, -1);
+        heads.assign(head_size(shape.n_embd_head_k, shape.n_embd_head_v, n_sink_room), F16_NAN);
     }
 
     int64_t size_k() const { return row_size(type, shape.n_embd_head_k); }
     int64_t size_v() const { return row_size(type, shape.n_embd_head_v); }
 
-    row_meta meta(int32_t i) const { return { s_use[i], chunk[i], n_tok[i] }; }
+    head_parts<f16> parts() { return { heads.data(), 0, shape.n_embd_head_k, shape.n_embd_head_v, n_sink_room }; }
+    head_parts<const f16> parts() const {
+        return { heads.data(), 0, shape.n_embd_head_k, shape.n_embd_head_v, n_sink_room };
+    }
+
+    float bias_of(int32_t i) const { return i < n_sink ? 0.0f : f16_to_f32(bias[i]); }
+
+    row_meta meta(int32_t i) const {
+        return { by_policy ? s_policy[i] : f16_to_f32(s_use[i]), chunk_of(origin[i]), n_tok_of(origin[i]) };
+    }
 
     void set_meta(int32_t i, const row_meta & m) {
-        s_use[i] = m.s_use;
-        chunk[i] = m.chunk;
-        n_tok[i] = (uint8_t) m.n_tok;
+        s_use[i] = f32_to_f16(m.s_use);
+        s_policy[i] = m.s_use;
+        origin[i] = origin_of(m.chunk, m.n_tok);
     }
 
     // Rows of type f16.
-    const f16 * key(int32_t i) const { return (const f16 *) (k.data() + i * size_k()); }
-    const f16 * val(int32_t i) const { return (const f16 *) (v.data() + i * size_v()); }
-    f16 * key(int32_t i) { return (f16 *) (k.data() + i * size_k()); }
-    f16 * val(int32_t i) { return (f16 *) (v.data() + i * size_v()); }
+    const f16 * key(int32_t i) const {
+        return i < n_sink ? parts().k_sink + i * shape.n_embd_head_k : (const f16 *) (k.data() + i * size_k());
+    }
+    const f16 * val(int32_t i) const {
+        return i < n_sink ? parts().v_sink + i * shape.n_embd_head_v : (const f16 *) (v.data() + i * size_v());
+    }
+    f16 * key(int32_t i) { return const_cast<f16 *>(((const head_store *) this)->key(i)); }
+    f16 * val(int32_t i) { return const_cast<f16 *>(((const head_store *) this)->val(i)); }
 
     // Any row as float32.
-    std::vector<float> key_f32(int32_t i) const { return load(k.data() + i * size_k(), shape.n_embd_head_k); }
-    std::vector<float> val_f32(int32_t i) const { return load(v.data() + i * size_v(), shape.n_embd_head_v); }
-
-    std::vector<float> load(const uint8_t * p, int32_t d) const {
-        std::vector<float> x(d);
-        load_row(type, p, x.data(), d);
+    std::vector<float> key_f32(int32_t i) const {
+        std::vector<float> x(shape.n_embd_head_k);
+        if (i < n_sink) {
+            f16_to_f32_row(key(i), x.data(), shape.n_embd_head_k);
+        } else {
+            load_key(type, k.data() + i * size_k(), parts().frame(), x.data(), shape.n_embd_head_k);
+        }
+        return x;
+    }
+    std::vector<float> val_f32(int32_t i) const {
+        std::vector<float> x(shape.n_embd_head_v);
+        if (i < n_sink) {
+            f16_to_f32_row(val(i), x.data(), shape.n_embd_head_v);
+        } else {
+            load_value(type, v.data() + i * size_v(), x.data(), shape.n_embd_head_v);
+        }
         return x;
     }
 
     bool guards_hold() const {
         bool ok = true;
         for (int32_t i = n_room; i < n_room + N_GUARD; ++i) {
-            ok = ok && std::isnan(bias[i]) && std::isnan(s_use[i]) && chunk[i] == -1 && n_tok[i] == GUARD;
+            ok = ok && bias[i] == F16_NAN && s_use[i] == F16_NAN && std::isnan(s_policy[i]) && origin[i] == -1;
             ok = ok && std::all_of(k.begin() + i * size_k(), k.begin() + (i + 1) * size_k(),
                            [](uint8_t x) { return x == GUARD; });
             ok = ok && std::all_of(v.begin() + i * size_v(), v.begin() + (i + 1) * size_v(),
@@ -119,13 +147,15 @@ struct head_store {
 inline void check_same_rows(const head_store & a, const head_store & b, const char * file, int line) {
     check_eq(a.n_used, b.n_used, "n_used", file, line);
     check_eq(a.n_sink, b.n_sink, "n_sink", file, line);
-    const int64_t n = std::min(a.n_used, b.n_used);
-    check_bits(a.k.data(), b.k.data(), n * a.size_k(), "k", file, line);
-    check_bits(a.v.data(), b.v.data(), n * a.size_v(), "v", file, line);
-    check_bits(a.bias.data(), b.bias.data(), n, "bias", file, line);
-    check_bits(a.s_use.data(), b.s_use.data(), n, "s_use", file, line);
-    check_bits(a.chunk.data(), b.chunk.data(), n, "chunk", file, line);
-    check_bits(a.n_tok.data(), b.n_tok.data(), n, "n_tok", file, line);
+    const int64_t s = a.n_sink, n = std::max<int64_t>(0, std::min(a.n_used, b.n_used) - s);
+    check_bits(a.parts().k_sink, b.parts().k_sink, s * a.shape.n_embd_head_k, "k of sinks", file, line);
+    check_bits(a.parts().v_sink, b.parts().v_sink, s * a.shape.n_embd_head_v, "v of sinks", file, line);
+    check_bits(a.k.data() + s * a.size_k(), b.k.data() + s * a.size_k(), n * a.size_k(), "k", file, line);
+    check_bits(a.v.data() + s * a.size_v(), b.v.data() + s * a.size_v(), n * a.size_v(), "v", file, line);
+    check_bits(a.bias.data() + s, b.bias.data() + s, n, "bias", file, line);
+    check_bits(a.s_use.data() + s, b.s_use.data() + s, n, "s_use", file, line);
+    check_bits(a.s_policy.data() + s, b.s_policy.data() + s, n, "s_policy", file, line);
+    check_bits(a.origin.data() + s, b.origin.data() + s, n, "origin", file, line);
 }
 #define CHECK_SAME_ROWS(a, b) sc_test::check_same_rows((a), (b), __FILE__, __LINE__)
 
@@ -216,6 +246,8 @@ struct pass_call {
     pass_plan plan = {};
     pass_args args = {};
     std::vector<int32_t> row_first, row_count;
+    std::vector<f16> heads;
+    std::vector<float> back, mean_turn; // of a first pass over quantized rows
     int32_t ih;
     head_store & h;
 
@@ -247,28 +279,50 @@ struct pass_call {
         args.k_type = args.v_type = h.type;
         args.bias = h.bias.data();
         args.s_use = h.s_use.data();
-        args.chunk = h.chunk.data();
-        args.n_tok = h.n_tok.data();
+        h.by_policy = evicts(params.how);
+        args.s_policy = h.by_policy ? h.s_policy.data() : nullptr;
+        args.origin = h.origin.data();
+        heads.assign(stage.l.n_head_kv * h.heads.size(), F16_NAN);
+        std::copy(h.heads.begin(), h.heads.end(), heads.begin() + ih * h.heads.size());
+        args.heads = heads.data();
+        args.n_sink = h.n_sink_room;
         args.n_row = h.n_alloc;
         args.row_first = row_first.data();
         args.row_count = row_count.data();
-        args.k_stage = stage.k.data();
-        args.k_head = h.shape.n_embd_head_k;
-        args.k_cell = stage.k_cell;
-        args.v_stage = stage.v.data();
-        args.v_head = stage.v_head;
-        args.v_cell = stage.v_cell;
-        args.v_elem = stage.v_elem;
+        const int64_t size = sizeof(f16);
+        args.k_stage = (const uint8_t *) stage.k.data();
+        args.k_head = h.shape.n_embd_head_k * size;
+        args.k_cell = stage.k_cell * size;
+        args.v_stage = (const uint8_t *) stage.v.data();
+        args.v_head = stage.v_head * size;
+        args.v_cell = stage.v_cell * size;
+        args.v_elem = stage.v_elem * size;
         args.vote_p4 = stage.vote_p4.data();
         args.vote_p = stage.vote_p.data();
         args.vote_head = stage.n_cell;
-        args.q = stage.q.data();
-        args.q8 = stage.q8.empty() ? nullptr : stage.q8.data();
-        args.q_row = stage.q_row;
+        args.q = (const uint8_t *) stage.q.data();
+        args.q_type = row_type::f16;
+        args.q_row = stage.q_row * size;
+        if (!stage.q8.empty()) {
+            args.q = (const uint8_t *) stage.q8.data();
+            args.q_type = row_type::q8_0;
+            args.q_row = row_size(row_type::q8_0, stage.q_row);
+        }
         args.n_q_layer = 1;
         args.turn = t.cs.data();
         args.n_rot = 2 * (int32_t) r.inv_freq.size();
         args.neox = r.neox;
+        if (h.type != row_type::f16 && h.n_used == 0) { // tokens stand at the positions from 0 on
+            std::vector<int64_t> pos(t.n());
+            for (int32_t i = 0; i < t.n(); ++i) {
+                pos[i] = -i;
+            }
+            r.table(pos, back);
+            r.mean_table(0, 4096, mean_turn);
+            args.makes_frame = true;
+            args.back = back.data();
+            args.mean_turn = mean_turn.data();
+        }
     }
 
     // Exactly what a pass over this head and stage needs, so that a sanitizer sees every step beyond.
@@ -286,6 +340,7 @@ struct pass_call {
         const pass_result res = compress_head(args, plan, ih, scratch);
         h.n_sink += plan.n_sink;
         h.n_used = row_count[ih];
+        std::copy_n(heads.begin() + ih * h.heads.size(), h.heads.size(), h.heads.begin());
         return res;
     }
 };

@@ -26,6 +26,8 @@ constexpr double BIAS_ATOL = 1e-5;  // a mean of many logits' errors; 3e-7 was s
 // A merged row is stored as f16, half a unit in the last place is 2^-11 = 4.88e-4 of it. Before that it is a mean of
 // values up to 40 in float32 with weights that err as above; 1e-5 of them is what a value near 0 may show.
 constexpr double ROW_RTOL = 4.95e-4;
+// Biases and scores are stored likewise; the smallest scores are multiples of 2^-24.
+constexpr double F16_RTOL = 4.95e-4, F16_ATOL = 0x1p-25;
 constexpr double ROW_ATOL = 2e-5;
 
 std::string golden_dir;
@@ -121,14 +123,15 @@ struct golden {
 // Rows of the case that are in the head before the pass; in a first pass none, the sinks are then in the stage.
 head_store head_of(const golden & g, const head_shape & shape, bool first) {
     const int32_t n = first ? 0 : g.n_sink + g.n_core;
-    head_store h(shape, g.n_sink + g.budget, n); // some cases hold more cores than their budget
+    head_store h(
+        shape, g.n_sink + g.budget, n, row_type::f16, g.n_sink); // some cases hold more cores than their budget
     h.n_sink = first ? 0 : g.n_sink;
     h.n_used = n;
-    const std::vector<f16> k = to_f16(g.k), v = to_f16(g.v);
-    std::copy_n(k.begin(), (size_t) n * g.d_k, h.key(0));
-    std::copy_n(v.begin(), (size_t) n * g.d_v, h.val(0));
-    std::copy_n(g.bias.begin(), n, h.bias.begin());
+    const std::vector<f16> k = to_f16(g.k), v = to_f16(g.v), bias = to_f16(g.bias);
     for (int32_t i = 0; i < n; ++i) {
+        std::copy_n(k.begin() + (size_t) i * g.d_k, g.d_k, h.key(i));
+        std::copy_n(v.begin() + (size_t) i * g.d_v, g.d_v, h.val(i));
+        h.bias[i] = bias[i];
         const int32_t c = i - g.n_sink;
         h.set_meta(i, c < 0 ? row_meta{} : row_meta{ g.s_use[c], g.chunk[c], g.n_tok[c] });
     }
@@ -217,21 +220,22 @@ void check_case(const golden & g, const std::string & name, bool first, const la
     const std::vector<f16> k = to_f16(g.k), v = to_f16(g.v); // before the pass
     CHECK_BITS(h.key(0), k.data(), (int64_t) g.n_sink * g.d_k);
     CHECK_BITS(h.val(0), v.data(), (int64_t) g.n_sink * g.d_v);
-    CHECK_BITS(h.bias.data(), g.bias.data(), g.n_sink);
 
     const int32_t s = g.n_sink;
     std::vector<int32_t> chunk, n_tok;
-    std::vector<float> s_use;
+    std::vector<float> s_use, bias;
     for (int32_t i = s; i < h.n_used; ++i) {
         chunk.push_back((int32_t) h.meta(i).chunk);
         n_tok.push_back((int32_t) h.meta(i).n_tok);
         s_use.push_back(h.meta(i).s_use);
+        bias.push_back(h.bias_of(i));
     }
     CHECK_BITS(chunk.data(), g.out_chunk.data(), g.n_out);
     CHECK_BITS(n_tok.data(), g.out_n_tok.data(), g.n_out);
-    CHECK_CLOSE(h.bias.data() + s, g.out_bias.data(), g.n_out, 0.0, BIAS_ATOL);
+    CHECK_CLOSE(bias.data(), g.out_bias.data(), g.n_out, F16_RTOL, BIAS_ATOL);
     if (params.how == method::semantic || evicts(g)) { // the others do not read scores
-        CHECK_CLOSE(s_use.data(), g.out_s_use.data(), g.n_out, SCORE_RTOL, evicts(g) ? EVICT_ATOL : PROB_FLOOR);
+        CHECK_CLOSE(s_use.data(), g.out_s_use.data(), g.n_out, evicts(g) ? SCORE_RTOL : F16_RTOL + SCORE_RTOL,
+            evicts(g) ? EVICT_ATOL : F16_ATOL);
     }
     const auto out_k = to_f32(h.key(s), (size_t) g.n_out * g.d_k), out_v = to_f32(h.val(s), (size_t) g.n_out * g.d_v);
     CHECK_CLOSE(out_k.data(), g.out_k.data(), (int64_t) g.n_out * g.d_k, ROW_RTOL, ROW_ATOL);
@@ -306,19 +310,48 @@ template <typename F> void check_errors(std::istream & in, F && many) {
     pass_args layer = {};
     layer.shape = shape;
     layer.n_head_kv = 1;
-    layer.k_stage = k.data();
-    layer.k_cell = d_k;
-    layer.v_stage = v.data();
-    layer.v_cell = d_v;
-    layer.v_elem = 1;
-    layer.q = q.data();
-    layer.q_row = n_gqa * d_k;
+    layer.k_stage = (const uint8_t *) k.data();
+    layer.k_cell = d_k * sizeof(f16);
+    layer.v_stage = (const uint8_t *) v.data();
+    layer.v_cell = d_v * sizeof(f16);
+    layer.v_elem = sizeof(f16);
+    layer.q = (const uint8_t *) q.data();
+    layer.q_row = n_gqa * d_k * sizeof(f16);
     layer.n_q_layer = 1;
     const calibrate_text text = { &layer, &r, cell.data(), cell.data(), chunk.data(), cell.data(), n, n_past, n_sink };
     const std::vector<double> got = output_errors(text, 0, cp, parts);
     CHECK_EQ(got.size(), want.size());
     CHECK_CLOSE(
         got.data(), want.data(), (int64_t) want.size(), 1e-3, 0.0); // merged rows are rounded to f16 after every pass
+}
+
+// Keys of the stage, no sinks among them, at the positions from 0 on: as pass_call has them.
+template <typename F> void check_frame(std::istream & in, F && many) {
+    int32_t n, d_k, n_rot, neox, n_q;
+    in >> n >> d_k >> n_rot >> neox >> n_q;
+    const auto inv_freq = many(n_rot / 2), k = many((size_t) n * d_k), q = many((size_t) n_q * d_k), mean = many(d_k),
+               scale = many(d_k);
+    auto half = [](const std::vector<double> & x) { return to_f16({ x.begin(), x.end() }); };
+    tokens t;
+    t.n_new = n / 2;
+    t.n_window = n - t.n_new;
+    t.n_q = n_q;
+    t.k = half(k);
+    t.v.assign((size_t) n * 32, 0);
+    t.q = half(q);
+    t.chunk.assign(t.n_new, 0);
+    const rope r = { { inv_freq.begin(), inv_freq.end() }, neox != 0 };
+    r.table(std::vector<int64_t>(n_q, 0), t.cs);
+    t.token.assign(n_q, 0);
+    const head_shape shape = { d_k, 32, 1, 1.0f, 0.0f };
+    for (const layout & l : { layout{}, layout{ 3, 1, true, 9, 5 } }) {
+        head_store h(shape, n, 0, row_type::q8_0, 0);
+        stage_store stage(t, shape, l);
+        run_pass(h, stage, r, {});
+        const std::vector<float> got_mean = to_f32(h.parts().mean, d_k), got_scale = to_f32(h.parts().scale, d_k);
+        CHECK_CLOSE(got_mean.data(), mean.data(), d_k, F16_RTOL + 1e-5, 1e-5); // turned back in float32
+        CHECK_CLOSE(got_scale.data(), scale.data(), d_k, F16_RTOL + 1e-4, 0.0);
+    }
 }
 
 void check_table(const std::string & line, const profile & p, std::istream & in, const std::string & what) {
@@ -379,6 +412,8 @@ void check_table(const std::string & line, const profile & p, std::istream & in,
         CHECK_CLOSE(got.data(), want.data(), (int64_t) std::min(want.size(), got.size()), 0.0, 0.0);
     } else if (what == "errors") {
         check_errors(in, many);
+    } else if (what == "frame") {
+        check_frame(in, many);
     } else {
         CHECK(what == "one of the tables that make_golden.py writes");
     }

@@ -19,15 +19,24 @@ namespace {
 struct spec {
     int64_t d_k = 64, d_v = 64, n_gqa = 3, n_tokens = 1, n_kv = 256;
     std::vector<int32_t> cores = { 90, 0, 33 }; // rows in use of every kv head
-    ggml_type k_type = GGML_TYPE_F16, v_type = GGML_TYPE_F16;
+    ggml_type k_type = GGML_TYPE_F16, v_type = GGML_TYPE_F16, cell_type = GGML_TYPE_F16;
     float softcap = 0.0f;
     bool sinks = false, v_trans = false, mask_f32 = false, outliers = false;
     uint64_t seed = 1;
 };
 
 row_type row_type_of(ggml_type t) {
-    return t == GGML_TYPE_F16 ? row_type::f16 : t == GGML_TYPE_Q8_0 ? row_type::q8_0 : row_type::q4_0;
+    switch (t) {
+        case GGML_TYPE_Q8_0: return row_type::q8_0;
+        case GGML_TYPE_Q5_0: return row_type::q5_0;
+        case GGML_TYPE_Q4_0: return row_type::q4_0;
+        case GGML_TYPE_IQ4_NL: return row_type::iq4_nl;
+        default: return row_type::f16;
+    }
 }
+
+constexpr ggml_type ALL_TYPES[] = { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL };
+constexpr int64_t N_SINK = 2;
 
 // A graph that computes one tensor of host memory.
 struct graph {
@@ -42,7 +51,7 @@ struct graph {
         if (type == GGML_TYPE_F32) {
             std::copy(x.begin(), x.end(), (float *) t->data);
         } else {
-            f32_to_f16_row(x.data(), (f16 *) t->data, (int) x.size());
+            encode_row(row_type_of(type), x.data(), t->data, (int32_t) x.size());
         }
         return t;
     }
@@ -58,8 +67,17 @@ struct graph {
 struct inputs {
     spec s;
     int64_t n_head_kv, n_head, n_row;
-    std::vector<float> q, k, v, mask, bias, sinks, core_k, core_v; // k, v: [n_kv, n_head_kv, d]; values that f16 holds
+    std::vector<float> q, k, v, mask, bias, sinks, core_k, core_v,
+        heads; // k, v: [n_kv, n_head_kv, d]; values that f16 holds
     std::vector<int32_t> rows;
+
+    int64_t head_of(int64_t row) const {
+        return std::upper_bound(rows.begin(), rows.begin() + n_head_kv, (int32_t) row) - rows.begin() - 1;
+    }
+
+    head_parts<const f16> parts(const std::vector<f16> & all, int64_t h) const {
+        return { all.data(), (int32_t) h, s.d_k, s.d_v, N_SINK };
+    }
 
     explicit inputs(const spec & spec) : s(spec), n_head_kv((int64_t) s.cores.size()), n_head(n_head_kv * s.n_gqa) {
         rng r(s.seed);
@@ -84,6 +102,14 @@ struct inputs {
         core_k = fill(s.d_k * n_row, 1.0);
         core_v = fill(s.d_v * n_row, 1.0);
         bias = fill(n_row, 1.0);
+        heads = fill(n_head_kv * head_size(s.d_k, s.d_v, N_SINK), 1.0);
+        for (int64_t h = 0; h < n_head_kv; ++h) {
+            for (int64_t e = 0; e < s.d_k; ++e) { // scales
+                float & x = heads[h * head_size(s.d_k, s.d_v, N_SINK) + s.d_k + e];
+                x = 0.5f + std::fabs(x);
+                x = f16_to_f32(f32_to_f16(x));
+            }
+        }
         sinks = fill(n_head, 2.0);
         for (int64_t i = 0; s.outliers && i < n_row; ++i) {
             core_k[i * s.d_k + 5] = 20.0f;
@@ -101,8 +127,10 @@ std::vector<float> run_op(const inputs & x, int n_threads) {
     const spec & s = x.s;
     graph g;
     ggml_tensor * q = g.of(x.q, { s.d_k, x.n_head, s.n_tokens });
-    ggml_tensor * k = g.of(x.k, { s.d_k, x.n_head_kv, s.n_kv }, GGML_TYPE_F16);
-    ggml_tensor * v = g.of(x.v, { s.d_v, x.n_head_kv, s.n_kv }, GGML_TYPE_F16);
+    ggml_tensor * k = g.of(x.k, { s.d_k, x.n_head_kv, s.n_kv }, s.cell_type);
+    ggml_tensor * v = g.of(x.v, { s.d_v, x.n_head_kv, s.n_kv }, s.cell_type);
+    std::vector<f16> all(x.heads.size());
+    f32_to_f16_row(x.heads.data(), all.data(), (int) all.size());
     if (s.v_trans) { // memory [n_kv, d_v, n_head_kv], seen as the cache's get_v() shows it
         ggml_tensor * t = g.tensor(GGML_TYPE_F16, { s.n_kv, s.d_v, x.n_head_kv });
         for (int64_t h = 0; h < x.n_head_kv; ++h) {
@@ -115,11 +143,16 @@ std::vector<float> run_op(const inputs & x, int n_threads) {
         }
         v = ggml_permute(g.ctx.get(), t, 0, 2, 1, 3);
     }
-    auto cores = [&](const std::vector<float> & from, int64_t d, ggml_type type) {
+    auto cores = [&](const std::vector<float> & from, int64_t d, ggml_type type, bool is_k) {
         ggml_tensor * t = g.tensor(type, { d, x.n_row });
         for (int64_t i = 0; i < x.n_row; ++i) {
             std::vector<float> row(from.begin() + i * d, from.begin() + (i + 1) * d);
-            store_row(row_type_of(type), row.data(), (char *) t->data + i * t->nb[1], (int32_t) d);
+            char * p = (char *) t->data + i * t->nb[1];
+            if (is_k) {
+                store_key(row_type_of(type), row.data(), x.parts(all, x.head_of(i)).frame(), p, (int32_t) d);
+            } else {
+                store_value(row_type_of(type), row.data(), p, (int32_t) d);
+            }
         }
         return t;
     };
@@ -127,8 +160,10 @@ std::vector<float> run_op(const inputs & x, int n_threads) {
     std::copy(x.rows.begin(), x.rows.end(), (int32_t *) rows->data);
     ggml_tensor * out = ggml_prop_attn(g.ctx.get(), q, k, v,
         g.of(x.mask, { s.n_kv, s.n_tokens }, s.mask_f32 ? GGML_TYPE_F32 : GGML_TYPE_F16),
-        cores(x.core_k, s.d_k, s.k_type), cores(x.core_v, s.d_v, s.v_type), g.of(x.bias, { x.n_row }), rows,
-        s.sinks ? g.of(x.sinks, { x.n_head }) : nullptr, 1.0f / std::sqrt((float) s.d_k), s.softcap);
+        cores(x.core_k, s.d_k, s.k_type, true), cores(x.core_v, s.d_v, s.v_type, false),
+        g.of(x.bias, { x.n_row }, GGML_TYPE_F16), rows,
+        g.of(x.heads, { head_size(s.d_k, s.d_v, N_SINK), x.n_head_kv }, GGML_TYPE_F16),
+        s.sinks ? g.of(x.sinks, { x.n_head }) : nullptr, 1.0f / std::sqrt((float) s.d_k), s.softcap, false);
     CHECK_EQ(std::string(ggml_op_name(out->op)), "PROP_ATTN");
     ggml_backend_ptr cpu{ ggml_backend_cpu_init() };
     CHECK(ggml_backend_supports_op(cpu.get(), out));
@@ -139,11 +174,39 @@ std::vector<float> run_op(const inputs & x, int n_threads) {
 std::vector<float> run_composed(const inputs & x) {
     const spec & s = x.s;
     std::vector<float> res(s.d_v * x.n_head * s.n_tokens);
-    auto stored = [&](const std::vector<float> & from, int64_t i, int64_t d, ggml_type type) {
-        std::vector<float> row(from.begin() + i * d, from.begin() + (i + 1) * d);
-        std::vector<uint8_t> bytes(row_size(row_type_of(type), d));
-        store_row(row_type_of(type), row.data(), bytes.data(), (int32_t) d);
-        load_row(row_type_of(type), bytes.data(), row.data(), (int32_t) d);
+    std::vector<f16> all(x.heads.size());
+    f32_to_f16_row(x.heads.data(), all.data(), (int) all.size());
+    // a row as it is after being stored: a sink's are in `heads`
+    auto key_of = [&](int64_t h, int64_t i) {
+        const auto parts = x.parts(all, h);
+        const int32_t d = (int32_t) s.d_k;
+        const row_type type = row_type_of(s.k_type);
+        std::vector<float> row(x.core_k.begin() + (x.rows[h] + i) * d, x.core_k.begin() + (x.rows[h] + i + 1) * d);
+        std::vector<uint8_t> bytes(row_size(type, d));
+        store_key(type, row.data(), parts.frame(), bytes.data(), d);
+        load_key(type, bytes.data(), parts.frame(), row.data(), d);
+        if (i < N_SINK) {
+            f16_to_f32_row(parts.k_sink + i * d, row.data(), d);
+        }
+        return row;
+    };
+    auto value_of = [&](int64_t h, int64_t i) {
+        const int32_t d = (int32_t) s.d_v;
+        const row_type type = row_type_of(s.v_type);
+        std::vector<float> row(x.core_v.begin() + (x.rows[h] + i) * d, x.core_v.begin() + (x.rows[h] + i + 1) * d);
+        std::vector<uint8_t> bytes(row_size(type, d));
+        store_value(type, row.data(), bytes.data(), d);
+        load_value(type, bytes.data(), row.data(), d);
+        if (i < N_SINK) {
+            f16_to_f32_row(x.parts(all, h).v_sink + i * d, row.data(), d);
+        }
+        return row;
+    };
+    auto cell = [&](const float * from, int64_t d) {
+        std::vector<uint8_t> bytes(row_size(row_type_of(s.cell_type), d));
+        std::vector<float> row(d);
+        encode_row(row_type_of(s.cell_type), from, bytes.data(), (int32_t) d);
+        decode_row(row_type_of(s.cell_type), bytes.data(), row.data(), (int32_t) d);
         return row;
     };
     for (int64_t h = 0; h < x.n_head_kv; ++h) {
@@ -155,14 +218,14 @@ std::vector<float> run_composed(const inputs & x) {
             }
         };
         for (int64_t i = 0; i < n_core; ++i) {
-            const auto row = stored(x.core_k, x.rows[h] + i, s.d_k, s.k_type);
+            const auto row = key_of(h, i);
             k.insert(k.end(), row.begin(), row.end());
-            put_v(i, stored(x.core_v, x.rows[h] + i, s.d_v, s.v_type).data());
+            put_v(i, value_of(h, i).data());
         }
         for (int64_t i = 0; i < s.n_kv; ++i) {
-            const float * row = x.k.data() + (i * x.n_head_kv + h) * s.d_k;
-            k.insert(k.end(), row, row + s.d_k);
-            put_v(n_core + i, x.v.data() + (i * x.n_head_kv + h) * s.d_v);
+            const auto row = cell(x.k.data() + (i * x.n_head_kv + h) * s.d_k, s.d_k);
+            k.insert(k.end(), row.begin(), row.end());
+            put_v(n_core + i, cell(x.v.data() + (i * x.n_head_kv + h) * s.d_v, s.d_v).data());
         }
         for (int64_t g = 0; g < s.n_gqa; ++g) {
             for (int64_t t = 0; t < s.n_tokens; ++t) {
@@ -171,7 +234,9 @@ std::vector<float> run_composed(const inputs & x) {
             }
         }
         for (int64_t t = 0; t < s.n_tokens; ++t) {
-            mask.insert(mask.end(), x.bias.begin() + x.rows[h], x.bias.begin() + x.rows[h] + n_core);
+            for (int64_t i = 0; i < n_core; ++i) {
+                mask.push_back(i < N_SINK ? 0.0f : x.bias[x.rows[h] + i]);
+            }
             mask.insert(mask.end(), x.mask.begin() + t * s.n_kv, x.mask.begin() + (t + 1) * s.n_kv);
         }
         graph g;
@@ -216,7 +281,6 @@ void check(const spec & s) {
 void test_shapes() {
     const int64_t sizes[][2] = { { 64, 64 }, { 80, 80 }, { 96, 96 }, { 128, 128 }, { 256, 256 }, { 96, 64 } };
     const int64_t all_gqa[] = { 1, 2, 3, 7, 8, 16 };
-    const ggml_type types[] = { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
     const std::vector<int32_t> ragged[] = { { 130, 0, 37 }, { 64 }, { 1, 200 }, { 0 }, { 300, 3 } };
     rng r(9);
     uint64_t n = 0;
@@ -235,15 +299,16 @@ void test_shapes() {
             s.mask_f32 = r.below(2);
             s.outliers = r.below(2);
             if (s.d_k % 32 == 0 && s.d_v % 32 == 0) {
-                s.k_type = types[r.below(3)];
-                s.v_type = types[r.below(3)];
+                s.k_type = ALL_TYPES[r.below(5)];
+                s.v_type = ALL_TYPES[r.below(5)];
+                s.cell_type = s.v_trans || r.below(2) ? GGML_TYPE_F16 : GGML_TYPE_Q8_0;
             }
             s.seed = ++n;
             check(s);
         }
     }
-    for (ggml_type k_type : types) {
-        for (ggml_type v_type : types) {
+    for (ggml_type k_type : ALL_TYPES) {
+        for (ggml_type v_type : ALL_TYPES) {
             for (int64_t n_tokens : { 1, 20 }) {
                 spec s;
                 s.k_type = k_type;
@@ -256,10 +321,11 @@ void test_shapes() {
     }
 }
 
-// The blocks are ggml's, to the bit.
+// The blocks are ggml's, to the bit; codes of IQ4_NL are chosen otherwise, and no worse.
 void test_quantization() {
     rng r(3);
-    for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+    for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL }) {
+        double err = 0.0, err_ggml = 0.0;
         CASE(ggml_type_name(type));
         for (int n = 0; n < 200; ++n) {
             std::vector<float> x(64), y(64), z(64);
@@ -269,16 +335,20 @@ void test_quantization() {
             std::vector<uint8_t> want(ggml_row_size(type, 64)), got(row_size(row_type_of(type), 64));
             CHECK_EQ(want.size(), got.size());
             ggml_get_type_traits(type)->from_float_ref(x.data(), want.data(), 64);
-            if (type == GGML_TYPE_Q8_0) {
-                f32_to_q8_0_row(x.data(), (q8_block *) got.data(), 64);
-            } else {
-                f32_to_q4_0_row(x.data(), (q4_block *) got.data(), 64);
+            encode_row(row_type_of(type), x.data(), got.data(), 64);
+            if (type == GGML_TYPE_IQ4_NL) {
+                decode_row(row_type_of(type), got.data(), z.data(), 64);
+                err += distance2(z.data(), x.data(), 64);
+                ggml_get_type_traits(type)->to_float(want.data(), y.data(), 64);
+                err_ggml += distance2(y.data(), x.data(), 64);
+                want = got;
             }
             CHECK_BITS(got.data(), want.data(), (int64_t) got.size());
             ggml_get_type_traits(type)->to_float(want.data(), y.data(), 64);
             decode_row(row_type_of(type), got.data(), z.data(), 64);
             CHECK_BITS(z.data(), y.data(), 64);
         }
+        CHECK(err <= 1.02 * err_ggml);
     }
 }
 

@@ -11,6 +11,7 @@ using namespace sc_test;
 namespace {
 
 constexpr int32_t N_SINK = 4;
+constexpr double F16_RTOL = 0x1p-11;
 
 // A text that goes through one head: passes, and what the next stage is drawn from.
 constexpr method ALL_METHODS[] = { method::semantic, method::paper, method::streaming, method::keydiff, method::knorm,
@@ -126,10 +127,8 @@ void check_invariants(const text_source & text, const head_store & h, const sink
     CHECK(h.guards_hold());
     CHECK_EQ(h.n_sink, text.s.n_sink);
     CHECK(h.n_used >= h.n_sink && h.n_used <= h.n_alloc);
-    const std::vector<float> zero(h.n_sink, 0.0f);
     CHECK_BITS(h.key(0), first.k.data(), (int64_t) first.k.size());
     CHECK_BITS(h.val(0), first.v.data(), (int64_t) first.v.size());
-    CHECK_BITS(h.bias.data(), zero.data(), h.n_sink);
 
     std::map<int32_t, int32_t> tok;
     int64_t n_tok = 0;
@@ -137,7 +136,7 @@ void check_invariants(const text_source & text, const head_store & h, const sink
         const row_meta m = h.meta(i);
         CHECK(i == h.n_sink || m.chunk >= h.meta(i - 1).chunk); // text order
         CHECK(m.n_tok >= 1);
-        CHECK(std::isfinite(h.bias[i]) && h.bias[i] >= -6.0f && h.bias[i] <= 8.0f);
+        CHECK(std::isfinite(h.bias_of(i)) && h.bias_of(i) >= -6.0f && h.bias_of(i) <= 8.0f);
         CHECK_EQ(f16_to_f32(h.key(i)[text.s.d_k - 1]), chunk_mark(m.chunk)); // all members are of this chunk
         tok[(int32_t) m.chunk] += m.n_tok;
         n_tok += m.n_tok;
@@ -217,7 +216,7 @@ void test_long_text() {
                 CHECK_EQ(tokens_in(h), (int64_t) h.n_used - h.n_sink);
             }
             for (int32_t i = h.n_sink; s.how == method::paper && i < h.n_used; ++i) {
-                CHECK(std::fabs(h.bias[i] - std::log((double) h.meta(i).n_tok)) < 1e-6);
+                CHECK(std::fabs(h.bias_of(i) - std::log((double) h.meta(i).n_tok)) < 0x1p-9); // half a unit of f16
             }
             n_dropped_tok += before - tokens_in(h);
             CHECK((before == tokens_in(h)) == (res.n_dropped == 0));
@@ -263,13 +262,17 @@ void test_below_budget() {
             CHECK_EQ(res.n_merged, 0);
             CHECK_EQ(res.n_dropped, 0);
             CHECK_EQ(h.n_used, at + n);
-            CHECK_BITS(h.key(0), old.key(0), (int64_t) at * s.d_k);
-            CHECK_BITS(h.val(0), old.val(0), (int64_t) at * s.d_v);
-            CHECK_BITS(h.bias.data(), old.bias.data(), at);
-            CHECK_BITS(h.key(at), t.k.data(), (int64_t) n * s.d_k);
-            CHECK_BITS(h.val(at), t.v.data(), (int64_t) n * s.d_v);
+            for (int32_t i = 0; i < at; ++i) {
+                CHECK_BITS(h.key(i), old.key(i), s.d_k);
+                CHECK_BITS(h.val(i), old.val(i), s.d_v);
+                CHECK_EQ(h.bias_of(i), old.bias_of(i));
+            }
             for (int32_t i = at; i < h.n_used; ++i) {
-                CHECK_EQ(h.bias[i], 0.0f);
+                CHECK_BITS(h.key(i), t.k.data() + (int64_t) (i - at) * s.d_k, s.d_k);
+                CHECK_BITS(h.val(i), t.v.data() + (int64_t) (i - at) * s.d_v, s.d_v);
+            }
+            for (int32_t i = at; i < h.n_used; ++i) {
+                CHECK_EQ(h.bias_of(i), 0.0f);
                 CHECK(i < N_SINK || h.meta(i).n_tok == 1);
                 CHECK(i < N_SINK || h.meta(i).chunk == t.chunk[i - at - t.n_sink]);
             }
@@ -309,9 +312,12 @@ std::vector<float> attend(const head_store & h, const tokens & t, const std::vec
     const head_shape & s = h.shape;
     const int32_t first = 0, count = h.n_used;
     const std::vector<float> mask(t.n(), 0.0f);
-    attn_args a = { s.n_embd_head_k, s.n_embd_head_v, s.n_gqa, 1, 1, t.n(), s.scale, s.softcap, q.data(),
-        s.n_embd_head_k, 0, t.k.data(), 0, s.n_embd_head_k, t.v.data(), 0, s.n_embd_head_v, 1, mask.data(), false,
-        t.n(), nullptr, h.k.data(), h.type, h.v.data(), h.type, h.bias.data(), count, &first, &count };
+    const int64_t size = sizeof(f16);
+    attn_args a = { s.n_embd_head_k, s.n_embd_head_v, s.n_gqa, 1, 1, t.n(), s.scale, s.softcap, false, q.data(),
+        s.n_embd_head_k, 0, (const uint8_t *) t.k.data(), row_type::f16, 0, s.n_embd_head_k * size,
+        (const uint8_t *) t.v.data(), row_type::f16, 0, s.n_embd_head_v * size, size, mask.data(), false, t.n(),
+        nullptr, h.k.data(), h.type, h.v.data(), h.type, h.bias.data(), count, &first, &count, h.heads.data(),
+        h.n_sink_room };
     std::vector<float> work(attn_work_size(a, 1)), out((size_t) s.n_gqa * s.n_embd_head_v);
     attn_part(a, work.data(), out.data(), 0, 1);
     attn_reduce(a, work.data(), out.data(), 0, 1);
@@ -340,7 +346,7 @@ void test_equal_tokens() {
                 CHECK(res.n_merged > 0);
                 for (int32_t i = N_SINK; i < h.n_used; ++i) {
                     const int64_t from = N_SINK + (int64_t) h.meta(i).chunk * 12;
-                    CHECK(std::fabs(h.bias[i] - std::log((double) h.meta(i).n_tok)) < 5e-6);
+                    CHECK(std::fabs(h.bias_of(i) - std::log((double) h.meta(i).n_tok)) < 0x1p-9);
                     CHECK_BITS(h.key(i), t.k.data() + from * s.d_k, s.d_k); // a mean of equal rows is that row
                     CHECK_BITS(h.val(i), t.v.data() + from * s.d_v, s.d_v);
                     const bool first = i == N_SINK || h.meta(i - 1).chunk != h.meta(i).chunk;
@@ -362,9 +368,10 @@ void test_equal_tokens() {
                     for (float & e : q) {
                         e = (float) (1.5 * text.r.normal());
                     }
-                    // the bias errs by up to 5e-6, which moves the shares, and with them values up to 4, by as much
+                    // the bias errs by half a unit of f16, which moves the shares, and with them values up to 4, by as
+                    // much
                     const std::vector<float> before = attend(empty, t, q), after = attend(h, window, q);
-                    CHECK_CLOSE(after.data(), before.data(), (int64_t) after.size(), 0.0, 4e-5);
+                    CHECK_CLOSE(after.data(), before.data(), (int64_t) after.size(), 0.0, 4.0 * 0x1p-10);
                 }
             }
         }
@@ -446,7 +453,7 @@ void test_zero_keys() {
             CHECK(h.guards_hold());
             CHECK(h.n_used <= h.n_alloc);
             for (int32_t i = h.n_sink; i < h.n_used; ++i) {
-                CHECK(std::isfinite(h.bias[i]));
+                CHECK(std::isfinite(h.bias_of(i)));
             }
         }
     }
@@ -530,8 +537,8 @@ void test_q8_queries() {
             CHECK_EQ(a.n_used, b.n_used);
             for (int32_t i = 0; i < a.n_used; ++i) {
                 CHECK(std::equal(a.key(i), a.key(i) + d_k, b.key(i)));
-                CHECK_EQ(a.bias[i], b.bias[i]);
-                CHECK_EQ(a.meta(i).s_use, b.meta(i).s_use);
+                CHECK_EQ(a.bias_of(i), b.bias_of(i));
+                CHECK(i < N_SINK || a.meta(i).s_use == b.meta(i).s_use);
             }
         }
     }
@@ -585,10 +592,79 @@ void test_readers_and_weights() {
     }
 }
 
+// A stage of q8_0 whose keys are rotated, with the queries: what a pass loads is what was there before.
+void test_quantized_stage() {
+    CASE("stage of q8_0");
+    spec s;
+    s.d_k = s.d_v = 64;
+    text_source text(s, 90);
+    const int32_t n_head_kv = 3, ih = 1, d = 64, n_blocks = n_head_kv * d / Q_BLOCK;
+    tokens t = text.draw(true, 40);
+    head_store h(text.shape, 60);
+    stage_store stage(t, text.shape, { n_head_kv, ih, false, 5, 3 });
+    pass_call call(h, stage, text.rp, text.params());
+    std::vector<q8_block> k(stage.n_cell * n_blocks), v(k.size()), ring(stage.ring.size() * n_blocks * s.n_gqa);
+    std::vector<float> want_k, want_v, want_q, x(d);
+    auto put = [&](const f16 * from, bool rotated, q8_block * to, std::vector<float> & want) {
+        f16_to_f32_row(from, x.data(), d);
+        if (rotated) {
+            hadamard(x.data(), d);
+        }
+        f32_to_q8_0_row(x.data(), to, d);
+        decode_row(row_type::q8_0, to, x.data(), d);
+        if (rotated) {
+            hadamard(x.data(), d);
+        }
+        want.insert(want.end(), x.begin(), x.end());
+    };
+    for (int32_t i = 0; i < t.n(); ++i) {
+        const int64_t at = stage.cell[i] * n_blocks + ih * d / Q_BLOCK;
+        put(t.k.data() + i * d, true, &k[at], want_k);
+        put(t.v.data() + i * d, false, &v[at], want_v);
+    }
+    for (int32_t i = 0; i < t.n_q; ++i) {
+        for (int32_t g = 0; g < s.n_gqa; ++g) {
+            put(t.q.data() + (i * s.n_gqa + g) * d, true,
+                &ring[(stage.ring[i] * n_blocks + ih * d / Q_BLOCK) * s.n_gqa + g * d / Q_BLOCK], want_q);
+        }
+    }
+    pass_args & a = call.args;
+    a.k_rotated = true;
+    a.k_stage = (const uint8_t *) k.data();
+    a.v_stage = (const uint8_t *) v.data();
+    a.k_cell_type = a.v_cell_type = row_type::q8_0;
+    a.k_head = a.v_head = row_size(row_type::q8_0, d);
+    a.k_cell = a.v_cell = a.k_head * n_head_kv;
+    a.q = (const uint8_t *) ring.data();
+    a.q_type = row_type::q8_0;
+    a.q_row = row_size(row_type::q8_0, n_head_kv * s.n_gqa * d);
+    const pass_head head(a, call.plan, ih);
+    std::vector<float> got(d * s.n_gqa);
+    for (int32_t i = 0; i < t.n(); ++i) {
+        head.load_token_key(i, got.data());
+        CHECK_CLOSE(got.data(), want_k.data() + i * d, d, 0.0, 1e-6);
+        head.load_token_value(i, got.data());
+        CHECK_BITS(got.data(), want_v.data() + i * d, d);
+    }
+    for (int32_t i = 0; i < t.n_q; ++i) {
+        head.load_query(i, got.data());
+        CHECK_CLOSE(got.data(), want_q.data() + i * d * s.n_gqa, d * s.n_gqa, 0.0, 1e-6);
+    }
+    call.run(); // sinks come out as their keys were
+    for (int32_t i = 0; i < N_SINK; ++i) {
+        pass_plan after = call.plan;
+        after.n_row_sink = N_SINK;
+        pass_head(a, after, ih).load_core_key(i, got.data());
+        CHECK_CLOSE(got.data(), want_k.data() + i * d, d, 0.0, 1e-2); // of f16
+        pass_head(a, after, ih).load_core_value(i, got.data());
+        CHECK_CLOSE(got.data(), want_v.data() + i * d, d, F16_RTOL, 0.0);
+    }
+}
+
 // Quantized rows: the pass reads and writes what f16 rows hold, but for half a step of the rotated row; a row that
 // stays keeps its bytes, however many passes it sees.
 void test_quantized_rows() {
-    for (row_type type : { row_type::q8_0, row_type::q4_0 }) {
+    for (row_type type : { row_type::q8_0, row_type::q5_0, row_type::q4_0, row_type::iq4_nl }) {
         CASE("rows of type " + std::to_string((int) type));
         spec s;
         s.d_k = s.d_v = 64;
@@ -617,18 +693,32 @@ void test_quantized_rows() {
             for (int32_t i = 0; i < std::min(h.n_used, twin.n_used); ++i) {
                 CHECK_EQ(h.meta(i).chunk, twin.meta(i).chunk);
                 const auto k = h.key_f32(i), want_k = twin.key_f32(i), v = h.val_f32(i), want_v = twin.val_f32(i);
-                // half a step for every rotated value, a whole one at the far end of q4_0's codes; the rounding of f16
-                // adds a little
+                if (i < N_SINK) {
+                    CHECK_BITS(h.key(i), twin.key(i), s.d_k);
+                    CHECK_BITS(h.val(i), twin.val(i), s.d_v);
+                    continue;
+                }
+                // half a step for every rotated value, a whole one at the far end of codes that are not symmetric; the
+                // rounding of f16 adds a little
                 auto bound = [type](std::vector<float> x) {
                     hadamard(x.data(), (int32_t) x.size());
                     float amax = 0.0f;
                     for (float e : x) {
                         amax = std::max(amax, std::fabs(e));
                     }
-                    return amax * (type == row_type::q8_0 ? 0.5f / 127.0f : 1.0f / 8.0f) * std::sqrt((float) x.size()) +
-                           2e-2f;
+                    const float step = type == row_type::q8_0   ? 0.5f / 127.0f
+                                       : type == row_type::q5_0 ? 1.0f / 16.0f
+                                                                : 1.0f / 8.0f;
+                    return amax * step * std::sqrt((float) x.size()) + 2e-2f;
                 };
-                CHECK(std::sqrt(distance2(k.data(), want_k.data(), s.d_k)) < bound(want_k));
+                auto in_frame = [&](std::vector<float> x) {
+                    for (int32_t e = 0; e < s.d_k; ++e) {
+                        x[e] = (x[e] - f16_to_f32(h.parts().mean[e])) / f16_to_f32(h.parts().scale[e]);
+                    }
+                    return x;
+                };
+                const auto own = in_frame(k), want = in_frame(want_k);
+                CHECK(std::sqrt(distance2(own.data(), want.data(), s.d_k)) < bound(want));
                 CHECK(std::sqrt(distance2(v.data(), want_v.data(), s.d_v)) < bound(want_v));
                 for (int32_t j = 0; j < before.n_used; ++j) {
                     kept += std::equal(h.k.begin() + i * h.size_k(), h.k.begin() + (i + 1) * h.size_k(),
@@ -643,6 +733,7 @@ void test_quantized_rows() {
 } // namespace
 
 int main() {
+    test_quantized_stage();
     test_quantized_rows();
     test_q8_queries();
     test_readers_and_weights();

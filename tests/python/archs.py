@@ -24,7 +24,7 @@ from llama_semanticache import Llama, SemanticCacheError
 # Without flash attention, whose sums llama.cpp rounds to f16: what is measured is ours.
 N_CTX, N_TOKENS, N_BATCH, N_CUT, N_MORE = 512, 400, 80, 300, 3
 STAGE = dict(kv_stage=128, kv_window=48, kv_profile=None)
-EXACT = dict(kv_ratio=1, kv_type_k="f16", kv_type_v="f16")
+EXACT = dict(kv_ratio=1, kv_type_k="f16", kv_type_v="f16", kv_type_stage="f16")
 SEED = "7"
 # Of the weights. With the program's own 0.1 attention is uniform and logits hardly depend on it: a cache that has lost
 # 70% of its rows is off by a KL of 1e-10, so that being exact says nothing.

@@ -12,7 +12,7 @@ from conftest import SMALL
 from llama_semanticache import ArgumentError, Llama, _native, models, profile
 from llama_semanticache.bench.settings import profiles_of
 from llama_semanticache.cli import main
-from llama_semanticache.config import MAX_ROOM, METHODS, N_CHUNK, OURS, PARAMS, ROW_TYPES, KVConfig
+from llama_semanticache.config import MAX_ROOM, METHODS, N_CHUNK, OURS, PARAMS, ROW_TYPES, STAGE_TYPES, KVConfig
 from llama_semanticache.memory import estimate
 from llama_semanticache.model_file import ModelFile
 
@@ -60,12 +60,13 @@ def test_defaults_of_llama_are_these():
 @pytest.mark.parametrize("command", ["chat", "run", "memory"])
 def test_options_of_the_command_line_are_these(command):
     options = {o.name: o for o in main.commands[command].params if (o.name or "").startswith("kv_")}
-    assert {"kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v"} <= options.keys()
+    assert {"kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v", "kv_type_stage"} <= options.keys()
     for name, option in options.items():
         default = OURS if name == "kv_compress" else getattr(KVConfig, name)
         assert option.default == default, name
         if isinstance(option.type, click.Choice):
-            assert tuple(option.type.choices) == ((*METHODS, "none") if name == "kv_compress" else ROW_TYPES)
+            choices = {"kv_compress": (*METHODS, "none"), "kv_type_stage": STAGE_TYPES}
+            assert tuple(option.type.choices) == choices.get(name, ROW_TYPES)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +74,10 @@ def test_options_of_the_command_line_are_these(command):
     [
         (dict(kv_ratio=2), "kv_ratio: expected 0 < kv_ratio <= 1, got 2; "),
         (dict(kv_compress=["paper"]), r"kv_compress: expected None or one of semanticache, .* got \['paper'\]; "),
-        (dict(kv_type_k="q5_0"), "kv_type_k: expected one of auto, f16, q8_0, q4_0, got 'q5_0'; "),
+        (dict(kv_type_k="q6_k"), "kv_type_k: expected one of auto, f16, q8_0, q5_0, q4_0, iq4_nl, got 'q6_k'; "),
+        (dict(kv_type_stage="q4_0"), "kv_type_stage: expected one of auto, f16, q8_0, got 'q4_0'; "),
         (dict(kv_stage=96, kv_window=92), r"kv_stage: expected more than kv_window \+ kv_sink = 96, got 96; "),
-        (dict(kv_stage=4700), r"kv_stage: expected at most kv_window \+ 4096 = 4608, got 4700; "),
+        (dict(kv_stage=4700), r"kv_stage: expected at most kv_window \+ 4096 = 4352, got 4700; "),
         (dict(kv_stage=2048), "n_ctx: expected at least kv_stage = 2048, got 1024; "),
         (dict(kv_params={"n_chunk": 0}), "kv_params: expected n_chunk of 1 to 255, got 0; "),
         (dict(kv_params={"n_chunk": "x"}), "kv_params: expected n_chunk of 1 to 255, got 'x'; "),

@@ -76,7 +76,9 @@ def test_logits_are_those_of_the_unpatched_library_to_the_bit(flash_attn, smollm
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
 def test_before_the_first_pass_logits_are_the_uncompressed_ones_to_the_bit(flash_attn, smollm2, load):
     options = dict(n_ctx=1024, n_batch=448, flash_attn=flash_attn)
-    llm = load(smollm2, **options, kv_compress="semanticache", kv_stage=512, kv_window=64, kv_profile=None)
+    llm = load(
+        smollm2, **options, kv_compress="semanticache", kv_stage=512, kv_window=64, kv_profile=None, kv_type_stage="f16"
+    )
     full = load(smollm2, **options)
     tokens = text_tokens(llm, 200)
     for some in (llm, full):

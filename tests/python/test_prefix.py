@@ -6,7 +6,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from conftest import SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
+from conftest import EXACT, SMALL, check_stats, continue_with, count_evals, kl, last_logits, random_tokens
 from llama_semanticache import _native
 
 TOKENS = random_tokens(500)
@@ -69,7 +69,7 @@ def test_a_reused_prefix_gives_what_a_fresh_run_gives(arch, filled, tiny, load):
     """Below capacity, wherever the texts part; sliding-window layers have forgotten what lies far behind."""
     full = load(tiny(arch), n_ctx=1024, n_batch=80)
     for prefix in (64, 90, 200, 316, 400, 470):
-        llm = filled(arch, kv_ratio=1, flash_attn=False)
+        llm = filled(arch, kv_ratio=1, flash_attn=False, **EXACT)
         prompt = TOKENS[:prefix] + [MORE[0] if MORE[0] != TOKENS[prefix] else MORE[1], *MORE]
         next(llm.generate(list(prompt), temp=0))
         full.reset()

@@ -175,7 +175,7 @@ def test_a_profile_of_an_older_format_is_measured_again(tiny, cache):
 
 def test_errors_are_those_of_the_reference(tmp_path, load, cache):
     """One layer, so that its queries, keys, values and output can be computed here; then the reference's passes."""
-    n_sink, n_window, n_probe = 4, 512, 256
+    n_sink, n_window, n_probe = 4, 256, 256
     path = tiny_models.write_tiny(tmp_path / "one.gguf", "llama", n_layer=1)
     out = profile.calibrate(path, texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1)
     got = ref.read_profile(out)

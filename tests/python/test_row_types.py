@@ -1,4 +1,4 @@
-"""Cores in q8_0 and q4_0: what they take, what they lose, and what is refused."""
+"""Rows and stage of all types: what they take, what they lose, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import tiny_models
-from conftest import SMALL, check_stats, continue_with, kl, last_logits, random_tokens
+from conftest import EXACT, SMALL, check_stats, continue_with, kl, last_logits, random_tokens
 from llama_semanticache import ArgumentError, StateError, UnsupportedModelError
 
 TOKENS, MORE = random_tokens(500), random_tokens(150, seed=1)
-BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of 32 values
+BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q5_0": 22, "q4_0": 18, "iq4_nl": 18}  # of 32 values
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +33,46 @@ def test_finer_rows_lose_less(wide, load, flash_attn):
     full.eval(TOKENS)
     expected = continue_with(full, MORE)
     loss = {}
-    for type_k, type_v in (("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0")):
-        llm = with_types(load, wide, type_k, type_v, flash_attn=flash_attn)
+    for kind in BLOCK_BYTES:
+        llm = with_types(load, wide, kind, kind, flash_attn=flash_attn, kv_type_stage="f16")
         assert llm.kv_stats().rows_merged == 0
-        loss[type_k, type_v] = kl(expected, continue_with(llm, MORE)).mean()
-    assert loss["f16", "f16"] < 1e-5
-    assert 1e-7 < loss["q8_0", "q8_0"] < 1e-3
-    assert loss["q8_0", "q8_0"] < loss["q8_0", "q4_0"] < loss["q4_0", "q4_0"]
+        loss[kind] = kl(expected, continue_with(llm, MORE)).mean()
+    assert loss["f16"] < 1e-5
+    assert 1e-8 < loss["q8_0"] < loss["q5_0"] < loss["iq4_nl"] < loss["q4_0"] < 0.05
 
 
-def test_auto_is_q8_0_where_heads_allow_it(wide, tiny, load):
-    for path, same in ((wide, "q8_0"), (tiny("llama"), "f16")):
-        auto, named = load(path, **SMALL).kv_stats(), load(path, **SMALL, kv_type_k=same, kv_type_v=same).kv_stats()
-        assert auto.core_bytes == named.core_bytes > 0
-    assert (
-        load(wide, **SMALL).kv_stats().core_bytes
-        < load(wide, **SMALL, kv_type_k="f16", kv_type_v="f16").kv_stats().core_bytes
-    )
+def test_a_stage_in_8_bits_loses_little(wide, load):
+    """Before any row is compressed, and with all rows kept."""
+    full = load(wide, n_ctx=1024, n_batch=80)
+    llm = load(wide, **{**SMALL, **EXACT, "kv_ratio": 1, "kv_type_stage": "q8_0"})
+    for n_read in (60, 500):
+        for some in (full, llm):
+            some.reset()
+            some.eval(TOKENS[:n_read])
+        assert (llm.kv_stats().rows_used > 0) == (n_read > SMALL["kv_stage"])
+        assert 1e-9 < kl(continue_with(full, MORE), continue_with(llm, MORE)).mean() < 1e-3
+
+
+def test_keys_that_share_a_large_part_lose_no_more(wide, load, tmp_path):
+    """A bias on the keys, as Qwen2.5 has it, is what frames are for: 30 times as large as the rest, it would leave
+    nothing of 4 bits.
+    """
+    path = str(tiny_models.write_tiny(tmp_path / "b.gguf", "qwen2", n_embd=256, k_bias=30.0))
+    full = load(path, n_ctx=1024, n_batch=80)
+    full.eval(TOKENS)
+    expected = continue_with(full, MORE)
+    llm = with_types(load, path, "iq4_nl", "f16", kv_type_stage="f16")
+    assert kl(expected, continue_with(llm, MORE)).mean() < 0.03
+
+
+def test_auto(wide, tiny, load):
+    types = ("kv_type_k", "kv_type_v", "kv_type_stage")
+    for path, same in ((wide, ("iq4_nl", "iq4_nl", "q8_0")), (tiny("llama"), ("f16",) * 3)):
+        auto, named = (load(path, **SMALL, **kinds).kv_stats() for kinds in ({}, dict(zip(types, same, strict=True))))
+        assert auto.core_bytes == named.core_bytes > 0 and auto.stage_bytes == named.stage_bytes > 0
+    small, large = (load(wide, **SMALL, **kinds).kv_stats() for kinds in ({}, EXACT))
+    assert small.core_bytes < large.core_bytes / 2.5 and small.stage_bytes == large.stage_bytes * 34 // 64
+    assert load(wide, **SMALL, flash_attn=False).kv_stats().stage_bytes == large.stage_bytes
 
 
 @pytest.mark.parametrize("type_k", BLOCK_BYTES)
@@ -59,9 +82,9 @@ def test_bytes(wide, load, type_k, type_v):
     stats = llm.kv_stats()
     assert stats.rows_merged > 0
     rows = 1024 // 4 * 2  # of a layer's two kv heads
-    # K, V, bias and 16 bytes of row counts, each padded by the buffer to 32 bytes at most
-    exact = 2 * (rows * (2 * BLOCK_BYTES[type_k] + 2 * BLOCK_BYTES[type_v] + 4) + 16)
-    assert exact <= stats.core_bytes < exact + 2 * 4 * 32
+    # K, V, bias, 16 bytes of row counts, frames and sinks, each padded by the buffer to 32 bytes at most
+    exact = 2 * (rows * (2 * BLOCK_BYTES[type_k] + 2 * BLOCK_BYTES[type_v] + 2) + 16 + 2 * 2 * (2 * 64 + 4 * 2 * 64))
+    assert exact <= stats.core_bytes < exact + 2 * 5 * 32
     assert stats.other_bytes == 0
     assert np.isfinite(continue_with(llm, MORE)).all()
 
@@ -80,12 +103,17 @@ def test_a_state_goes_into_the_same_types_only(wide, load):
     with pytest.raises(StateError, match="state: expected type_v 8, got 2"):
         other.load_state(state)
     assert other.n_tokens == len(TOKENS)
+    other = with_types(load, wide, "q8_0", "q4_0", kv_ratio=0.25, kv_type_stage="f16")
+    with pytest.raises(StateError, match="state: expected type_stage 1, got 8"):
+        other.load_state(state)
 
 
 def test_refused(wide, tiny, load):
-    with pytest.raises(ArgumentError, match="kv_type_v: expected one of auto, f16, q8_0, q4_0, got 'q5_0'"):
-        load(wide, **SMALL, kv_type_v="q5_0")
-    with pytest.raises(
-        UnsupportedModelError, match="cores of q8_0: expected heads of a multiple of 32 values, got 16 for K in layer 0"
-    ):
-        load(tiny("llama"), **SMALL, kv_type_k="q8_0")
+    with pytest.raises(ArgumentError, match="kv_type_v: expected one of auto, f16, .*iq4_nl, got 'q2_k'"):
+        load(wide, **SMALL, kv_type_v="q2_k")
+    for name in ("kv_type_k", "kv_type_v", "kv_type_stage"):
+        message = f"{name[3:]}: expected f16 for heads of 16 values, as in layer 0, got q8_0, whose blocks have 32; use"
+        with pytest.raises(UnsupportedModelError, match=message):
+            load(tiny("llama"), **SMALL, **{name: "q8_0"})
+    with pytest.raises(ArgumentError, match="type_stage: expected f16 without flash attention, .* got q8_0; use f16"):
+        load(wide, **SMALL, kv_type_stage="q8_0", flash_attn=False)

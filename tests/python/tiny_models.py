@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 
 # Architectures whose cache can be compressed. "llama3" is llama with RoPE frequency factors, "mistral" is llama with a
 # head size that is not n_embd / n_head, "phi3-longrope" has long and short factors and rotates 3/4 of a head, every
@@ -70,6 +71,7 @@ def write_tiny(
     n_swa: int = 64,
     dtype: str = "f32",
     seed: int = 0,
+    k_bias: float = 0.0,
     has_vocabulary: bool = True,
     n_split_tensors: int = 0,
     metadata: Mapping[str, str | int | float | bool] | None = None,
@@ -97,6 +99,8 @@ def write_tiny(
         Type of the matrices; vectors are always f32.
     seed : int
         Of the weights.
+    k_bias : float
+        What all keys of qwen2 share in the quarter of the channels that RoPE turns most slowly.
     has_vocabulary : bool
         Without one a model only has token numbers.
     n_split_tensors : int
@@ -112,6 +116,7 @@ def write_tiny(
     if arch not in SUPPORTED and arch not in REFUSED:
         raise ValueError(f"expected an architecture of {', '.join((*SUPPORTED, *REFUSED))}, got {arch!r}")
     builder = _Builder(Path(path), arch, dtype, seed, n_split_tensors)
+    builder.k_bias = k_bias
     builder.vocabulary(has_vocabulary)
     builder.model(n_layer or _N_LAYER.get(arch, 2), n_embd, n_head, n_head_kv, n_embd_head, n_ctx_train, n_swa)
     for key, value in (metadata or {}).items():
@@ -145,6 +150,7 @@ class _Builder:
         self.gguf_arch = _GGUF_ARCH.get(arch, arch)
         self.dtype = {"f32": np.float32, "f16": np.float16}[dtype]
         self.rng = np.random.default_rng(seed)
+        self.k_bias = 0.0
         self.writer = gguf.GGUFWriter(
             path, self.gguf_arch, split_max_tensors=n_split_tensors, small_first_shard=n_split_tensors > 0
         )
@@ -174,8 +180,8 @@ class _Builder:
     def norm(self, name: str, n: int, gain: float = 1.0) -> None:
         self.tensor(name, gain * (1.0 + 0.1 * self.rng.normal(size=n)))
 
-    def bias(self, name: str, n: int, scale: float = 0.1) -> None:
-        self.tensor(name, scale * self.rng.normal(size=n))
+    def bias(self, name: str, n: int, scale: float = 0.1, shared: npt.ArrayLike = 0.0) -> None:
+        self.tensor(name, scale * self.rng.normal(size=n) + shared)
 
     # parts
 
@@ -299,8 +305,9 @@ class _Builder:
                 self.matrix(f"{blk}.attn_k.weight", n_kv, self.n_embd, gain=1.0 if qk_norm else _ATTN_GAIN)
                 self.matrix(f"{blk}.attn_v.weight", n_kv, self.n_embd)
                 if arch in ("qwen2", "qwen2vl"):
+                    is_slow = np.arange(n_kv) % (d // 2) >= d // 2 - d // 8
                     for part, n in (("q", n_q), ("k", n_kv), ("v", n_kv)):
-                        self.bias(f"{blk}.attn_{part}.bias", n, 0.3)
+                        self.bias(f"{blk}.attn_{part}.bias", n, 0.3, self.k_bias * is_slow if part == "k" else 0.0)
                 if qk_norm:
                     self.norm(f"{blk}.attn_q_norm.weight", d, _ATTN_GAIN)
                     self.norm(f"{blk}.attn_k_norm.weight", d, _ATTN_GAIN)

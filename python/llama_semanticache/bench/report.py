@@ -45,7 +45,12 @@ def short(setting: str) -> str:
         (":merge=0", " unmerged"),
     ):
         setting = setting.replace(long, brief)
-    return setting.replace(":type_k=", " K ").replace(":type_v=", " V ").replace(":", " ")
+    return (
+        setting.replace(":type_k=", " K ")
+        .replace(":type_v=", " V ")
+        .replace(":type_stage=", " stage ")
+        .replace(":", " ")
+    )
 
 
 def scatter(

@@ -25,7 +25,7 @@ DEFAULT_SETTINGS = ("semanticache:0.25", "semanticache:0.125", "paper:0.3", "str
 PARAMS = {"horizon": "n_horizon", "chunk": "n_chunk", "merge": "merge", "distinct": "distinct", "seed": "seed"}
 """Options that are `kv_params` of `Llama`, and their names there."""
 
-OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "profile", *PARAMS)
+OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "type_stage", "profile", *PARAMS)
 
 PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "kvzip")
 """Presses of kvpress that `kvpress_worker` knows."""

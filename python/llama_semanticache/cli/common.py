@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import METHODS, OURS, ROW_TYPES, KVConfig
+from ..config import METHODS, OURS, ROW_TYPES, STAGE_TYPES, KVConfig
 from ..errors import SemanticCacheError
 from ..models import open_model
 
@@ -58,6 +58,7 @@ class LoadOptions:
     kv_window: int
     kv_type_k: str
     kv_type_v: str
+    kv_type_stage: str
     kv_profile: str | None
     kv_budget: str | None
     threads: int | None
@@ -110,8 +111,9 @@ _HELP = {
     "kv_ratio": "Rows kept, as a share of the context.",
     "kv_stage": "Newest tokens that are held exactly until the next pass.",
     "kv_window": "Newest tokens that a pass leaves alone.",
-    "kv_type_k": "How K of the older tokens is stored; auto: q8_0 where heads allow it.",
-    "kv_type_v": "How V of the older tokens is stored; auto: q8_0 where heads allow it.",
+    "kv_type_k": "How K of the older tokens is stored; auto: iq4_nl where heads allow it.",
+    "kv_type_v": "How V of the older tokens is stored; auto: iq4_nl where heads allow it.",
+    "kv_type_stage": "How the newest tokens are stored; auto: q8_0 where heads allow it.",
 }
 _TYPES = {
     "kv_ratio": click.FloatRange(0, 1, min_open=True),
@@ -119,6 +121,7 @@ _TYPES = {
     "kv_window": click.IntRange(min=1),
     "kv_type_k": click.Choice(ROW_TYPES),
     "kv_type_v": click.Choice(ROW_TYPES),
+    "kv_type_stage": click.Choice(STAGE_TYPES),
 }
 
 

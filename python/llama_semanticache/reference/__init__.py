@@ -8,6 +8,7 @@ Modules
 chunks     delimiter table of a vocabulary, chunk ids of a run of tokens
 lookahead  positions of the look-ahead and the rotation of queries to them
 attention  proportional attention: softmax over rows that carry a bias
+frame      mean and scale of the keys that are quantized
 compress   one pass over one kv head: score, winners, clusters, merged rows, fitted bias
 paper      the baselines: the paper's method and streaming (sinks and newest tokens)
 evict      the baselines: what the eviction methods of others keep
@@ -49,6 +50,7 @@ from .compress import (
     values,
 )
 from .evict import POLICIES, compress_head_evict
+from .frame import key_frame, mean_turn
 from .lookahead import horizon_positions, rotate, splitmix64
 from .paper import (
     chunk_budgets,
@@ -98,9 +100,11 @@ __all__ = [
     "greedy_clusters",
     "horizon_positions",
     "key_differences",
+    "key_frame",
     "logits",
     "logsumexp",
     "look_ahead",
+    "mean_turn",
     "merge_rows",
     "output_errors",
     "query_metric",

@@ -73,7 +73,7 @@ semcache_params semcache_default_params(void) {
     p.struct_size = sizeof(p);
     p.method = SEMCACHE_METHOD_SEMANTIC;
     p.ratio = 0.25f;
-    p.n_stage = 512;
+    p.n_stage = 384;
     p.n_window = 256;
     p.n_sink = 4;
     p.n_horizon = 512;

@@ -150,8 +150,7 @@ void llama_semcache::parts::calibrate_add() {
     cp.n_skip = 8;
     cp.merge = params.merge != 0;
     cp.distinct = 0; // budgets are better by what is asked for alone: docs/decisions.md, 43
-    const semcache_params by_default = semcache_default_params();
-    cp.n_pass = by_default.n_stage - by_default.n_window - by_default.n_sink;
+    cp.n_pass = semcache::CALIBRATE_PASS;
     cp.n_window = params.n_window;
     cp.n_horizon = params.n_horizon;
     cp.seed = params.seed;

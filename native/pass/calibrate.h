@@ -9,6 +9,8 @@
 
 namespace semcache {
 
+constexpr int32_t CALIBRATE_PASS = 252; // tokens from one pass to the next while heads are measured
+
 struct calibrate_params {
     bool merge;
     int32_t distinct;  // see DISTINCT

@@ -83,7 +83,7 @@ class KVConfig:
 
     kv_compress: str | None = None
     kv_ratio: float = 0.25
-    kv_stage: int = 512
+    kv_stage: int = 384
     kv_window: int = 256
     kv_sink: int = 4
     kv_type_k: str = "auto"

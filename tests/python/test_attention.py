@@ -80,7 +80,7 @@ def test_kv_bytes_at_a_quarter(smollm2, load):
     """The allocation, by llama.cpp's own breakdown: a quarter of the rows in 18 of 64 bytes, the stage in 34, the query
     ring and 2% for the rest.
     """
-    n_ctx, n_stage, n_window = 8192, 512, 256
+    n_ctx, n_stage, n_window = 8192, 384, 256
     full = load(smollm2, n_ctx=n_ctx).kv_stats().total_bytes
     stats = load(smollm2, n_ctx=n_ctx, kv_compress="semanticache", kv_ratio=0.25, kv_profile=None).kv_stats()
     per_token = 30 * 3 * 64 * 2 * 2

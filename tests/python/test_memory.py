@@ -166,8 +166,8 @@ def test_sliding_window_layers(folder):
     per_cell = 2 * 2 * 2 * 32  # f16, K and V, 2 kv heads of 32 values
     assert estimate(shape, 4096, "f16").kv_bytes == per_cell * (2 * 4096 + 10 * 768)  # 64 + 512 is padded to 768
     compressed = estimate(shape, 4096, "semanticache")
-    assert compressed.other_bytes == per_cell * 10 * 512  # batches of 512 - 256 - 4 tokens
-    assert compressed.stage_bytes == per_cell * 2 * 512  # f16: llama.cpp rotates heads of 64 values
+    assert compressed.other_bytes == per_cell * 10 * 256  # 64 + batches of 384 - 256 tokens, padded
+    assert compressed.stage_bytes == per_cell * 2 * 384  # f16: llama.cpp rotates heads of 64 values
 
 
 def test_sliding_window_of_other_architectures_is_ignored(folder):

@@ -15,7 +15,7 @@ from .attention import attend
 from .compress import VOTE_EVERY, HeadRows, PassInput, PassParams, Votes, compress_head, look_ahead, take_votes
 
 N_PASS, N_WINDOW = 252, 256
-"""Tokens from one pass to the next, and those that a pass leaves in the stage: what a stage of 512 does."""
+"""Tokens from one pass to the next, and those that a pass leaves in the stage."""
 
 N_SKIP = 8
 """One probe in so many is used."""

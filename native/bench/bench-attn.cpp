@@ -25,7 +25,7 @@
 
 namespace {
 
-constexpr int64_t N_STAGE = 768;
+constexpr int64_t N_STAGE = 384;
 constexpr int64_t MIN_BYTES = 256ll << 20; // of K and V in all layers together
 
 struct shape {

@@ -318,7 +318,7 @@ static inline float frame_query(const key_frame & frame, float * q, int32_t n) {
 }
 
 // What a head has besides its rows, f16 values that lie one after the other: frame, K of the sinks, V of the sinks.
-// Sinks are kept exactly: most of the attention goes to them, and 4 bits of one cost more than those of all other rows
+// Sinks stay in f16: most of the attention goes to them, and 4 bits of one cost more than those of all other rows
 // (docs/decisions.md).
 template <typename T> struct head_parts {
     T * mean;   // [n_embd_head_k]

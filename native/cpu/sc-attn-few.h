@@ -11,7 +11,7 @@
 
 namespace semcache {
 
-// Rows of K or V of one head that lie one after the other: cores of a type, or cells of the stage (f16).
+// Rows of K or V of one head that lie one after the other: cores, cells of the stage or sinks.
 struct row_span {
     const uint8_t * p;
     int64_t stride; // bytes

@@ -308,6 +308,8 @@ void attend(const attn_args & a, const piece & p, int32_t token0, int32_t n_toke
     const int32_t d_k = a.n_embd_head_k;
     const int32_t n_gqa = a.n_head / a.n_head_kv;
     const int32_t n_row = n_tokens * n_gqa;
+    const int32_t n_used = a.row_count[p.head], n_sink = std::min(n_used, a.n_sink);
+    const int32_t sinks_end = std::clamp(n_sink, p.begin, p.end), cores_end = std::clamp(n_used, p.begin, p.end);
     const head_parts head(a.heads, p.head, d_k, a.n_embd_head_v, a.n_sink);
     for (int32_t r = 0; r < n_row; ++r) {
         const float * from = a.q + (token0 + r / n_gqa) * a.q_token + (p.head * n_gqa + r % n_gqa) * a.q_head;
@@ -316,7 +318,7 @@ void attend(const attn_args & a, const piece & p, int32_t token0, int32_t n_toke
             q[e] = a.scale * from[e];
         }
         s.shift[r] = 0.0f;
-        if (s.q_core != s.q) {
+        if (s.q_core != s.q && cores_end > sinks_end) {
             float * framed = s.q_core + (int64_t) r * d_k;
             std::copy_n(q, d_k, framed);
             if (a.k_rotated) {
@@ -331,7 +333,6 @@ void attend(const attn_args & a, const piece & p, int32_t token0, int32_t n_toke
     std::fill_n(s.l, n_row, 0.0f);
     std::fill_n(s.m, n_row, MASKED);
 
-    const int32_t n_used = a.row_count[p.head], n_sink = std::min(n_used, a.n_sink);
     auto rows = [&](source from, int32_t begin, int32_t end) {
         const bool strips = a.n_tokens <= N_FEW && strips_fit(a, from);
         const int32_t step = strips && from == source::cores ? N_STRIP : N_TILE,
@@ -345,7 +346,6 @@ void attend(const attn_args & a, const piece & p, int32_t token0, int32_t n_toke
             }
         }
     };
-    const int32_t sinks_end = std::clamp(n_sink, p.begin, p.end), cores_end = std::clamp(n_used, p.begin, p.end);
     rows(source::cores, sinks_end, cores_end);
     if (a.v_type != row_type::f16 && cores_end > sinks_end) { // what the cores gave is a sum of rotated values
         for (int32_t r = 0; r < n_row; ++r) {

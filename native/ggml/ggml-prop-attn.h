@@ -39,9 +39,8 @@ enum ggml_prop_attn_src {
 
 // q       F32            [n_embd_head_k, n_head, n_tokens]
 // k       F16 Q8_0       [n_embd_head_k, n_head_kv, n_kv]
-// v       F16 Q8_0       [n_embd_head_v, n_head_kv, n_kv], or F16 [n_kv, n_head_kv, n_embd_head_v] with nb[1] > nb[2]:
-// a
-//                        transposed cache, whose cells lie one after the other
+// v       F16 Q8_0       [n_embd_head_v, n_head_kv, n_kv], or F16 [n_kv, n_head_kv, n_embd_head_v] with nb[1] >
+//                        nb[2]: a transposed cache, whose cells lie one after the other
 // mask    F16 or F32     [n_kv, >= n_tokens], 0, -inf or a bias
 // core_k  any of         [n_embd_head_k, n_row], contiguous; F16, or Q8_0, Q5_0, Q4_0, IQ4_NL, whose rows are rotated
 //                        (native/core/sc-quant.h) and, those of K, in the frame of their head
@@ -55,9 +54,7 @@ enum ggml_prop_attn_src {
 // sinks   F32            [n_head] logit of a row without a value, or NULL
 // scale                  of the logits
 // softcap                0: none
-// k_rotated              q, k and K of the sinks are rotated (llama.cpp's own rotation of a quantized cache, which is
-// that
-//                        of rows: native/core/sc-quant.h, hadamard)
+// k_rotated              q, k and K of the sinks are rotated as in llama.cpp's quantized caches: sc-quant.h, hadamard()
 //
 // Result: F32 [n_embd_head_v*n_head, n_tokens].
 GGML_API struct ggml_tensor * ggml_prop_attn(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,

@@ -74,6 +74,7 @@ llama_semcache::parts::parts(llama_kv_cache & kv, const llama_semcache_scope & s
     delimiter(delimiters(scope.model.vocab)), time(timeline_of(scope.config->params)),
     store(stage_layers(kv.layers, kv.map_layer_ids), scope, time.ring_end() + 1) {
     kv.attn_rot_v = false; // rotating 8 bits of a value gains nothing (docs/decisions.md)
+    kv.attn_rot_k = kv.attn_rot_k && kv.n_embd_head_k_all % 64 == 0; // else llama.cpp's blocks cross heads
     if (scope.config->params.calibrate) {
         scope.cparams.cb_eval = semcache_residual::observe;
         scope.cparams.cb_eval_user_data = &residual;

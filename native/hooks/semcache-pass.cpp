@@ -90,7 +90,7 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
     semcache::planned_pass next = time.plan(collect(), n_room);
 
     // whatever can fail comes before the graph runs
-    const bool makes_frames = !time.has_cores() && next.n_stop > 0;
+    const bool makes_frames = !time.has_cores() && next.n_stop > 0 && store.params.type_k != GGML_TYPE_F16;
     std::vector<std::vector<float>> turns(store.ropes.size()), backs(turns.size()), means(turns.size());
     for (size_t i = 0; i < turns.size(); ++i) {
         store.ropes[i].table(next.turn, turns[i]);
@@ -105,7 +105,7 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
     for (const auto & l : store.layers) {
         args.push_back(store.args(l, v_trans, k_rotated()));
         args.back().turn = turns[l.rope].data();
-        args.back().makes_frame = makes_frames && args.back().k_type != semcache::row_type::f16;
+        args.back().makes_frame = makes_frames;
         if (makes_frames) {
             args.back().back = backs[l.rope].data();
             args.back().mean_turn = means[l.rope].data();

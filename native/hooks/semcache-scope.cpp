@@ -11,6 +11,7 @@
 #include "semcache-parts.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace {
 
@@ -105,15 +106,12 @@ int32_t resolve_type(int32_t type, ggml_type best, const llama_hparams & h) {
 }
 
 // What it stands for in the stage. Keys of 8 bits are good enough if they are rotated, which llama.cpp does where heads
-// are multiples of 64 values (llama_kv_cache::attn_rot_k).
+// are multiples of 64 values and nobody forbids it (llama_kv_cache::attn_rot_k).
 int32_t resolve_stage_type(const semcache_params & p, const llama_cparams & cparams, const llama_hparams & h) {
-    bool rotates = cparams.flash_attn && !p.calibrate && h.n_embd_head_k() % 64 == 0;
-    uint32_t of_all = 0;
+    const char * forbidden = getenv("LLAMA_ATTN_ROT_DISABLE");
+    bool rotates = cparams.flash_attn && !p.calibrate && !(forbidden && atoi(forbidden));
     for (uint32_t il = 0; il < h.n_layer(); ++il) {
-        if (is_compressed(h, il)) {
-            of_all = of_all ? of_all : h.n_embd_head_k(il);
-            rotates = rotates && h.n_embd_head_k(il) == of_all && of_all % 64 == 0;
-        }
+        rotates = rotates && ((il > 0 && !is_compressed(h, il)) || h.n_embd_head_k(il) % 64 == 0);
     }
     return resolve_type(p.type_stage, rotates ? TYPE_STAGE : GGML_TYPE_F16, h);
 }

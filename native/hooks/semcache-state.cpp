@@ -168,6 +168,7 @@ std::vector<std::pair<const char *, uint32_t>> head_of(const llama_semcache::par
         { "type_k", (uint32_t) params.type_k },
         { "type_v", (uint32_t) params.type_v },
         { "type_stage", (uint32_t) params.type_stage },
+        { "k_rotated", p.k_rotated() },
         { "calibrate", params.calibrate != 0 },
     };
 }
@@ -211,9 +212,10 @@ void check_cores(const semcache_store & store, const semcache_store::layer & l, 
 }
 
 // Calls f(tensor, offset, bytes) for what the layer holds besides the stage: frames and sinks, then the cores in use.
-template <typename F> void for_cores(const semcache_store & store, const semcache_store::layer & l, F && f) {
+template <typename F>
+void for_cores(const semcache_store & store, const semcache_store::layer & l, bool has_cores, F && f) {
     const int32_t n_sink = store.params.n_sink;
-    if (std::all_of(l.row_count.begin(), l.row_count.end(), [](int32_t n) { return n == 0; })) {
+    if (!has_cores) {
         return;
     }
     f(l.heads, 0, ggml_nbytes(l.heads));
@@ -239,7 +241,7 @@ void read_rows(
         }
     }
     l.row_count = count;
-    for_cores(store, l, [&](ggml_tensor * t, size_t at, size_t n) { io.read_tensor(t, at, n); });
+    for_cores(store, l, has_cores, [&](ggml_tensor * t, size_t at, size_t n) { io.read_tensor(t, at, n); });
     for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
         check_cores(store, l, ih, n_chunk);
     }
@@ -319,7 +321,8 @@ void llama_semcache::state_write_data(llama_io_write_i & io) const {
     }
     for (const auto & l : p->store.layers) {
         io.write(l.row_count.data(), l.row_count.size() * sizeof(int32_t));
-        for_cores(p->store, l, [&](ggml_tensor * t, size_t at, size_t n) { io.write_tensor(t, at, n); });
+        for_cores(
+            p->store, l, p->time.has_cores(), [&](ggml_tensor * t, size_t at, size_t n) { io.write_tensor(t, at, n); });
         for_tokens(*p, l, st, s.n_asked, [&](ggml_tensor * t, size_t at, size_t n) { io.write_tensor(t, at, n); });
     }
 }

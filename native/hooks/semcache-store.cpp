@@ -275,6 +275,8 @@ void semcache_store::clear() {
     for (auto & l : layers) {
         std::fill(l.row_count.begin(), l.row_count.end(), 0);
         l.put_counts();
+        const std::vector<uint8_t> none(ggml_nbytes(l.heads));
+        ggml_backend_tensor_set(l.heads, none.data(), 0, none.size());
     }
 }
 

@@ -57,7 +57,7 @@ enum semcache_status {
 };
 
 // In the place of a ggml_type: IQ4_NL for rows where all heads are whole blocks of it, Q8_0 for the stage with flash
-// attention where they are multiples of 64 values; else F16.
+// attention where they are multiples of 64 values, but not in a calibration; else F16.
 enum { SEMCACHE_TYPE_AUTO = -1 };
 
 enum semcache_method {
@@ -104,7 +104,7 @@ struct semcache_stats {
     int32_t n_window;       // tokens
     int32_t n_batch;        // largest batch that llama_decode takes, as llama_n_batch()
     int64_t n_tokens;       // tokens represented: those whose position is below the end of the sequence
-    int64_t n_tokens_stage; // of these, tokens held exactly in the stage
+    int64_t n_tokens_stage; // of these, tokens in the stage, one by one
     int64_t rows_allocated; // rows for cores, all layers and heads
     int64_t rows_used;
     int64_t rows_merged;  // candidates merged into another row since the cache was last empty

@@ -83,7 +83,7 @@ struct pass_args {
 
     // Query ring. A row holds the queries of all heads, layer by layer.
     const uint8_t * q;
-    row_type q_type;        // f16 if heads are no multiples of 16 values
+    row_type q_type;        // f16 where heads do not fill blocks
     int64_t q_row;          // bytes from one row to the next
     int32_t n_q_layer;      // layers whose queries ask: the one that has the rows, and those that read them
     const float * q_weight; // [n_q_layer, n_embd_head_k] that queries were multiplied by after RoPE; NULL: by nothing

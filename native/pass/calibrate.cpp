@@ -119,6 +119,7 @@ struct own_rows {
         args.k_type = args.v_type = type;
         args.bias = make(bias, n_alloc);
         args.s_use = make(s_use, n_alloc);
+        args.s_policy = nullptr; // budgets are measured by our own method
         args.origin = make(origin, n_alloc);
         args.n_row = n_alloc;
         make(row_first, args.n_head_kv);

@@ -101,7 +101,8 @@ void make_frame(const pass_head & h, const pass_rows & rows, frame_scratch & t) 
     const head_parts<f16> parts = h.parts();
     for_rows(d, [&](int32_t e) {
         parts.mean[e] = f32_to_f16(t.mean[e]);
-        parts.scale[e] = f32_to_f16(std::clamp(unit * std::sqrt(t.dev[e] / t.ask[e]), FRAME_MIN, FRAME_MAX));
+        const float scale = unit * std::sqrt(t.dev[e] / t.ask[e]);
+        parts.scale[e] = f32_to_f16(scale >= FRAME_MIN ? std::min(scale, FRAME_MAX) : FRAME_MIN); // NaN is no scale
     });
 }
 

@@ -44,7 +44,7 @@ class KVStats:
     kv_compress: str | None
     n_ctx: int  # logical size
     n_tokens: int  # tokens that the cache represents
-    n_tokens_stage: int  # of these, tokens held exactly in the stage
+    n_tokens_stage: int  # of these, tokens in the stage, one by one
     rows_allocated: int = 0  # for cores, over all compressed layers and heads
     rows_used: int = 0
     rows_merged: int = 0  # merged into another row since the cache was last empty
@@ -107,7 +107,7 @@ class Llama(llama_cpp.Llama):
     kv_ratio : float
         Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
     kv_stage : int
-        Newest tokens that are held exactly until the next pass compresses them. Limits ``n_ubatch``, the tokens
+        Newest tokens that are held one by one until the next pass compresses them. Limits ``n_ubatch``, the tokens
         computed at a time, to ``kv_stage - max(kv_window, kv_sink)``.
     kv_window : int
         Newest tokens of the stage that a pass leaves alone.
@@ -116,7 +116,7 @@ class Llama(llama_cpp.Llama):
     kv_type_k, kv_type_v : "auto", "f16", "q8_0", "q5_0", "q4_0" or "iq4_nl"
         How K and V of the older tokens are stored. "auto" is iq4_nl, or f16 if heads are no multiple of 32 values.
     kv_type_stage : "auto", "f16" or "q8_0"
-        How the stage is stored. "auto" is q8_0, or f16 if heads are no multiple of 32 values or without ``flash_attn``.
+        How the stage is stored. "auto" is q8_0, or f16 if heads are no multiple of 64 values or without ``flash_attn``.
         With f16, attention is llama.cpp's own, to the bit, until the first tokens are compressed.
     kv_profile : "auto", path or None
         Which head gets how many rows. "auto": the model's profile, measured on first use, and None for the methods of

@@ -245,8 +245,7 @@ def _type(layers: Sequence[LayerShape], kind: str, best: str) -> str:
 def _stage_type(shape: ModelShape, kind: str) -> str:
     """What "auto" stands for: q8_0 where llama.cpp rotates its keys, which are of heads of a multiple of 64 values."""
     full = shape.of_kind("full")
-    sizes = {layer.n_embd_head_k for layer in (shape.layers[0], *full)}
-    rotates = all(size % 64 == 0 for size in sizes) and len({layer.n_embd_head_k for layer in full}) == 1
+    rotates = all(layer.n_embd_head_k % 64 == 0 for layer in (shape.layers[0], *full))
     return _type(full, kind, "q8_0" if rotates else "f16")
 
 
@@ -256,8 +255,8 @@ def _score_bytes(config: KVConfig) -> int:
 
 
 def _head_bytes(layer: LayerShape, n_sink: int) -> int:
-    """Bytes of what a KV head has besides its rows: mean and scale of its keys, K and V of the sinks."""
-    return _F16_BYTES * (2 * layer.n_embd_head_k + n_sink * (layer.n_embd_head_k + layer.n_embd_head_v))
+    """Bytes of what a KV head has besides its rows: mean and scale of its keys, K and V of the sinks, two counts."""
+    return 8 + _F16_BYTES * (2 * layer.n_embd_head_k + n_sink * (layer.n_embd_head_k + layer.n_embd_head_v))
 
 
 def _query_rows(n_ring: int) -> int:

@@ -164,9 +164,8 @@ def test_memory_as_json(invoke, tiny):
     report = json.loads(result.stdout)
     f16, compressed = report["estimates"]
     assert f16["kv_bytes"] == 4 * 2 * 2048 * 2 * 16 * 2  # layers, K and V, cells, kv heads, values, bytes
-    assert compressed["core_bytes"] == 4 * 2 * (
-        512 * (2 * 16 * 2 + 2) + 2 * (2 * 16 + 4 * 2 * 16)
-    )  # K, V and bias; frame and sinks
+    # K, V and bias of 512 rows; frame, sinks and two counts
+    assert compressed["core_bytes"] == 4 * 2 * (512 * (2 * 16 * 2 + 2) + 2 * (2 * 16 + 4 * 2 * 16) + 8)
     assert f16["fits_gb"] == [6, 8, 12, 16, 24]
     assert report["max_n_ctx"]["f16"]["6"] == 4096
 

@@ -122,9 +122,8 @@ def test_8b_by_hand():
     assert sizes["q4_0"] == f16 * 18 / 64
     compressed = estimate(SHAPE_8B, 32768, "semanticache", kv_ratio=0.25, kv_stage=512, kv_window=256, **EXACT)
     rows = 32768 // 4 * 8 * 32
-    assert compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 8) + 8 * 32 * (
-        512 * 8 + 2 * (2 * 128 + 4 * 2 * 128)
-    )  # votes on the stage, frames and sinks
+    per_head = 512 * 8 + 2 * (2 * 128 + 4 * 2 * 128) + 8  # votes on the stage; frame, sinks and two counts
+    assert compressed.core_bytes + compressed.meta_bytes == rows * (2 * 128 * 2 + 8) + 8 * 32 * per_head
     assert compressed.stage_bytes == 32 * 2 * 512 * 8 * 128 * 2
     assert compressed.query_bytes == 32 * 129 * (32 * 128 // 32) * 22  # q5_0, of every second token
     assert compressed.other_bytes == 0

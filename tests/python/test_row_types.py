@@ -108,6 +108,21 @@ def test_a_state_goes_into_the_same_types_only(wide, load):
         other.load_state(state)
 
 
+def test_frames_are_in_a_state_without_rows(wide, load):
+    """Streaming without sinks has none after a cut far back; what comes then is stored in the frames of before."""
+    options = {**SMALL, "kv_compress": "streaming", "kv_sink": 0, "kv_ratio": 0.1}
+    llm, twin = load(wide, **options), load(wide, **options)
+    llm.eval(TOKENS)
+    cut = llm._floor(100)
+    assert cut > 0 and llm._ctx.kv_cache_seq_rm(-1, cut, -1)
+    llm.n_tokens = cut
+    assert llm.kv_stats().rows_used == 0
+    twin.load_state(llm.save_state())
+    for some in (llm, twin):
+        some.eval([*TOKENS[:300], *MORE])
+    np.testing.assert_array_equal(last_logits(llm), last_logits(twin))
+
+
 def test_refused(wide, tiny, load):
     with pytest.raises(ArgumentError, match="kv_type_v: expected one of auto, f16, .*iq4_nl, got 'q2_k'"):
         load(wide, **SMALL, kv_type_v="q2_k")

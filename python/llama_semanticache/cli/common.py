@@ -109,7 +109,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 _HELP = {
     "kv_ratio": "Rows kept, as a share of the context.",
-    "kv_stage": "Newest tokens that are held exactly until the next pass.",
+    "kv_stage": "Newest tokens that are held one by one until the next pass.",
     "kv_window": "Newest tokens that a pass leaves alone.",
     "kv_type_k": "How K of the older tokens is stored; auto: iq4_nl where heads allow it.",
     "kv_type_v": "How V of the older tokens is stored; auto: iq4_nl where heads allow it.",

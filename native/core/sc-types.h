@@ -46,8 +46,7 @@ static_assert(sizeof(q4_block) == 18, "no padding");
 // up to (ggml-common.h, kvalues_iq4nl).
 alignas(16) constexpr int8_t IQ4_NL[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
 
-// How the rows of K or V are stored. Quantized rows are turned into a frame of their head and rotated first, see
-// sc-quant.h.
+// How the rows of K or V are stored. Quantized rows are rotated first, keys in the frame of their head: see sc-quant.h.
 enum class row_type : int32_t { f16 = 0, q8_0 = 1, q5_0 = 2, q4_0 = 3, iq4_nl = 4 };
 
 // Bytes of a block of Q_BLOCK values.

@@ -91,11 +91,15 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
 
     // whatever can fail comes before the graph runs
     const bool makes_frames = !time.has_cores() && next.n_stop > 0 && store.params.type_k != GGML_TYPE_F16;
+    std::vector<int64_t> back; // to position 0
+    for (int32_t i = 0; makes_frames && i < next.tokens.n(); ++i) {
+        back.push_back(-(int64_t) next.tokens.pos[i]);
+    }
     std::vector<std::vector<float>> turns(store.ropes.size()), backs(turns.size()), means(turns.size());
     for (size_t i = 0; i < turns.size(); ++i) {
         store.ropes[i].table(next.turn, turns[i]);
         if (makes_frames) {
-            store.ropes[i].table(next.back, backs[i]);
+            store.ropes[i].table(back, backs[i]);
             store.ropes[i].mean_table(next.pos_begin, n_ctx, means[i]);
         }
     }

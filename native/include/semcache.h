@@ -79,7 +79,7 @@ struct semcache_params {
     float ratio;        // rows allocated for cores, as a share of n_ctx, mean over kv heads; 0 < ratio <= 1
     int32_t n_stage;    // cells of the stage; n_window + n_sink < n_stage <= min(n_ctx, n_window + SEMCACHE_MAX_ROOM)
     int32_t n_window;   // newest tokens of the stage that a pass leaves alone; >= 1
-    int32_t n_sink;     // first tokens of the sequence, never merged, dropped or quantized; >= 0
+    int32_t n_sink;     // first tokens of the sequence, never merged or dropped, stored in F16; >= 0
     int32_t n_horizon;  // the look-ahead rotates queries to n_past + n_window + [0, n_horizon); >= 1
     int32_t n_chunk;    // longest chunk, tokens; 1 to 255
     int32_t type_k;     // ggml_type of the cores' K: F16, Q8_0, Q5_0, Q4_0, IQ4_NL or SEMCACHE_TYPE_AUTO

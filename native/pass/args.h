@@ -77,6 +77,7 @@ struct pass_args {
     const uint8_t * v_stage;
     row_type v_cell_type;
     int64_t v_head, v_cell, v_elem; // a value of f16 need not be (transposed cache)
+    bool v_trans() const { return v_elem > (int64_t) sizeof(f16); }
     float * vote_p4; // [n_head_kv, vote_head] sums over queries and query heads: of attention shares to the power of 4
     float * vote_p;  // likewise: of attention shares
     int64_t vote_head;

@@ -12,7 +12,7 @@ frame_scratch::frame_scratch(arena & a, const head_shape & shape) :
 
 namespace {
 
-// Calls f(a, b) with the places of both channels of every pair that RoPE turns.
+// Calls f(i, j, pair) with the places of both channels of every pair that RoPE turns.
 template <typename F> void for_pairs(const pass_args & a, F && f) {
     for_rows(a.n_rot / 2, [&](int32_t i) {
         if (a.neox) {
@@ -71,12 +71,11 @@ void make_frame(const pass_head & h, const pass_rows & rows, frame_scratch & t) 
         [&](const float * k) { for_rows(d, [&](int32_t e) { t.dev[e] += (k[e] - t.mean[e]) * (k[e] - t.mean[e]); }); });
     for_pairs(h.a, [&](int32_t i, int32_t j, int32_t pair) {
         const float c = h.a.mean_turn[2 * pair], s = h.a.mean_turn[2 * pair + 1], a = t.mean[i], b = t.mean[j];
-        t.mean[i] = a * c - b * s;
-        t.mean[j] = a * s + b * c;
         const float lost = (float) n * 0.5f * std::max(0.0f, 1.0f - c * c - s * s) * (a * a + b * b);
         t.dev[i] += lost;
         t.dev[j] += lost;
     });
+    turn(t.mean, h.a.mean_turn, h.a.n_rot, h.a.neox);
     to_rms(h.a, n, t.dev);
 
     int32_t n_query = 0;

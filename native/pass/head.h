@@ -89,7 +89,7 @@ struct pass_head {
 
     void load_token_value(int32_t token, float * x) const {
         const uint8_t * y = a.v_stage + ih * a.v_head + plan.cell[token] * a.v_cell;
-        if (a.v_elem > (int64_t) sizeof(f16)) {
+        if (a.v_trans()) {
             for_rows(a.shape.n_embd_head_v, [&](int32_t e) { x[e] = f16_to_f32(*(const f16 *) (y + e * a.v_elem)); });
         } else {
             decode_row(a.v_cell_type, y, x, a.shape.n_embd_head_v);

@@ -27,7 +27,6 @@ planned_pass timeline::plan(stage_tokens && tokens, int32_t n_room) const {
 
     res.n_voted.resize(n_token);
     for (int32_t i = 0; i < n_token; ++i) {
-        res.back.push_back(-(int64_t) st.pos[i]);
         if (st.pos[i] < n_asked) {
             res.n_voted[i] = n_voted[st.cell[i]];
         } else if (is_voter(st.pos[i])) {

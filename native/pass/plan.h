@@ -39,7 +39,6 @@ struct planned_pass {
     stage_tokens tokens;
     std::vector<int32_t> voter_row, voter_token, n_voted, chunk;
     std::vector<int64_t> turn; // [n_voter] positions by which each voter's queries are turned
-    std::vector<int64_t> back; // [n_token] from each token back to position 0
 
     int32_t n_past, n_asked, pos_begin;
     chunker cut;

@@ -16,7 +16,7 @@ constexpr int32_t VOTE_EVERY = 2;
 // Percent of a head's rows that go to the keys least like the others, whatever their score.
 constexpr int32_t DISTINCT = 50;
 // Rows are merged by the queries of about this many tokens: distances, biases and values.
-constexpr int32_t N_FIT = 96;
+constexpr int32_t N_FIT = 32;
 
 struct head_shape {
     int32_t n_embd_head_k;

@@ -273,7 +273,8 @@ def test_a_norm_behind_the_attention(arch, tmp_path, cache):
             ref.read_profile(profile.calibrate(path, texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1)).errors
         )
     assert errors[0].min() > 0
-    np.testing.assert_allclose(errors[1], errors[0], rtol=0.02)
+    # without the norm's part in it they would be 64 times as large; one choice is made otherwise for rounding
+    np.testing.assert_allclose(errors[1], errors[0], rtol=0.1)
 
 
 @pytest.mark.parametrize("method", ["keydiff", "streaming"])

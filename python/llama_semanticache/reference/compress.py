@@ -38,7 +38,7 @@ VOTE_EVERY = 2
 DISTINCT = 50
 """Percent of a head's rows that go to the keys least like the others, whatever their score."""
 
-N_FIT = 96
+N_FIT = 32
 """Rows are merged by the queries of about this many tokens."""
 
 

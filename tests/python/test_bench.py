@@ -287,12 +287,12 @@ def test_quality(tiny, tmp_path):
 
 STUB = """#!{python}
 import json, sys
-assert sys.argv[1].endswith("kvpress_worker.py")
+assert sys.argv[1].endswith("transformers_worker.py")
 for line in sys.stdin:
     order = json.loads(line)
     answer = {{"ok": True}} if "load" in order else {{
         "kl": 0.5, "same_top": 0.25, "log_ppl": 0.0, "prefill_s": 1.0, "pass_s": 0.0,
-        "kv_bytes": int(2**20 * order["keep"]), "rows_used": len(order["tokens"]),
+        "kv_bytes": int(2**20 * order["keep"]), "rows_used": sum(map(sum, order.get("rows", [[400]]))),
         "texts": [f"{{order['press']}} {{len(q['tokens'])}} {{q['n']}}" for q in order["questions"]]}}
     print(json.dumps(answer), flush=True)
 """
@@ -321,12 +321,15 @@ def test_quality_asks_the_process_of_kvpress(tiny, tmp_path):
         1,
         "--setting",
         "kvpress:keydiff:0.5",
+        "--setting",
+        "attention-matching:0.25:equal",
         "--kvpress-python",
         stub,
         "--json",
         out,
     )
-    base, press = json.loads(out.read_text())["records"].values()
+    base, press, matching = json.loads(out.read_text())["records"].values()
+    assert matching["rows_used"] == 2 * 2 * 100 and matching["answers"][0]["got"].startswith("attention-matching ")
     assert press["rows_used"] == 400 and press["kl"] == 0.5 and press["kv_bytes"] == 2**19
     assert len(press["answers"]) == len(base["answers"]) == 5 and press["answers"][0]["got"].startswith("keydiff ")
     assert [a["want"] for a in press["answers"]] == [a["want"] for a in base["answers"]]
@@ -338,9 +341,12 @@ def test_quality_asks_the_process_of_kvpress(tiny, tmp_path):
         ("kvpress:keydiff:0.5", "--kvpress-python: expected a Python with kvpress"),
         ("kvpress:nothing:0.5", "kvpress:NAME:KEEP"),
         ("kvpress:tova:2", "0 < KEEP <= 1"),
+        ("attention-matching:0.5", "--kvpress-python: expected a Python with kvpress"),
+        ("attention-matching:0.5:profile=x", "attention-matching:KEEP[:equal]"),
+        ("attention-matching", "attention-matching:KEEP[:equal]"),
     ],
 )
-def test_kvpress_that_cannot_be(setting, message, tiny, tmp_path):
+def test_peers_that_cannot_be(setting, message, tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("short")
     done = CliRunner().invoke(main, ["bench", "quality", tiny("llama"), "--text", str(text), "--setting", setting])

@@ -18,12 +18,25 @@ import numpy as np
 from .. import models
 from ..errors import ArgumentError
 from ..llama import Llama
+from ..model_file import ModelFile
 from .cases import SUITES, Case, Fact, make_case, recalled
 from .harness import Loader, Snapshot, continue_greedily, log_softmax, next_logits, read_in
 from .options import gpu_layers_option, json_option, setting_option, text_option, threads_option
 from .process import Worker
 from .runs import Run
-from .settings import BASE, DEFAULT_SETTINGS, check_settings, context_options, parse_press, profiles_of, with_base
+from .settings import (
+    BASE,
+    DEFAULT_SETTINGS,
+    MATCHING,
+    check_peer,
+    check_settings,
+    context_options,
+    is_peer,
+    parse_peer,
+    peer_rows,
+    profiles_of,
+    with_base,
+)
 from .tables import print_table
 
 KVPRESS_VARIABLE = "LLAMA_SEMANTICACHE_KVPRESS_PYTHON"
@@ -79,10 +92,10 @@ def ask(llm: Llama, case: Case, questions: Sequence[tuple[list[int], int]], snap
     return answers_of(case, texts)
 
 
-class Presses(ExitStack):
-    """kvpress in a process of its own, which gets the model when it is first asked."""
+class Peers(ExitStack):
+    """Methods that run in transformers: a process of their own, which gets the model when it is first asked."""
 
-    def __init__(self, python: Path | None, model: Path):
+    def __init__(self, python: Path | None, model: ModelFile):
         super().__init__()
         self.python, self.model = python, model
         self.worker: Worker | None = None
@@ -90,26 +103,24 @@ class Presses(ExitStack):
     def measure(
         self, setting: str, name: str, case: Case, questions: Sequence[tuple[list[int], int]]
     ) -> dict[str, Any]:
-        """The record of "kvpress:NAME:KEEP" for a case of that name."""
+        """The record of such a setting for a case of that name."""
         if self.worker is None:
             self.worker = self.enter_context(
-                Worker("kvpress", [str(self.python), str(Path(__file__).with_name("kvpress_worker.py"))])
+                Worker("transformers", [str(self.python), str(Path(__file__).with_name("transformers_worker.py"))])
             )
-            self.worker.ask(load=str(self.model.resolve()))
-        press, keep = parse_press(setting)
+            self.worker.ask(load=str(self.model.path.resolve()))
+        peer = parse_peer(setting)
+        budgets = {"rows": peer_rows(self.model, peer, len(case.tokens))} if peer.name == MATCHING else {}
         record = self.worker.ask(
             case=name,
             tokens=case.tokens,
             following=case.following,
-            press=press,
-            keep=keep,
+            press=peer.name,
+            keep=peer.keep,
             questions=[{"tokens": tokens, "n": n_answer} for tokens, n_answer in questions],
+            **budgets,
         )
         return {**record, "answers": answers_of(case, record.pop("texts"))}
-
-
-def is_press(setting: str) -> bool:
-    return setting.startswith("kvpress:")
 
 
 def measure_texts(
@@ -121,7 +132,7 @@ def measure_texts(
     numbers: Sequence[int],
     suite: str,
     n_following: int,
-    presses: Presses,
+    peers: Peers,
 ) -> None:
     """Records "text|SETTING|LENGTH|CASE" for the cases of these numbers, all cases of a setting one after the other."""
     from tqdm import tqdm
@@ -158,16 +169,16 @@ def measure_texts(
             for key in keys:
                 bar.set_postfix_str(f"{setting}, {key[0]} tokens")
                 if (setting, key) in missing:
-                    if is_press(setting):
+                    if is_peer(setting):
                         load.close()  # its memory is wanted
                         run.record(
                             name_of(setting, key),
-                            partial(presses.measure, setting, f"{key[0]}|{key[1]}", cases[key], questions[key]),
+                            partial(peers.measure, setting, f"{key[0]}|{key[1]}", cases[key], questions[key]),
                         )
                     else:
                         run.record(name_of(setting, key), partial(measure, setting, key))
                     bar.update()
-                elif setting == BASE and any((s, key) in missing for s in settings if not is_press(s)):
+                elif setting == BASE and any((s, key) in missing for s in settings if not is_peer(s)):
                     read_in(load(BASE), cases[key].tokens)
                     references[key] = follow(load(BASE), cases[key])
 
@@ -293,7 +304,8 @@ ROOM = 192
     "--kvpress-python",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     envvar=KVPRESS_VARIABLE,
-    help=f"A Python with kvpress, torch and gguf, for settings kvpress:NAME:KEEP.  [env: {KVPRESS_VARIABLE}]",
+    help="A Python with kvpress, torch and gguf, for settings kvpress:NAME:KEEP and attention-matching:KEEP.  [env: "
+    f"{KVPRESS_VARIABLE}]",
 )
 @json_option
 def quality(
@@ -321,10 +333,10 @@ def quality(
             f"--n-ctx: expected at least {lengths[-1] + max(ROOM, n_following)} for a case of {lengths[-1]} tokens and "
             f"what is asked of it, got {n_ctx}; raise it or leave it out"
         )
-    for setting in filter(is_press, settings):
-        parse_press(setting)
-    check_settings(model_file, [s for s in settings if not is_press(s)], n_ctx)
-    if kvpress_python is None and any(map(is_press, settings)):
+    for setting in filter(is_peer, settings):
+        check_peer(model_file, setting)
+    check_settings(model_file, [s for s in settings if not is_peer(s)], n_ctx)
+    if kvpress_python is None and any(map(is_peer, settings)):
         raise ArgumentError(
             "--kvpress-python: expected a Python with kvpress, torch and gguf, got none; name one or set "
             f"{KVPRESS_VARIABLE}"
@@ -346,7 +358,7 @@ def quality(
     run = Run(json_path, "quality", asked, [model_file, text_path, *profiles])
     with (
         closing(Loader(model_file, context_options(n_ctx, threads, n_gpu_layers))) as load,
-        Presses(kvpress_python, model_file.path) as presses,
+        Peers(kvpress_python, model_file) as peers,
     ):
         measure_texts(
             run,
@@ -357,7 +369,7 @@ def quality(
             range(first_case, first_case + n_cases),
             suite,
             n_following,
-            presses,
+            peers,
         )
     print_table(
         f"{model_file.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}",

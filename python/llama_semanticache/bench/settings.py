@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .. import profile
 from .._cpu import warn_of_threads
@@ -12,6 +15,7 @@ from ..config import METHODS, OURS, KVConfig
 from ..errors import ArgumentError
 from ..memory import CacheEstimate, estimate
 from ..model_file import ModelFile
+from ..reference.profile import budgets, read_profile
 from ..shape import ModelShape
 
 BASE = "stock:f16"
@@ -28,21 +32,68 @@ PARAMS = {"horizon": "n_horizon", "chunk": "n_chunk", "merge": "merge", "distinc
 OPTIONS = ("stage", "window", "sink", "type_k", "type_v", "type_stage", "profile", *PARAMS)
 
 PRESSES = ("keydiff", "knorm", "expected-attention", "snapkv", "tova", "streaming", "adakv", "kvzip")
-"""Presses of kvpress that `kvpress_worker` knows."""
+"""Presses of kvpress that `transformers_worker` knows."""
+
+MATCHING = "attention-matching"
 
 
-def parse_press(text: str) -> tuple[str, float]:
-    """Press and kept share of "kvpress:NAME:KEEP"."""
+@dataclass(frozen=True)
+class Peer:
+    """A method that runs in transformers."""
+
+    name: str  # of a press, or MATCHING
+    keep: float  # share of the rows
+    equal: bool = True  # heads have the same budgets, instead of those by the model's profile
+
+
+def is_peer(setting: str) -> bool:
+    """Whether a setting runs in transformers."""
+    return setting.split(":")[0] in ("kvpress", MATCHING)
+
+
+def parse_peer(text: str) -> Peer:
+    """What "kvpress:NAME:KEEP" or "attention-matching:KEEP[:equal]" means."""
+    kind, *words = text.split(":")
     try:
-        kvpress, name, keep = text.split(":")
-        if kvpress == "kvpress" and name in PRESSES and 0 < float(keep) <= 1:
-            return name, float(keep)
+        if kind == "kvpress":
+            name, keep = words
+            peer = Peer(name, float(keep))
+            known = name in PRESSES
+        else:
+            keep, *options = words
+            peer = Peer(MATCHING, float(keep), equal=bool(options))
+            known = options in ([], ["equal"])
+        if known and 0 < peer.keep <= 1:
+            return peer
     except ValueError:
         pass
     raise ArgumentError(
-        f"setting: expected kvpress:NAME:KEEP with one of {', '.join(PRESSES)} and 0 < KEEP <= 1, got {text!r}; as in "
-        "kvpress:keydiff:0.25"
+        f"setting: expected kvpress:NAME:KEEP with one of {', '.join(PRESSES)}, or {MATCHING}:KEEP[:equal], and 0 < "
+        f"KEEP <= 1, got {text!r}; as in kvpress:keydiff:0.25"
     )
+
+
+def check_peer(model: ModelFile, setting: str) -> None:
+    """Says what is wrong with a setting that runs in transformers. Raises ArgumentError."""
+    if parse_peer(setting).name == MATCHING and any(layer.kind != "full" for layer in model.shape.layers):
+        raise ArgumentError(
+            f"{setting}: expected a model whose layers all attend to the whole text, got {model.name}; name another"
+        )
+
+
+def peer_rows(model: ModelFile, peer: Peer, n_tokens: int) -> list[list[int]]:
+    """Rows of each kv head, by layer, that Attention Matching keeps of a text."""
+    shape, config = model.shape, _config_of(peer)
+    rows = np.full(shape.n_head_kv, round(peer.keep * n_tokens))
+    if (file := profile.ensure(model, config=config)) is not None:
+        rows = budgets(read_profile(file), peer.keep, n_tokens, config.kv_sink)
+    ends = np.cumsum([layer.n_head_kv for layer in shape.layers])
+    return [part.tolist() for part in np.split(rows, ends[:-1])]
+
+
+def _config_of(peer: Peer) -> KVConfig:
+    """A cache of ours with the same budgets."""
+    return KVConfig(OURS, kv_profile=None if peer.equal else "auto")
 
 
 def parse_setting(text: str) -> dict[str, Any]:
@@ -144,6 +195,7 @@ def profiles_of(model: ModelFile, settings: Iterable[str], threads: int | None) 
         One names a file that is none; nothing was measured.
     """
     configs = [KVConfig(**parse_setting(s)) for s in settings if s.split(":")[0] in METHODS]
+    configs += [_config_of(parse_peer(s)) for s in settings if is_peer(s)]
     configs.sort(key=lambda config: config.kv_profile == "auto")
     chosen = [profile.ensure(model, n_threads=threads, config=config) for config in configs]
     return list(dict.fromkeys(file for file in chosen if file is not None))

@@ -1,5 +1,5 @@
-"""A process that measures presses of NVIDIA's kvpress: `quality.py` starts it with a Python that has kvpress, torch and
-gguf.
+"""A process that measures presses of NVIDIA's kvpress and Attention Matching: `quality.py` starts it with a Python that
+has kvpress, torch and gguf.
 
 It reads one JSON object a line from standard input and answers each with one line; it imports nothing of this package.
 The GGUF file is loaded by transformers, with its weights dequantized to float32, and read whole; every layer's cache is
@@ -13,10 +13,12 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import attention_matching
 import kvpress
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -86,6 +88,23 @@ def cut(cache: DynamicCache, to: list[int]) -> None:
         layer.keys, layer.values = layer.keys[:, :, :n], layer.values[:, :, :n]
 
 
+@contextlib.contextmanager
+def compressed(model: Model, order: dict[str, Any]) -> Iterator[tuple[DynamicCache, float, int]]:
+    """The cache of the order's text as its method leaves it, the seconds that took, and its bytes with K and V in f16,
+    like all others'; inside, the model attends to it as the method wants it."""
+    tokens, press = order["tokens"], order["press"]
+    if press == attention_matching.NAME:
+        repeat = model.tokenizer.encode(attention_matching.REPEAT, add_special_tokens=False)
+        with attention_matching.Compaction(model.model, order["rows"]) as matching:
+            start = time.perf_counter()
+            cache = matching.read(tokens, repeat)
+            yield cache, time.perf_counter() - start, matching.n_bytes
+        return
+    cache, seconds = model.read(tokens, PRESSES[press](compression_ratio=1 - order["keep"]))
+    n_bytes = sum(2 * layer.keys.numel() + 2 * layer.values.numel() for layer in cache.layers)
+    yield cache, seconds, round(n_bytes * (order["keep"] if press in MASKING else 1))
+
+
 @torch.inference_mode()
 def measure(model: Model, order: dict[str, Any]) -> dict[str, Any]:
     tokens, following = order["tokens"], order["following"]
@@ -93,30 +112,24 @@ def measure(model: Model, order: dict[str, Any]) -> dict[str, Any]:
         cache, _ = model.read(tokens, None)
         model.references[order["case"]] = model.logits(following, len(tokens), cache).log_softmax(-1)
     reference = model.references[order["case"]]
-    press = PRESSES[order["press"]](compression_ratio=1 - order["keep"])
-    cache, seconds = model.read(tokens, press)
-    held = lengths(cache)
-    n_bytes = sum(
-        2 * layer.keys.numel() + 2 * layer.values.numel() for layer in cache.layers
-    )  # as f16, like all others
-    if order["press"] in MASKING:
-        n_bytes = int(n_bytes * order["keep"])
-    logp = model.logits(following, len(tokens), cache).log_softmax(-1)
-    at = (torch.arange(len(following) - 1), torch.tensor(following[1:]))
-    record = {
-        "kl": float((reference.exp() * (reference - logp)).sum(-1).mean()),
-        "same_top": float((reference.argmax(-1) == logp.argmax(-1)).float().mean()),
-        "log_ppl": float((reference[at] - logp[at]).mean()),
-        "prefill_s": seconds,
-        "pass_s": 0.0,
-        "kv_bytes": n_bytes,
-        "rows_used": sum(held),
-        "texts": [],
-        "versions": VERSIONS,
-    }
-    for question in order["questions"]:
-        cut(cache, held)
-        record["texts"].append(model.answer(question["tokens"], len(tokens), cache, question["n"]))
+    with compressed(model, order) as (cache, seconds, n_bytes):
+        held = lengths(cache)
+        logp = model.logits(following, len(tokens), cache).log_softmax(-1)
+        at = (torch.arange(len(following) - 1), torch.tensor(following[1:]))
+        record = {
+            "kl": float((reference.exp() * (reference - logp)).sum(-1).mean()),
+            "same_top": float((reference.argmax(-1) == logp.argmax(-1)).float().mean()),
+            "log_ppl": float((reference[at] - logp[at]).mean()),
+            "prefill_s": seconds,
+            "pass_s": 0.0,
+            "kv_bytes": n_bytes,
+            "rows_used": sum(held),
+            "texts": [],
+            "versions": VERSIONS,
+        }
+        for question in order["questions"]:
+            cut(cache, held)
+            record["texts"].append(model.answer(question["tokens"], len(tokens), cache, question["n"]))
     return record
 
 

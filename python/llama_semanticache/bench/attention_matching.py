@@ -50,7 +50,8 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention with a bias per row: query [1, n_head, n_token, head_dim], key and value [1, n_head_kv, n_row, ...].
     Causal by itself: the mask that transformers makes is as long as the first layer's rows."""
-    n_head_kv, n_row, n_token = *key.shape[1:3], query.shape[2]
+    n_token = query.shape[2]
+    n_head_kv, n_row = key.shape[1:3]
     q = query[0].unflatten(0, (n_head_kv, -1))
     if _watch.queries is not None:
         _watch.queries.setdefault(module.layer_idx, []).append(q * scaling)

@@ -116,7 +116,7 @@ def measure(model: Model, order: dict[str, Any]) -> dict[str, Any]:
         held = lengths(cache)
         logp = model.logits(following, len(tokens), cache).log_softmax(-1)
         at = (torch.arange(len(following) - 1), torch.tensor(following[1:]))
-        record = {
+        record: dict[str, Any] = {
             "kl": float((reference.exp() * (reference - logp)).sum(-1).mean()),
             "same_top": float((reference.argmax(-1) == logp.argmax(-1)).float().mean()),
             "log_ppl": float((reference[at] - logp[at]).mean()),

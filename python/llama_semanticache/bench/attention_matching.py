@@ -76,15 +76,11 @@ def read(model: Any, tokens: Sequence[int], cache: DynamicCache) -> None:
 def non_negative(m: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """b [n_row] with the smallest |m b - y|^2 within e^-LOG_WEIGHT and e^LOG_WEIGHT: clamped least squares, then
     N_STEP projected gradients. m [n_query, n_row], y [n_query]."""
-    gram = m.T @ m
-    right = m.T @ y
-    ridge = 1e-6 * gram.diagonal().mean()
-    b = torch.linalg.solve(gram + ridge * torch.eye(len(gram)), right)
     bounds = math.exp(-LOG_WEIGHT), math.exp(LOG_WEIGHT)
-    b.clamp_(*bounds)
-    step = 1 / torch.linalg.eigvalsh(gram)[-1]
+    b = torch.linalg.lstsq(m, y[:, None], driver="gels").solution[:, 0].clamp(*bounds)
+    step = 1 / torch.linalg.eigvalsh(m.T @ m)[-1]
     for _ in range(N_STEP):
-        b = (b - step * (gram @ b - right)).clamp_(*bounds)
+        b = (b - step * (m.T @ (m @ b - y))).clamp(*bounds)
     return b
 
 
@@ -110,10 +106,7 @@ def compact_head(
     weight = non_negative(m, torch.cat(y))
     m *= weight
     m /= m.sum(-1, keepdim=True)
-    gram = m.T @ m
-    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram))
-    values = torch.linalg.solve(gram + ridge, m.T @ torch.cat(out))
-    return k[kept], values, weight.log()
+    return k[kept], torch.linalg.lstsq(m, torch.cat(out), driver="gels").solution, weight.log()
 
 
 class Compaction:

@@ -291,12 +291,21 @@ struct key_frame {
     const f16 * scale; // > 0
 };
 
+// A decoded key as it was.
+static inline void from_frame(row_type t, const key_frame & frame, float * x, int32_t n) {
+    if (t == row_type::f16) {
+        return;
+    }
+    hadamard(x, n);
+    for (int32_t i = 0; i < n; ++i) {
+        x[i] = f16_to_f32(frame.mean[i]) + f16_to_f32(frame.scale[i]) * x[i];
+    }
+}
+
 // A key. x is scratch after storing.
 static inline void load_key(row_type t, const void * p, const key_frame & frame, float * y, int32_t n) {
-    load_value(t, p, y, n);
-    for (int32_t i = 0; t != row_type::f16 && i < n; ++i) {
-        y[i] = f16_to_f32(frame.mean[i]) + f16_to_f32(frame.scale[i]) * y[i];
-    }
+    decode_row(t, p, y, n);
+    from_frame(t, frame, y, n);
 }
 
 static inline void store_key(row_type t, float * x, const key_frame & frame, void * p, int32_t n) {

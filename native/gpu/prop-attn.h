@@ -1,0 +1,378 @@
+// prop-attn.h - attention over the sinks and cores of every kv head and the cells of the stage, in parts
+//
+// What cpu/sc-attn.h defines, for a device. The rows of all heads, each head's sinks, cores and cells, stand in one
+// line that is cut into n_part equal parts, one block each: heads of very different size load the device evenly, the
+// grid does not depend on how many rows there are, and the result does not depend on who is faster. A part writes the
+// sum of the values by their shares, the maximum of the logits and the sum of the shares; a second kernel puts the
+// parts together.
+//
+// Keys and values of a tile of rows are decoded to f16 once for NQ query rows.
+
+#pragma once
+
+#include "rows.h"
+
+struct prop_attn_args {
+    int n_head, n_head_kv, n_tokens, n_kv, n_sink, n_part;
+    int k_type, v_type;           // of the cores
+    int k_cell_type, v_cell_type; // of the stage: f16 or q8_0
+    int k_rotated;                // q, keys of the stage and of the sinks are rotated
+    int mask_f16, has_sinks;      // sinks: logits without a value
+    float scale, softcap;
+    sc_i64 q_head, q_token;                // in floats
+    sc_i64 k_head, k_cell, v_head, v_cell; // in bytes
+    sc_i64 mask_token;                     // in elements
+};
+
+struct prop_attn_src {
+    SC_GLOBAL const float * q; // [D, n_head, n_tokens]
+    SC_GLOBAL const uchar *k, *v, *mask, *core_k, *core_v;
+    SC_GLOBAL const sc_half *bias, *heads; // [n_row]; see head_parts of core/sc-quant.h
+    SC_GLOBAL const int * rows;            // [2, n_head_kv] first row of each head, rows in use
+    SC_GLOBAL const float * sinks;         // [n_head]
+};
+
+// Rows of a tile: what a block shares stays below 32 KiB.
+#define SC_TILE(D) ((D) > 128 ? 32 : 64)
+
+// Shared memory of a block by offsets in bytes.
+template <int D, int NQ> struct prop_attn_shared {
+    enum {
+        NL = 0,                           // [16] what the codes of IQ4_NL stand for
+        Q = NL + 4 * 16,                  // [NQ, D] queries
+        Q_CORE = Q + 4 * NQ * D,          // [NQ, D] as they meet the cores
+        O = Q_CORE + 4 * NQ * D,          // [NQ, D] sums of values
+        X = O + 4 * NQ * D,               // [NQ, SC_TILE] a tile's shares
+        FACTOR = X + 4 * NQ * SC_TILE(D), // [NQ] what the sums so far are multiplied by
+        MAX = FACTOR + 4 * NQ,            // [NQ] of the logits so far
+        SUM = MAX + 4 * NQ,               // [NQ] of the shares so far
+        SHIFT = SUM + 4 * NQ,             // [NQ] what the mean of the cores' keys adds to their logits
+        TILE = SHIFT + 4 * NQ,            // [SC_TILE, SC_TILE_LD] f16
+        SIZE = TILE + 2 * SC_TILE(D) * SC_TILE_LD(D),
+    };
+};
+
+// Rows of one kind, n of them.
+struct prop_attn_span {
+    int n, k_type, v_type;
+    SC_GLOBAL const uchar *k, *v;
+    sc_i64 k_stride, v_stride;
+    int bias; // of cores: where theirs begin; -1: none
+    int cell; // of cells: the first one; -1: none
+};
+
+SC_DEVICE float sc_mask_at(SC_CONST const prop_attn_args & a, SC_GLOBAL const uchar * mask, int token, int cell) {
+    const sc_i64 at = token * a.mask_token + cell;
+    return a.mask_f16 ? sc_h2f(((SC_GLOBAL const sc_half *) mask)[at]) : ((SC_GLOBAL const float *) mask)[at];
+}
+
+// Logits of a tile's n rows, SUB threads per row; c: their first row in the span.
+template <int D, int NQ>
+SC_DEVICE void prop_attn_logits(SC_THREAD const sc_tid & t, SC_CONST const prop_attn_args & a,
+    SC_THREAD const prop_attn_src & src, SC_THREAD const prop_attn_span & s, int c, int n, int r0, int n_query,
+    SC_SHARED uchar * sh) {
+    typedef prop_attn_shared<D, NQ> at;
+    const int SUB = SC_THREADS / SC_TILE(D);
+    const int i = (int) t.id / SUB, part = (int) t.id % SUB, n_gqa = a.n_head / a.n_head_kv;
+    SC_SHARED const float * q = (SC_SHARED const float *) (sh + (s.bias < 0 ? (int) at::Q : (int) at::Q_CORE));
+    SC_SHARED const float * shift = (SC_SHARED const float *) (sh + at::SHIFT);
+    SC_SHARED float * x = (SC_SHARED float *) (sh + at::X);
+    SC_SHARED const sc_half * row = (SC_SHARED const sc_half *) (sh + at::TILE) + i * SC_TILE_LD(D);
+    float y[NQ];
+    SC_UNROLL
+    for (int r = 0; r < NQ; ++r) {
+        y[r] = 0.0f;
+    }
+    if (i < n) {
+        for (int e = part * (D / SUB); e < (part + 1) * (D / SUB); ++e) {
+            const float k = sc_h2f(row[e]);
+            SC_UNROLL
+            for (int r = 0; r < NQ; ++r) {
+                y[r] += q[r * D + e] * k;
+            }
+        }
+    }
+    SC_UNROLL
+    for (int r = 0; r < NQ; ++r) {
+        for (int m = 1; m < SUB; m *= 2) {
+            y[r] += sc_xor(t, y[r], (ushort) m);
+        }
+        if (part != 0) {
+            continue;
+        }
+        float z = SC_MASKED;
+        if (i < n && r < n_query) {
+            z = y[r] + (s.bias < 0 ? 0.0f : shift[r]);
+            z = a.softcap > 0.0f ? a.softcap * sc_tanh(z / a.softcap) : z;
+            if (s.bias >= 0) {
+                z += sc_h2f(src.bias[s.bias + c + i]);
+            } else if (s.cell >= 0) {
+                const float b = sc_mask_at(a, src.mask, (r0 + r) / n_gqa, s.cell + c + i);
+                z = b > SC_MASKED_LO ? z + b : SC_MASKED;
+            }
+        }
+        x[r * SC_TILE(D) + i] = z;
+    }
+}
+
+// A tile's logits become shares of what was seen so far; a warp takes every fourth query.
+template <int D, int NQ> SC_DEVICE void prop_attn_soft_max(SC_THREAD const sc_tid & t, SC_SHARED uchar * sh) {
+    typedef prop_attn_shared<D, NQ> at;
+    const int N = SC_TILE(D) / SC_WARP;
+    SC_SHARED float *factor = (SC_SHARED float *) (sh + at::FACTOR), *sum = (SC_SHARED float *) (sh + at::SUM);
+    SC_SHARED float * max = (SC_SHARED float *) (sh + at::MAX);
+    for (int r = (int) t.warp; r < NQ; r += SC_THREADS / SC_WARP) {
+        SC_SHARED float * x = (SC_SHARED float *) (sh + at::X) + r * SC_TILE(D);
+        const float before = max[r];
+        float y[N], mx = before, l = 0.0f;
+        SC_UNROLL
+        for (int j = 0; j < N; ++j) {
+            y[j] = x[j * SC_WARP + t.lane];
+            mx = sc_max(mx, y[j]);
+        }
+        for (int m = SC_WARP / 2; m > 0; m /= 2) {
+            mx = sc_max(mx, sc_xor(t, mx, (ushort) m));
+        }
+        SC_UNROLL
+        for (int j = 0; j < N; ++j) {
+            y[j] = y[j] > SC_MASKED_LO ? sc_exp(y[j] - mx) : 0.0f;
+            x[j * SC_WARP + t.lane] = y[j];
+            l += y[j];
+        }
+        for (int m = SC_WARP / 2; m > 0; m /= 2) {
+            l += sc_xor(t, l, (ushort) m);
+        }
+        if (t.lane == 0) {
+            factor[r] = sc_exp(before - mx);
+            max[r] = mx;
+            sum[r] = sum[r] * factor[r] + l;
+        }
+    }
+}
+
+// The rows of a span for the block's queries; ends with a barrier.
+template <int D, int NQ>
+SC_DEVICE void prop_attn_attend(SC_THREAD const sc_tid & t, SC_CONST const prop_attn_args & a,
+    SC_THREAD const prop_attn_src & src, SC_THREAD const prop_attn_span & s, int r0, int n_query,
+    SC_SHARED uchar * sh) {
+    typedef prop_attn_shared<D, NQ> at;
+    const int N_GROUP = SC_THREADS / (D / 4); // of threads that add up a tile's values, four channels each
+    SC_SHARED const float *nl = (SC_SHARED const float *) (sh + at::NL),
+                          *factor = (SC_SHARED const float *) (sh + at::FACTOR),
+                          *x = (SC_SHARED const float *) (sh + at::X);
+    SC_SHARED float * o = (SC_SHARED float *) (sh + at::O);
+    SC_SHARED sc_half * tile = (SC_SHARED sc_half *) (sh + at::TILE);
+    const int group = (int) t.id / (D / 4), e0 = (int) t.id % (D / 4) * 4;
+    float acc[NQ][4];
+    SC_UNROLL
+    for (int r = 0; r < NQ; ++r) {
+        acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = 0.0f;
+    }
+    for (int c = 0; c < s.n; c += SC_TILE(D)) {
+        const int n = s.n - c < SC_TILE(D) ? s.n - c : SC_TILE(D);
+        sc_load_tile<D>(t, s.k_type, s.k + c * s.k_stride, s.k_stride, n, nl, tile);
+        sc_sync(t);
+        prop_attn_logits<D, NQ>(t, a, src, s, c, n, r0, n_query, sh);
+        sc_sync(t);
+        sc_load_tile<D>(t, s.v_type, s.v + c * s.v_stride, s.v_stride, n, nl, tile);
+        prop_attn_soft_max<D, NQ>(t, sh);
+        sc_sync(t);
+        for (int i = (int) t.id; i < NQ * D; i += SC_THREADS) {
+            o[i] *= factor[i / D];
+        }
+        if (group < N_GROUP) {
+            SC_UNROLL
+            for (int r = 0; r < NQ; ++r) {
+                const float f = factor[r];
+                acc[r][0] *= f;
+                acc[r][1] *= f;
+                acc[r][2] *= f;
+                acc[r][3] *= f;
+            }
+            for (int i = group; i < n; i += N_GROUP) {
+                SC_SHARED const sc_half * v = tile + i * SC_TILE_LD(D) + e0;
+                const float v0 = sc_h2f(v[0]), v1 = sc_h2f(v[1]), v2 = sc_h2f(v[2]), v3 = sc_h2f(v[3]);
+                SC_UNROLL
+                for (int r = 0; r < NQ; ++r) {
+                    const float p = x[r * SC_TILE(D) + i];
+                    acc[r][0] += p * v0;
+                    acc[r][1] += p * v1;
+                    acc[r][2] += p * v2;
+                    acc[r][3] += p * v3;
+                }
+            }
+        }
+        sc_sync(t);
+    }
+    for (int turn = 0; turn < N_GROUP; ++turn) { // one group after the other: the same sum every time
+        if (group == turn) {
+            SC_UNROLL
+            for (int r = 0; r < NQ; ++r) {
+                SC_UNROLL
+                for (int j = 0; j < 4; ++j) {
+                    o[r * D + e0 + j] += acc[r][j];
+                }
+            }
+        }
+        sc_sync(t);
+    }
+}
+
+// The block's queries of kv head h, as they are and as they meet the cores; ends with a barrier.
+template <int D, int NQ>
+SC_DEVICE void prop_attn_queries(SC_THREAD const sc_tid & t, SC_CONST const prop_attn_args & a,
+    SC_THREAD const prop_attn_src & src, int h, int r0, int n_query, bool cores, SC_SHARED uchar * sh) {
+    typedef prop_attn_shared<D, NQ> at;
+    const int n_gqa = a.n_head / a.n_head_kv;
+    SC_SHARED float *q = (SC_SHARED float *) (sh + at::Q), *q_core = (SC_SHARED float *) (sh + at::Q_CORE),
+                    *o = (SC_SHARED float *) (sh + at::O);
+    for (int i = (int) t.id; i < NQ * D; i += SC_THREADS) {
+        const int r = i / D, row = r0 + r;
+        float y = 0.0f;
+        if (r < n_query) {
+            y = src.q[(h * n_gqa + row % n_gqa) * a.q_head + row / n_gqa * a.q_token + i % D] * a.scale;
+        }
+        q[i] = q_core[i] = y;
+        o[i] = 0.0f;
+    }
+    for (int i = (int) t.id; i < NQ; i += SC_THREADS) {
+        ((SC_SHARED float *) (sh + at::MAX))[i] = SC_MASKED;
+        ((SC_SHARED float *) (sh + at::SUM))[i] = 0.0f;
+        ((SC_SHARED float *) (sh + at::SHIFT))[i] = 0.0f;
+    }
+    sc_sync(t);
+    if (!cores) {
+        return;
+    }
+    if (a.k_rotated) {
+        sc_rotate<D>(t, q_core, NQ);
+    }
+    if (a.k_type == SC_F16) {
+        return;
+    }
+    SC_GLOBAL const sc_half *mean = src.heads + h * (sc_i64) (2 * D + 2 * D * a.n_sink), *scale = mean + D;
+    for (int r = (int) t.warp; r < NQ; r += SC_THREADS / SC_WARP) {
+        float y = 0.0f;
+        for (int e = (int) t.lane; e < D; e += SC_WARP) {
+            y += q_core[r * D + e] * sc_h2f(mean[e]);
+            q_core[r * D + e] *= sc_h2f(scale[e]);
+        }
+        for (int m = SC_WARP / 2; m > 0; m /= 2) {
+            y += sc_xor(t, y, (ushort) m);
+        }
+        if (t.lane == 0) {
+            ((SC_SHARED float *) (sh + at::SHIFT))[r] = y;
+        }
+    }
+    sc_sync(t);
+    sc_rotate<D>(t, q_core, NQ);
+}
+
+// Block t.x: a part; t.y: NQ query rows of every kv head's group. work [n_part, n_tokens, n_head, D + 2]
+template <int D, int NQ>
+SC_DEVICE void prop_attn_part(SC_THREAD const sc_tid & t, SC_CONST const prop_attn_args & a,
+    SC_THREAD const prop_attn_src & src, SC_GLOBAL float * work, SC_SHARED uchar * sh) {
+    typedef prop_attn_shared<D, NQ> at;
+    SC_SHARED float *o = (SC_SHARED float *) (sh + at::O), *max = (SC_SHARED float *) (sh + at::MAX),
+                    *sum = (SC_SHARED float *) (sh + at::SUM);
+    const int n_gqa = a.n_head / a.n_head_kv, n_row = n_gqa * a.n_tokens, r0 = (int) t.y * NQ;
+    const int n_query = n_row - r0 < NQ ? n_row - r0 : NQ;
+    sc_iq4_nl_table(t, (SC_SHARED float *) (sh + at::NL));
+
+    sc_i64 total = 0;
+    for (int h = 0; h < a.n_head_kv; ++h) {
+        total += src.rows[a.n_head_kv + h] + a.n_kv;
+    }
+    const sc_i64 lo = total * t.x / a.n_part, hi = total * (t.x + 1) / a.n_part;
+    sc_i64 first = 0;
+    for (int h = 0; h < a.n_head_kv; ++h) {
+        const int n_used = src.rows[a.n_head_kv + h], n = n_used + a.n_kv,
+                  n_sink = n_used < a.n_sink ? n_used : a.n_sink;
+        const int begin = lo > first ? (int) (lo - first < n ? lo - first : n) : 0;
+        const int end = hi < first + n ? (int) (hi > first ? hi - first : 0) : n;
+        first += n;
+        if (begin >= end) {
+            continue;
+        }
+        const int sinks_end = end < n_sink ? end : begin > n_sink ? begin : n_sink;
+        const int cores_end = end < n_used ? end : sinks_end > n_used ? sinks_end : n_used;
+        prop_attn_queries<D, NQ>(t, a, src, h, r0, n_query, cores_end > sinks_end, sh);
+        if (cores_end > sinks_end) {
+            const sc_i64 k_size = sc_row_size(a.k_type, D), v_size = sc_row_size(a.v_type, D);
+            const sc_i64 row = src.rows[h] + sinks_end;
+            const prop_attn_span s = { cores_end - sinks_end, a.k_type, a.v_type, src.core_k + row * k_size,
+                src.core_v + row * v_size, k_size, v_size, (int) row, -1 };
+            prop_attn_attend<D, NQ>(t, a, src, s, r0, n_query, sh);
+            if (a.v_type != SC_F16) { // what the cores gave is a sum of rotated values
+                sc_rotate<D>(t, o, NQ);
+            }
+        }
+        if (begin < sinks_end) {
+            SC_GLOBAL const uchar * k =
+                (SC_GLOBAL const uchar *) (src.heads + h * (sc_i64) (2 * D + 2 * D * a.n_sink)) +
+                2 * (2 * D + begin * D);
+            const prop_attn_span s = { sinks_end - begin, SC_F16, SC_F16, k, k + 2 * a.n_sink * D, 2 * D, 2 * D, -1,
+                -1 };
+            prop_attn_attend<D, NQ>(t, a, src, s, r0, n_query, sh);
+        }
+        if (cores_end < end) {
+            const int cell = cores_end - n_used;
+            const prop_attn_span s = { end - cores_end, a.k_cell_type, a.v_cell_type,
+                src.k + h * a.k_head + cell * a.k_cell, src.v + h * a.v_head + cell * a.v_cell, a.k_cell, a.v_cell, -1,
+                cell };
+            prop_attn_attend<D, NQ>(t, a, src, s, r0, n_query, sh);
+        }
+        for (int i = (int) t.id; i < n_query * (D + 2); i += SC_THREADS) {
+            const int r = i / (D + 2), e = i % (D + 2), row = r0 + r;
+            const sc_i64 slot = ((sc_i64) t.x * a.n_tokens + row / n_gqa) * a.n_head + h * n_gqa + row % n_gqa;
+            work[slot * (D + 2) + e] = e < D ? o[r * D + e] : e == D ? max[r] : sum[r];
+        }
+        sc_sync(t);
+    }
+}
+
+// Block t.x: a query head of a token. Parts that have no rows of its kv head are left out.
+template <int D>
+SC_DEVICE void prop_attn_reduce(SC_THREAD const sc_tid & t, SC_CONST const prop_attn_args & a,
+    SC_GLOBAL const int * rows, SC_GLOBAL const float * sinks, SC_GLOBAL const float * work, SC_GLOBAL float * dst) {
+    const int N = (D + SC_THREADS - 1) / SC_THREADS;
+    const int head = (int) t.x % a.n_head, kv = head / (a.n_head / a.n_head_kv);
+    sc_i64 total = 0, first = 0;
+    for (int h = 0; h < a.n_head_kv; ++h) {
+        first = h == kv ? total : first;
+        total += rows[a.n_head_kv + h] + a.n_kv;
+    }
+    const sc_i64 end = first + rows[a.n_head_kv + kv] + a.n_kv;
+    float y[N], m = SC_MASKED, l = 0.0f;
+    for (int j = 0; j < N; ++j) {
+        y[j] = 0.0f;
+    }
+    for (int p = 0; p < a.n_part; ++p) {
+        const sc_i64 lo = total * p / a.n_part, hi = total * (p + 1) / a.n_part;
+        if (hi <= first || lo >= end || lo == hi) {
+            continue;
+        }
+        SC_GLOBAL const float * slot = work + ((sc_i64) p * a.n_tokens * a.n_head + t.x) * (D + 2);
+        const float mx = sc_max(m, slot[D]);
+        const float old = sc_exp(m - mx), f = slot[D] > SC_MASKED_LO ? sc_exp(slot[D] - mx) : 0.0f;
+        m = mx;
+        l = l * old + f * slot[D + 1];
+        for (int j = 0, e = (int) t.id; e < D; e += SC_THREADS, ++j) {
+            y[j] = y[j] * old + f * slot[e];
+        }
+    }
+    float f = 1.0f;
+    if (a.has_sinks) {
+        const float s = sinks[head];
+        if (s > m) {
+            f = sc_exp(m - s);
+            l = l * f + 1.0f;
+        } else {
+            l += sc_exp(s - m);
+        }
+    }
+    f = l > 0.0f ? f / l : 0.0f;
+    for (int j = 0, e = (int) t.id; e < D; e += SC_THREADS, ++j) {
+        dst[(sc_i64) t.x * D + e] = y[j] * f;
+    }
+}

@@ -1,0 +1,101 @@
+// rows.h - rows of the cache on a device: into a tile of f16 in shared memory, and rotated
+
+#pragma once
+
+#include "sc-gpu.h"
+
+// As semcache::row_type; the blocks are ggml's, see core/sc-types.h.
+enum { SC_F16 = 0, SC_Q8_0 = 1, SC_Q5_0 = 2, SC_Q4_0 = 3, SC_IQ4_NL = 4 };
+
+#define SC_THREADS 128 // of a block
+#define SC_Q_BLOCK 32  // values that share a scale
+
+SC_DEVICE sc_i64 sc_block_size(int type) {
+    return type == SC_F16 ? 64 : type == SC_Q8_0 ? 34 : type == SC_Q5_0 ? 22 : 18;
+}
+
+// Bytes of a row of d values.
+SC_DEVICE sc_i64 sc_row_size(int type, int d) { return type == SC_F16 ? 2 * d : d / SC_Q_BLOCK * sc_block_size(type); }
+
+// From one row of a tile to the next: neighbours begin in different banks.
+#define SC_TILE_LD(d) ((d) + 2)
+
+// What the codes of IQ4_NL stand for, nl [16]; a barrier has to follow.
+SC_DEVICE void sc_iq4_nl_table(SC_THREAD const sc_tid & t, SC_SHARED float * nl) {
+    const int values[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+    for (int i = (int) t.id; i < 16; i += SC_THREADS) {
+        nl[i] = (float) values[i];
+    }
+}
+
+// Blocks begin at even addresses.
+SC_DEVICE uint sc_u16(SC_GLOBAL const uchar * p) { return *(SC_GLOBAL const ushort *) p; }
+SC_DEVICE uint sc_u32(SC_GLOBAL const uchar * p) { return sc_u16(p) | sc_u16(p + 2) << 16; }
+
+SC_DEVICE int sc_i8(uint x) { return (int) (x ^ 128u) - 128; }
+
+// Eight values of a block of 32, the j-th of four such shares, to their places in y [32].
+SC_DEVICE void sc_decode(
+    int type, SC_GLOBAL const uchar * b, int j, SC_SHARED const float * nl, SC_SHARED sc_half * y) {
+    if (type == SC_F16) {
+        SC_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            y[8 * j + i] = sc_bits2h((ushort) sc_u16(b + 2 * (8 * j + i)));
+        }
+        return;
+    }
+    const float d = sc_h2f(sc_bits2h((ushort) sc_u16(b)));
+    if (type == SC_Q8_0) {
+        SC_UNROLL
+        for (int i = 0; i < 8; i += 2) {
+            const uint w = sc_u16(b + 2 + 8 * j + i);
+            y[8 * j + i] = sc_f2h(d * (float) sc_i8(w & 255u));
+            y[8 * j + i + 1] = sc_f2h(d * (float) sc_i8(w >> 8));
+        }
+        return;
+    }
+    // the low halves of four bytes are values 4j.., the high ones 16 + 4j..
+    const uint high = type == SC_Q5_0 ? sc_u32(b + 2) : 0u;
+    const uint w = sc_u32(b + (type == SC_Q5_0 ? 6 : 2) + 4 * j);
+    SC_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const int at = i % 4 + i / 4 * 16 + 4 * j;
+        const uint code = w >> (8 * (i % 4) + 4 * (i / 4)) & 15u;
+        const float v = type == SC_IQ4_NL ? nl[code]
+                        : type == SC_Q4_0 ? (float) ((int) code - 8)
+                                          : (float) ((int) (code | (high >> at & 1u) << 4) - 16);
+        y[at] = sc_f2h(d * v);
+    }
+}
+
+// n rows of D values of a type, `stride` bytes apart, into a tile; the last block of f16 rows may be cut short.
+template <int D>
+SC_DEVICE void sc_load_tile(SC_THREAD const sc_tid & t, int type, SC_GLOBAL const uchar * from, sc_i64 stride, int n,
+    SC_SHARED const float * nl, SC_SHARED sc_half * tile) {
+    const int n_share = D / 8;
+    for (int i = (int) t.id; i < n * n_share; i += SC_THREADS) {
+        const int r = i / n_share, s = i % n_share, block = s / 4;
+        sc_decode(type, from + r * stride + block * sc_block_size(type), s % 4, nl,
+            tile + r * SC_TILE_LD(D) + block * SC_Q_BLOCK);
+    }
+}
+
+// Walsh-Hadamard transform of n rows of D values in shared memory, in blocks of the largest power of two that divides
+// D, as hadamard() of core/sc-quant.h; ends with a barrier.
+template <int D> SC_DEVICE void sc_rotate(SC_THREAD const sc_tid & t, SC_SHARED float * x, int n) {
+    const int size = D & -D;
+    for (int h = 1; h < size; h *= 2) {
+        for (int i = (int) t.id; i < n * D / 2; i += SC_THREADS) {
+            const int at = i / h * 2 * h + i % h;
+            const float a = x[at], b = x[at + h];
+            x[at] = a + b;
+            x[at + h] = a - b;
+        }
+        sc_sync(t);
+    }
+    const float scale = sc_rsqrt((float) size);
+    for (int i = (int) t.id; i < n * D; i += SC_THREADS) {
+        x[i] *= scale;
+    }
+    sc_sync(t);
+}

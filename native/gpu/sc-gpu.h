@@ -1,0 +1,70 @@
+// sc-gpu.h - one kernel source for CUDA, Metal and, for tests, the CPU: the few words in which they differ
+//
+//     SC_DEVICE                                 a function that runs on the device
+//     SC_GLOBAL, SC_SHARED, SC_THREAD, SC_CONST address spaces of pointers and references
+//     sc_tid                                    who runs: id in the block, lane in the warp of SC_WARP, warp; x, y: the
+//                                               block
+//     sc_sync(t)                                barrier of the block
+//     sc_xor(t, x, mask)                        x of the lane whose number differs by mask
+//
+// Metal's fast math takes no infinities: what is masked is finite (SC_MASKED).
+
+#pragma once
+
+#if defined(__METAL_VERSION__)
+    #include <metal_stdlib>
+using namespace metal;
+    #define SC_DEVICE static inline
+    #define SC_GLOBAL device
+    #define SC_SHARED threadgroup
+    #define SC_THREAD thread
+    #define SC_CONST constant
+    #define SC_UNROLL _Pragma("clang loop unroll(full)")
+typedef half sc_half;
+typedef long sc_i64;
+struct sc_tid {
+    uint id, lane, warp, x, y;
+};
+static inline void sc_sync(SC_THREAD const sc_tid &) { threadgroup_barrier(mem_flags::mem_threadgroup); }
+static inline float sc_xor(SC_THREAD const sc_tid &, float x, ushort mask) { return simd_shuffle_xor(x, mask); }
+static inline float sc_h2f(half x) { return float(x); }
+static inline half sc_f2h(float x) { return half(x); }
+static inline half sc_bits2h(ushort x) { return as_type<half>(x); }
+static inline float sc_exp(float x) { return exp(x); }
+static inline float sc_tanh(float x) { return precise::tanh(x); }
+static inline float sc_max(float a, float b) { return max(a, b); }
+static inline float sc_rsqrt(float x) { return rsqrt(x); }
+
+#elif defined(__CUDACC__)
+    #include <cuda_fp16.h>
+    #define SC_DEVICE static __device__ __forceinline__
+    #define SC_GLOBAL
+    #define SC_SHARED
+    #define SC_THREAD
+    #define SC_CONST
+    #define SC_UNROLL _Pragma("unroll")
+typedef __half sc_half;
+typedef long long sc_i64;
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef unsigned char uchar;
+struct sc_tid {
+    uint id, lane, warp, x, y;
+};
+SC_DEVICE void sc_sync(const sc_tid &) { __syncthreads(); }
+SC_DEVICE float sc_xor(const sc_tid &, float x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask, 32); }
+SC_DEVICE float sc_h2f(__half x) { return __half2float(x); }
+SC_DEVICE __half sc_f2h(float x) { return __float2half(x); }
+SC_DEVICE __half sc_bits2h(ushort x) { return __ushort_as_half(x); }
+SC_DEVICE float sc_exp(float x) { return __expf(x); }
+SC_DEVICE float sc_tanh(float x) { return tanhf(x); }
+SC_DEVICE float sc_max(float a, float b) { return fmaxf(a, b); }
+SC_DEVICE float sc_rsqrt(float x) { return rsqrtf(x); }
+
+#else
+    #include "sc-gpu-cpu.h"
+#endif
+
+#define SC_WARP 32
+#define SC_MASKED (-1e30f)
+#define SC_MASKED_LO (-1e29f) // what is below is masked

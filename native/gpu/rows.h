@@ -34,6 +34,35 @@ SC_DEVICE uint sc_u32(SC_GLOBAL const uchar * p) { return sc_u16(p) | sc_u16(p +
 
 SC_DEVICE int sc_i8(uint x) { return (int) (x ^ 128u) - 128; }
 
+SC_DEVICE void sc_put16(SC_GLOBAL uchar * p, uint x) { *(SC_GLOBAL ushort *) p = (ushort) x; }
+
+// The e-th value of a row as it is stored.
+SC_DEVICE float sc_value_at(int type, SC_GLOBAL const uchar * row, int e, SC_SHARED const float * nl) {
+    if (type == SC_F16) {
+        return sc_h2f(sc_bits2h((ushort) sc_u16(row + 2 * e)));
+    }
+    SC_GLOBAL const uchar * b = row + e / SC_Q_BLOCK * sc_block_size(type);
+    const int i = e % SC_Q_BLOCK;
+    const float d = sc_h2f(sc_bits2h((ushort) sc_u16(b)));
+    if (type == SC_Q8_0) {
+        return d * (float) sc_i8(b[2 + i]);
+    }
+    const uint byte = b[(type == SC_Q5_0 ? 6 : 2) + i % 16], code = i < 16 ? byte & 15u : byte >> 4;
+    if (type == SC_Q5_0) {
+        return d * (float) ((int) (code | (sc_u32(b + 2) >> i & 1u) << 4) - 16);
+    }
+    return d * (type == SC_IQ4_NL ? nl[code] : (float) ((int) code - 8));
+}
+
+// The code of IQ4_NL that is nearest: the borders are half way between its values.
+SC_DEVICE int sc_nearest_nl(float x, SC_SHARED const float * nl) {
+    int code = 0;
+    for (int c = 1; c < 16; ++c) {
+        code = x > 0.5f * (nl[c - 1] + nl[c]) ? c : code;
+    }
+    return code;
+}
+
 // Eight values of a block of 32, the j-th of four such shares, to their places in y [32].
 SC_DEVICE void sc_decode(
     int type, SC_GLOBAL const uchar * b, int j, SC_SHARED const float * nl, SC_SHARED sc_half * y) {

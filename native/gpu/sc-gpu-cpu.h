@@ -34,6 +34,7 @@ void AnnotateIgnoreWritesEnd(const char *, int);
 #endif
 
 #define SC_DEVICE static inline
+#define SC_BOTH static inline
 #define SC_GLOBAL
 #define SC_SHARED
 #define SC_THREAD
@@ -77,7 +78,7 @@ struct meeting {
 
 struct fiber {
     ucontext_t ctx;
-    std::unique_ptr<char[]> stack;
+    char * stack = nullptr;
     bool done = false;
     void *fake = nullptr, *tsan = nullptr;
 };
@@ -144,7 +145,7 @@ inline void entry() {
 inline void resume(block & b, int i) {
     b.cur = i;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&b.main_fake, b.f[i].stack.get(), block::STACK);
+    __sanitizer_start_switch_fiber(&b.main_fake, b.f[i].stack, block::STACK);
 #endif
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(b.f[i].tsan, __tsan_switch_to_fiber_no_sync);
@@ -178,10 +179,10 @@ inline void meet(block & b, meeting & m, int n) {
 }
 
 // A function of its own, since getcontext() returns twice for all the compiler knows.
-__attribute__((noinline)) inline void begin(fiber & f) {
-    f.stack.reset(new char[block::STACK]);
+__attribute__((noinline)) inline void begin(fiber & f, char * stack) {
+    f.stack = stack;
     getcontext(&f.ctx);
-    f.ctx.uc_stack.ss_sp = f.stack.get();
+    f.ctx.uc_stack.ss_sp = stack;
     f.ctx.uc_stack.ss_size = block::STACK;
     f.ctx.uc_link = nullptr;
     makecontext(&f.ctx, (void (*)()) entry, 0);
@@ -194,6 +195,7 @@ __attribute__((noinline)) inline void begin(fiber & f) {
 template <typename K> void launch(uint grid_x, uint grid_y, uint n, size_t shared_bytes, K && kernel) {
     quiet q;
     int end = 0;
+    static std::vector<std::unique_ptr<char[]>> stacks;
     for (uint at = 0; at < grid_x * grid_y; ++at) {
         std::unique_ptr<block> owner(new block);
         block & b = *owner;
@@ -210,8 +212,14 @@ template <typename K> void launch(uint grid_x, uint grid_y, uint n, size_t share
 #if defined(__SANITIZE_THREAD__)
         b.main_tsan = __tsan_get_current_fiber();
 #endif
-        for (fiber & f : b.f) {
-            begin(f);
+#if defined(__SANITIZE_THREAD__)
+        stacks.clear(); // two blocks that use the same memory one after the other would be a race
+#endif
+        while (stacks.size() < n) {
+            stacks.emplace_back(new char[block::STACK]);
+        }
+        for (uint i = 0; i < n; ++i) {
+            begin(b.f[i], stacks[i].get());
         }
         for (bool any = true; any;) {
             any = false;
@@ -259,3 +267,12 @@ SC_DEVICE float sc_exp(float x) { return std::exp(x); }
 SC_DEVICE float sc_tanh(float x) { return std::tanh(x); }
 SC_DEVICE float sc_max(float a, float b) { return a > b ? a : b; }
 SC_DEVICE float sc_rsqrt(float x) { return 1.0f / std::sqrt(x); }
+SC_DEVICE float sc_sqrt(float x) { return std::sqrt(x); }
+SC_DEVICE float sc_log(float x) { return std::log(x); }
+SC_DEVICE float sc_round(float x) { return std::round(x); }
+SC_DEVICE ushort sc_h2bits(sc_half x) { return x; }
+SC_DEVICE uint sc_float_bits(float x) {
+    uint y;
+    memcpy(&y, &x, sizeof(y));
+    return y;
+}

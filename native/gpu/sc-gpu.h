@@ -1,6 +1,6 @@
 // sc-gpu.h - one kernel source for CUDA, Metal and, for tests, the CPU: the few words in which they differ
 //
-//     SC_DEVICE                                 a function that runs on the device
+//     SC_DEVICE, SC_BOTH                        a function that runs on the device, or on the host too
 //     SC_GLOBAL, SC_SHARED, SC_THREAD, SC_CONST address spaces of pointers and references
 //     sc_tid                                    who runs: id in the block, lane in the warp of SC_WARP, warp; x, y: the
 //                                               block
@@ -15,6 +15,7 @@
     #include <metal_stdlib>
 using namespace metal;
     #define SC_DEVICE static inline
+    #define SC_BOTH static inline
     #define SC_GLOBAL device
     #define SC_SHARED threadgroup
     #define SC_THREAD thread
@@ -34,10 +35,16 @@ static inline float sc_exp(float x) { return exp(x); }
 static inline float sc_tanh(float x) { return precise::tanh(x); }
 static inline float sc_max(float a, float b) { return max(a, b); }
 static inline float sc_rsqrt(float x) { return rsqrt(x); }
+static inline float sc_sqrt(float x) { return sqrt(x); }
+static inline float sc_log(float x) { return log(x); }
+static inline float sc_round(float x) { return round(x); }
+static inline ushort sc_h2bits(half x) { return as_type<ushort>(x); }
+static inline uint sc_float_bits(float x) { return as_type<uint>(x); }
 
 #elif defined(__CUDACC__)
     #include <cuda_fp16.h>
     #define SC_DEVICE static __device__ __forceinline__
+    #define SC_BOTH static __host__ __device__ inline
     #define SC_GLOBAL
     #define SC_SHARED
     #define SC_THREAD
@@ -60,11 +67,17 @@ SC_DEVICE float sc_exp(float x) { return __expf(x); }
 SC_DEVICE float sc_tanh(float x) { return tanhf(x); }
 SC_DEVICE float sc_max(float a, float b) { return fmaxf(a, b); }
 SC_DEVICE float sc_rsqrt(float x) { return rsqrtf(x); }
+SC_DEVICE float sc_sqrt(float x) { return sqrtf(x); }
+SC_DEVICE float sc_log(float x) { return __logf(x); }
+SC_DEVICE float sc_round(float x) { return roundf(x); }
+SC_DEVICE ushort sc_h2bits(__half x) { return __half_as_ushort(x); }
+SC_DEVICE uint sc_float_bits(float x) { return __float_as_uint(x); }
 
 #else
     #include "sc-gpu-cpu.h"
 #endif
 
 #define SC_WARP 32
+#define SC_HUGE 3e38f
 #define SC_MASKED (-1e30f)
 #define SC_MASKED_LO (-1e29f) // what is below is masked

@@ -24,20 +24,34 @@ linux = pytest.mark.skipif(
 )
 
 
-def run_planted(folder: Path, change, sanitizer: str | None) -> subprocess.CompletedProcess:
-    """The quick case of test-gpu with its kernels changed."""
+INCLUDE = ("native", "native/core", "native/core/evict", "native/cpu", "tests/native")
+FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing"]
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """The CPU's pass, which the device's is compared with."""
+    folder = tmp_path_factory.mktemp("objects")
+    sources = [path for room in ("pass", "core", "core/evict") for path in (ROOT / "native" / room).glob("*.cpp")]
+    command = [CXX, *FLAGS, *(f"-I{ROOT / room}" for room in INCLUDE), "-c", *sources]
+    subprocess.run(command, check=True, cwd=folder)
+    return sorted(folder.glob("*.o"))
+
+
+def run_planted(folder: Path, objects, program: str, change, sanitizer: str | None) -> subprocess.CompletedProcess:
+    """The quick case of test-gpu or test-gpu-pass with its kernels changed."""
     gpu = folder / "gpu"
     shutil.copytree(ROOT / "native" / "gpu", gpu)
-    source = (gpu / "prop-attn.h").read_text()
+    kernels = gpu / ("pass.h" if program == "test-gpu-pass" else "prop-attn.h")
+    source = kernels.read_text()
     changed = change(source)
     assert changed != source or change is same
-    (gpu / "prop-attn.h").write_text(changed)
-    include = [folder, ROOT / "native", ROOT / "native/core", ROOT / "native/cpu", ROOT / "tests/native"]
-    flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-DSC_ONE_CASE", *(f"-I{path}" for path in include)]
+    kernels.write_text(changed)
+    flags = [*FLAGS, "-DSC_ONE_CASE", f"-I{folder}", *(f"-I{ROOT / room}" for room in INCLUDE)]
     flags += [f"-fsanitize={sanitizer}"] if sanitizer else []
-    program = folder / "test-gpu"
-    subprocess.run([CXX, *flags, ROOT / "tests/native/test-gpu.cpp", "-o", program, "-lpthread"], check=True)
-    return subprocess.run(["setarch", "-R", program], capture_output=True, text=True, timeout=300)
+    command = [CXX, *flags, ROOT / f"tests/native/{program}.cpp", *objects, "-o", folder / program, "-lpthread"]
+    subprocess.run(command, check=True)
+    return subprocess.run(["setarch", "-R", folder / program], capture_output=True, text=True, timeout=600)
 
 
 def same(source: str) -> str:
@@ -61,9 +75,10 @@ def instead(old: str, new: str):
 
 
 @linux
+@pytest.mark.parametrize("program", ["test-gpu", "test-gpu-pass"])
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_no_fault_is_found_where_none_was_planted(sanitizer, tmp_path):
-    done = run_planted(tmp_path, same, sanitizer)
+def test_no_fault_is_found_where_none_was_planted(sanitizer, program, tmp_path, objects):
+    done = run_planted(tmp_path, objects, program, same, sanitizer)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -109,30 +124,56 @@ FAULTS = {
 
 @linux
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_found(name, tmp_path):
+def test_faults_in_attention_are_found(name, tmp_path, objects):
     change, sanitizer, said = FAULTS[name]
-    done = run_planted(tmp_path, change, sanitizer)
+    done = run_planted(tmp_path, objects, "test-gpu", change, sanitizer)
     assert done.returncode != 0 and said in done.stdout + done.stderr
+
+
+PASS_FAULTS = {
+    "rows are there before they are rotated": (without_barrier("pass_load_values", 1), "thread", RACE),
+    "tiles are there before they are multiplied": (without_barrier("sc_gemm", 1), "thread", RACE),
+    "columns are eliminated one after the other": (without_barrier("pass_solve", 2), "thread", RACE),
+    "work ends with the last row": (
+        instead("const int n = s.n_rows - i0 < SC_ROWS ? s.n_rows - i0 : SC_ROWS;", "const int n = SC_ROWS;"),
+        "address",
+        OVERFLOW,
+    ),
+    "of equals the first stays": (instead("seen + before < n_equal", "seen + before <= n_equal"), None, "expected"),
+    "losers join the nearest": (instead("y < best)", "y > best)"), None, "expected|times"),
+    "gone rows are left out": (instead("(stays && stays[k0 + ak] && count[k0 + ak] == 1)", "(false)"), None, "times"),
+    "values move": (instead("w.mv[((sc_i64) h * ld + i) * m.d_v + e] -= y;", ""), None, "times"),
+    "biases are fitted": (
+        instead("w.m_bias[h * m.n_merged + j] = sum <", "if (false) w.m_bias[0] = sum <"),
+        None,
+        "times",
+    ),
+}
+
+
+@linux
+@pytest.mark.parametrize("name", PASS_FAULTS)
+def test_faults_in_a_pass_are_found(name, tmp_path, objects):
+    change, sanitizer, said = PASS_FAULTS[name]
+    done = run_planted(tmp_path, objects, "test-gpu-pass", change, sanitizer)
+    assert done.returncode != 0 and re.search(said, done.stdout + done.stderr)
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 def test_nvcc_compiles_for_every_generation(tmp_path):
     """Registers leave room for 4 blocks of 128 threads on a multiprocessor of 65,536, and little is spilled."""
-    flags = ["-std=c++17", "-O3", "-use_fast_math", f"-I{ROOT / 'native'}", "-Xptxas", "-v", "--threads", "2"]
+
+    def compiled(source: str, *options: str) -> str:
+        flags = ["-std=c++17", "-O3", "-use_fast_math", f"-I{ROOT / 'native'}", "-Xptxas", "-v", "--threads", "2"]
+        command = [NVCC, *flags, "--extended-lambda", *options, "-c", ROOT / "native/cuda" / source]
+        done = subprocess.run([*command, "-o", tmp_path / "out.o"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
     cards = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (75, 80, 86, 89, 90, 120)]
-    source = ROOT / "native/cuda/prop-attn.cu"
-    done = subprocess.run(
-        [NVCC, *flags, *cards, "-DSC_COMMON_HEADS", "-c", source, "-o", tmp_path / "common.o"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    every = subprocess.run(
-        [NVCC, *flags, cards[3], "-c", source, "-o", tmp_path / "all.o"], capture_output=True, text=True
-    )
-    assert every.returncode == 0, every.stderr
-    log = done.stderr + every.stderr
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
-    assert len(registers) == 6 * 9 + 21 and max(registers) <= 128
-    assert max(spilled) <= 64
+    log = compiled("prop-attn.cu", *cards, "-DSC_COMMON_HEADS") + compiled("prop-attn.cu", cards[3])
+    assert log.count("Used ") == 6 * 9 + 21
+    log += compiled("pass.cu", cards[0], cards[4])
+    assert log.count("Used ") == 6 * 9 + 21 + 2 * 27
+    assert max(int(n) for n in re.findall(r"Used (\d+) registers", log)) <= 128
+    assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)) <= 64

@@ -1,0 +1,263 @@
+// The pass of native/gpu, run on the CPU by a fiber per thread, against that of native/pass.
+
+#include "gpu/pass.h"
+#include "pass-text.h"
+#include "pass/frame.h"
+
+#include <cstring>
+
+using namespace sc_test;
+
+static_assert(SC_FRAME_FLOOR == FRAME_FLOOR && SC_FRAME_MIN == FRAME_MIN && SC_FRAME_MAX == FRAME_MAX);
+
+namespace {
+
+// Work of one head, each part to the byte.
+struct work_store {
+    std::vector<std::vector<uint8_t>> parts;
+    pass_work w = {};
+
+    template <typename T> void take(T *& p, int64_t n) {
+        parts.emplace_back((size_t) n * sizeof(T), 0xff);
+        p = (T *) parts.back().data();
+    }
+
+    work_store(const pass_dims & m, int64_t n_head) {
+        const int64_t ld = m.ld * n_head, n_query = n_head * pass_n_query(m), n_fit = n_head * pass_n_fit(m),
+                      n_merged = n_head * m.n_merged;
+        take(w.k, ld * m.d_k);
+        take(w.v, ld * m.d_v);
+        take(w.bias, ld);
+        take(w.q, n_query * m.d_k);
+        take(w.z, n_query);
+        take(w.p, n_query * m.ld);
+        take(w.out, n_fit * m.d_v);
+        for (float ** p : { &w.s_use, &w.w, &w.dev, &w.difference }) {
+            take(*p, ld);
+        }
+        take(w.metric, n_head * m.d_k * m.d_k);
+        take(w.k_metric, ld * m.d_k);
+        for (int ** p : { &w.chunk, &w.n_tok, &w.stays, &w.winner, &w.count, &w.place, &w.new_origin }) {
+            take(*p, ld);
+        }
+        take(w.first, n_merged);
+        take(w.n, 4 * n_head);
+        take(w.mk, n_merged * m.d_k);
+        take(w.mv, n_merged * m.d_v);
+        take(w.m_bias, n_merged);
+        take(w.mass, n_fit * m.n_merged);
+        take(w.shares, n_fit * m.n_merged);
+        take(w.share, n_fit);
+        take(w.r, n_fit * m.d_v);
+        take(w.normal, n_merged * m.n_merged);
+        take(w.move, n_merged * m.d_v);
+        take(w.new_k, ld * sc_row_size(m.k_type, m.d_k));
+        take(w.new_v, ld * sc_row_size(m.v_type, m.d_v));
+        take(w.new_bias, ld);
+        take(w.new_s_use, ld);
+    }
+};
+
+pass_dims dims_of(const pass_args & a, const pass_plan & p) {
+    pass_dims m = {};
+    m.d_k = a.shape.n_embd_head_k;
+    m.d_v = a.shape.n_embd_head_v;
+    m.n_gqa = a.shape.n_gqa;
+    m.n_head_kv = a.n_head_kv;
+    m.scale = a.shape.scale;
+    m.softcap = a.shape.softcap;
+    m.k_type = (int) a.k_type;
+    m.v_type = (int) a.v_type;
+    m.k_cell_type = (int) a.k_cell_type;
+    m.v_cell_type = (int) a.v_cell_type;
+    m.q_type = (int) a.q_type;
+    m.k_rotated = a.k_rotated;
+    m.n_row = a.n_row;
+    m.n_sink_max = a.n_sink;
+    m.n_row_sink = p.n_row_sink;
+    m.n_sink = p.n_sink;
+    m.n_new = p.n_new;
+    m.n_window = p.n_window;
+    m.n_voter = p.n_voter;
+    m.n_full = p.n_full;
+    m.stride = std::max(1, p.n_voter / N_FIT);
+    m.merge = p.merge;
+    m.distinct = p.distinct;
+    m.makes_frame = a.makes_frame;
+    m.n_rot = a.n_rot;
+    m.neox = a.neox;
+    m.n_q_layer = a.n_q_layer;
+    m.k_head = a.k_head;
+    m.k_cell = a.k_cell;
+    m.v_head = a.v_head;
+    m.v_cell = a.v_cell;
+    m.v_elem = a.v_elem;
+    m.q_row = a.q_row;
+    m.vote_head = a.vote_head;
+    return m;
+}
+
+// As pass_call::run().
+void run_on_device(pass_call & call) {
+    const pass_args & a = call.args;
+    const pass_plan & p = call.plan;
+    pass_dims m = dims_of(a, p);
+    int n_used = 0;
+    for (int h = 0; h < a.n_head_kv; ++h) {
+        n_used = std::max(n_used, call.row_count[h]);
+    }
+    const int n_cand = n_used - p.n_row_sink + p.n_new, n_rows = n_used + p.n_token();
+    m.ld = n_rows;
+    m.n_merged = std::max(1, n_rows / 2);
+    std::vector<int32_t> rows = call.row_first;
+    rows.insert(rows.end(), call.row_count.begin(), call.row_count.end());
+    const pass_data x = { a.k, a.v, a.bias, a.s_use, a.heads, a.origin, rows.data(), a.k_stage, a.v_stage, a.q,
+        a.vote_p4, a.vote_p, a.q_weight, a.turn, a.back, a.mean_turn, p.cell, p.chunk, p.n_voted, p.voter_row };
+    work_store work(m, a.n_head_kv);
+    // heads without rows beside the one that is looked at are not the tests' business
+    pass_steps(m, n_rows, n_cand, [&](auto step, int n_piece, int shared) {
+        sc_cpu::launch(n_piece, 1, SC_THREADS, shared, [&](const sc_tid & t, uchar * sh) {
+            sc_tid of_head = t;
+            of_head.y = call.ih;
+            pass_step<decltype(step)::value>(of_head, m, x, work.w, sh);
+        });
+    });
+    call.row_count[call.ih] = rows[a.n_head_kv + call.ih];
+    call.h.n_sink += p.n_sink;
+    call.h.n_used = call.row_count[call.ih];
+    std::copy_n(call.heads.begin() + call.ih * call.h.heads.size(), call.h.heads.size(), call.h.heads.begin());
+}
+
+void check_near(const std::vector<float> & got, const std::vector<float> & want, double tol, const char * what) {
+    double worst = 0.0;
+    CHECK_EQ(got.size(), want.size());
+    for (size_t i = 0; i < std::min(got.size(), want.size()); ++i) {
+        if (std::isnan(got[i]) && std::isnan(want[i])) {
+            continue; // nobody has written it
+        }
+        const double err = std::fabs(got[i] - want[i]) / (tol * (1.0 + std::fabs(want[i])));
+        worst = std::isnan(err) ? INFINITY : std::max(worst, err);
+    }
+    if (worst > 1.0) {
+        report(false, __FILE__, __LINE__, std::string(what) + ": " + text(worst) + " times the tolerance");
+    }
+}
+
+struct device_spec {
+    spec s;
+    row_type type = row_type::f16;
+    bool rotated = false, q8_ring = false;
+    bool twins = false; // tokens that are alike, so that scores are equal
+    int n_pass = 3;
+};
+
+// Some passes, each from where the CPU's left off.
+void check(const device_spec & d, uint64_t seed) {
+    const spec & s = d.s;
+    text_source text(s, seed);
+    head_store h(text.shape, s.n_alloc, 0, d.type);
+    for (int pass = 0; pass < d.n_pass; ++pass) {
+        CASE("seed " + std::to_string(seed) + ", type " + std::to_string((int) d.type) + ", pass " +
+             std::to_string(pass));
+        tokens t = text.draw(pass == 0, s.n_new);
+        t.n_full = pass;
+        for (int32_t i = 0; d.twins && i + 1 < t.n_new; i += 2) {
+            if (t.chunk[i] == t.chunk[i + 1]) {
+                std::copy_n(&t.k[(size_t) (t.n_sink + i) * s.d_k], s.d_k, &t.k[(size_t) (t.n_sink + i + 1) * s.d_k]);
+                std::copy_n(&t.v[(size_t) (t.n_sink + i) * s.d_v], s.d_v, &t.v[(size_t) (t.n_sink + i + 1) * s.d_v]);
+            }
+        }
+        text.accept(t);
+        head_store other = h;
+        stage_store stage(t, text.shape, { 2, pass % 2, pass % 3 == 1, 10, (uint64_t) pass });
+        if (d.q8_ring) {
+            stage.q8.resize(stage.q.size() / Q_BLOCK);
+            const std::vector<float> q = to_f32(stage.q.data(), stage.q.size());
+            f32_to_q8_0_row(q.data(), stage.q8.data(), (int32_t) q.size());
+        }
+        stage_store again = stage;
+        pass_call want(h, stage, text.rp, text.params()), got(other, again, text.rp, text.params());
+        want.args.k_rotated = got.args.k_rotated = d.rotated;
+        want.run();
+        run_on_device(got);
+
+        CHECK_EQ(other.n_used, h.n_used);
+        CHECK_EQ(other.n_sink, h.n_sink);
+        CHECK(other.guards_hold());
+        const int32_t n = std::min(h.n_used, other.n_used);
+        const bool exact = d.type == row_type::f16;
+        check_near(to_f32(other.heads.data(), other.heads.size()), to_f32(h.heads.data(), h.heads.size()),
+            exact ? 1e-6 : 2e-3, "frame and sinks");
+        for (int32_t i = h.n_sink; i < n; ++i) {
+            CHECK_EQ(other.origin[i], h.origin[i]);
+            check_near({ other.bias_of(i) }, { h.bias_of(i) }, 2e-3, "bias");
+            check_near({ other.meta(i).s_use }, { h.meta(i).s_use }, 1e-3, "s_use");
+            check_near(other.key_f32(i), h.key_f32(i), exact ? 2e-3 : 0.05, "key");
+            check_near(other.val_f32(i), h.val_f32(i), exact ? 5e-3 : 0.1, "value");
+        }
+        for (int32_t i = 0; i < t.n(); ++i) {
+            const token_votes a = again.votes_of(i), b = stage.votes_of(i);
+            check_near({ a.p4 / b.p4, a.p / b.p }, { 1.0f, 1.0f }, 1e-4, "votes");
+        }
+    }
+}
+
+std::vector<device_spec> all_specs() {
+#if defined(SC_ONE_CASE) // for planted faults: quick to run
+    device_spec one;
+    one.s.d_k = one.s.d_v = one.s.n_rot = 32;
+    one.s.n_gqa = 1;
+    one.s.n_new = 24;
+    one.s.n_window = 5;
+    one.s.n_alloc = 20;
+    one.n_pass = 2;
+    one.type = row_type::iq4_nl;
+    one.rotated = one.twins = true;
+    return { one };
+#else
+    std::vector<device_spec> specs(10);
+    specs[1].s.merge = false;
+    specs[2].s.d_k = specs[2].s.d_v = 80;
+    specs[2].s.n_gqa = 1;
+    specs[2].s.n_rot = 32;
+    specs[2].s.softcap = 20.0f;
+    specs[3].s.d_k = specs[3].s.d_v = 32;
+    specs[3].s.n_gqa = 7;
+    specs[3].s.n_rot = 32;
+    specs[3].s.neox = false;
+    specs[3].s.n_alloc = 20;
+    specs[4].s.n_rot = 0;
+    specs[4].s.n_alloc = 150;
+    specs[4].s.n_new = 160;
+    specs[5].s.voted = true;
+    specs[5].s.n_sink = 0;
+    specs[5].s.distinct = 0;
+    specs[6].s.d_v = 64;
+    specs[6].type = row_type::iq4_nl;
+    specs[7] = specs[6];
+    specs[7].type = row_type::q5_0;
+    specs[7].rotated = true;
+    specs[7].q8_ring = true;
+    specs[8] = specs[6];
+    specs[8].type = row_type::q4_0;
+    specs[8].s.n_alloc = 200; // room for all
+    specs[9] = specs[6];
+    specs[9].type = row_type::q8_0;
+    specs[9].s.distinct = 100;
+    specs.resize(12);
+    specs[10].twins = true;
+    specs[11] = specs[7];
+    specs[11].twins = true;
+    return specs;
+#endif
+}
+
+} // namespace
+
+int main() {
+    uint64_t seed = 70;
+    for (const device_spec & d : all_specs()) {
+        check(d, seed++);
+    }
+    return sc_test::finish();
+}

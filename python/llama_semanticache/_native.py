@@ -186,7 +186,8 @@ def compressed(config: KVConfig, profile: Path | None = None, model_id: str = ""
     ffi, lib = load()
     params = ffi.new("struct semcache_params *", lib.semcache_default_params())
     params.method = getattr(lib, f"SEMCACHE_METHOD_{METHODS[str(config.kv_compress)]}")
-    params.ratio = float(config.kv_ratio)
+    if config.kv_ratio is not None:
+        params.ratio = float(config.kv_ratio)
     params.n_stage, params.n_window, params.n_sink = map(int, (config.kv_stage, config.kv_window, config.kv_sink))
     for name in ("type_k", "type_v", "type_stage"):
         kind = getattr(config, f"kv_{name}")

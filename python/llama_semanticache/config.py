@@ -42,9 +42,12 @@ N_CHUNK = 32
 """The library's own default of n_chunk, tokens."""
 
 N_HEAD_KV_FEW = 8
-"""Models with fewer compressed KV heads than these do better with equal budgets (docs/decisions.md, 45), and draw a
-warning: with 3 facts are lost, with 48 they are kept; between is not measured.
+"""Models with fewer compressed KV heads than these have none to take rows from: they do better with equal budgets, and
+keep their facts only with all rows (docs/decisions.md, 45 and 50). Measured with 3 and with 48; between is a guess.
 """
+
+RATIO = 0.25
+"""What kv_ratio None stands for, but for models of few heads: they keep all rows."""
 
 MAX_ROOM = 4096
 """SEMCACHE_MAX_ROOM: tokens that a pass may compress at once."""
@@ -82,7 +85,7 @@ class KVConfig:
     """All kv_* arguments of `Llama`, which documents them. Anything may be in here until `check` has been called."""
 
     kv_compress: str | None = None
-    kv_ratio: float = 0.25
+    kv_ratio: float | None = None
     kv_stage: int = 384
     kv_window: int = 256
     kv_sink: int = 4
@@ -137,13 +140,13 @@ class KVConfig:
                     f"{name}: expected {one_of} {', '.join(choices)}, got {getattr(self, name)!r}; pass one of these"
                 )
         ratio: Any = self.kv_ratio
-        if not isinstance(ratio, numbers.Real) or not 0 < float(ratio) <= 1:
+        if ratio is not None and (not isinstance(ratio, numbers.Real) or not 0 < float(ratio) <= 1):
             raise ArgumentError(
                 f"kv_ratio: expected 0 < kv_ratio <= 1, got {ratio!r}; 0.25 keeps a quarter of the rows"
             )
         if self.kv_budget is not None:
             parse_bytes(self.kv_budget)
-            if ratio != KVConfig.kv_ratio:
+            if ratio is not None:
                 raise ArgumentError(
                     f"kv_budget: expected no kv_ratio beside it, got {ratio!r}; leave one of the two out"
                 )
@@ -205,27 +208,34 @@ class KVConfig:
         ArgumentError
             They do not hold the sinks and a chunk.
         """
-        rows = round(self.kv_ratio * n_ctx * n_head_kv)
+        ratio = self.ratio(n_head_kv)
+        rows = round(ratio * n_ctx * n_head_kv)
         if rows < min(n_ctx, self.kv_sink + self.n_chunk) * n_head_kv:
             raise ArgumentError(
                 f"kv_ratio: expected at least {self.kv_sink + self.n_chunk} rows per kv head, got "
-                f"{rows / n_head_kv:.0f} from kv_ratio {self.kv_ratio} and n_ctx {n_ctx}; raise one of them"
+                f"{rows / n_head_kv:.0f} from kv_ratio {ratio} and n_ctx {n_ctx}; raise one of them"
             )
         return rows / n_head_kv
+
+    def ratio(self, n_head_kv: int) -> float:
+        """kv_ratio of a model of which so many KV heads are compressed."""
+        if self.kv_ratio is not None:
+            return float(self.kv_ratio)
+        return 1.0 if self.kv_compress == OURS and n_head_kv < N_HEAD_KV_FEW else RATIO
 
     def has_too_few_heads(self, n_head_kv: int) -> bool:
         """Whether heads are to take rows from one another, but too few heads, `n_head_kv`, are compressed.
 
         Methods of others have equal budgets; at kv_ratio 1 every head keeps everything.
         """
-        return self._shares_rows and n_head_kv < N_HEAD_KV_FEW
+        return self._shares_rows(n_head_kv) and n_head_kv < N_HEAD_KV_FEW
 
     def decides_by_own_profile(self, model: ModelFile) -> bool:
         """Whether the model's own profile says which head gets how many rows: what kv_profile "auto" stands for."""
-        if self.kv_profile != "auto" or not self._shares_rows:
+        if self.kv_profile != "auto":
             return False
-        return not self.has_too_few_heads(model.shape.n_head_kv)
+        n_head_kv = model.shape.n_head_kv
+        return self._shares_rows(n_head_kv) and not self.has_too_few_heads(n_head_kv)
 
-    @property
-    def _shares_rows(self) -> bool:
-        return self.kv_compress == OURS and self.kv_ratio < 1
+    def _shares_rows(self, n_head_kv: int) -> bool:
+        return self.kv_compress == OURS and self.ratio(n_head_kv) < 1

@@ -104,8 +104,10 @@ class Llama(llama_cpp.Llama):
         None leaves the cache alone. "semanticache" is this package's method, "paper" the one of the SemantiCache
         paper's abstract, "streaming" keeps only the first and the newest tokens, "keydiff", "knorm", "snapkv", "tova"
         and "h2o" evict by others' scores; all but the first are for comparison.
-    kv_ratio : float
-        Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1.
+    kv_ratio : float, optional
+        Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1. By default 0.25,
+        and 1 for models of fewer than `config.N_HEAD_KV_FEW` compressed heads: every token keeps its row, in 4.5 bits
+        a value.
     kv_stage : int
         Newest tokens that are held one by one until the next pass compresses them. Limits ``n_ubatch``, the tokens
         computed at a time, to ``kv_stage - max(kv_window, kv_sink)``.
@@ -141,7 +143,7 @@ class Llama(llama_cpp.Llama):
         model_path: str | os.PathLike[str],
         *,
         kv_compress: str | None = None,
-        kv_ratio: float = KVConfig.kv_ratio,
+        kv_ratio: float | None = KVConfig.kv_ratio,
         kv_stage: int = KVConfig.kv_stage,
         kv_window: int = KVConfig.kv_window,
         kv_sink: int = KVConfig.kv_sink,
@@ -204,6 +206,7 @@ class Llama(llama_cpp.Llama):
         kwargs.setdefault("flash_attn", True)
         model = ModelFile.of(model_path)
         config = self._within_budget(model, kwargs)
+        config = replace(config, kv_ratio=config.ratio(model.shape.n_head_kv))
         file = profile.ensure(model, kwargs.get("verbose", True), kwargs.get("n_threads_batch"), config=config)
         with _native.compressed(config, file, model.id if file else ""):
             self._load(model_path, kwargs)
@@ -211,8 +214,8 @@ class Llama(llama_cpp.Llama):
         if config.has_too_few_heads(stats.n_head_kv):
             warnings.warn(
                 f"only {stats.n_head_kv} KV heads of this model attend to the whole text, too few to take rows from "
-                "one another: expect facts to be lost (README, Limits); ask what you need to remember, or leave "
-                "kv_compress out",
+                "one another: expect facts to be lost (README, Limits); leave kv_ratio out, and every token keeps its "
+                "row",
                 stacklevel=3,
             )
         if self.draft_model is not None:

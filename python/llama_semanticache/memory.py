@@ -383,5 +383,5 @@ def memory_report(
         except ArgumentError as error:
             notes[f"{cache}: {error}"] = None
     return MemoryReport(
-        shape, config.kv_ratio, config.kv_stage, tuple(cards_gb), tuple(estimates), largest, tuple(notes)
+        shape, config.ratio(shape.n_head_kv), config.kv_stage, tuple(cards_gb), tuple(estimates), largest, tuple(notes)
     )

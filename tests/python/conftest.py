@@ -19,7 +19,7 @@ from llama_semanticache import Llama, models
 N_THREADS = 1
 EXACT = dict(kv_type_k="f16", kv_type_v="f16", kv_type_stage="f16")  # nothing that is rounded
 # batches of 80 tokens, a pass for each
-PASSES = dict(kv_compress="semanticache", kv_stage=96, kv_window=12, kv_profile=None, n_batch=80)
+PASSES = dict(kv_compress="semanticache", kv_ratio=0.25, kv_stage=96, kv_window=12, kv_profile=None, n_batch=80)
 SMALL = dict(n_ctx=1024, **PASSES)
 
 # ---------------------------------------------------------------------------------------------- models

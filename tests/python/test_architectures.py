@@ -98,7 +98,7 @@ def test_the_share_of_keys_unlike_the_others_reaches_the_passes(tiny, load):
 def test_nothing_is_lost_below_capacity(arch, flash_attn, tiny, load):
     full = load(tiny(arch), n_ctx=1024, n_batch=80, logits_all=True, flash_attn=flash_attn)
     full.eval(TOKENS)
-    llm = load(tiny(arch), **SMALL, **EXACT, kv_ratio=1, logits_all=True, flash_attn=flash_attn)
+    llm = load(tiny(arch), **{**SMALL, **EXACT, "kv_ratio": 1}, logits_all=True, flash_attn=flash_attn)
     llm.eval(TOKENS)
     stats = llm.kv_stats()
     assert stats.n_pass >= 3
@@ -157,7 +157,7 @@ def test_context_larger_than_the_model_was_trained_for_uses_the_logical_size(tin
     """longrope picks its factors by n_ctx: the compressed context must do so by the logical size, not by the stage."""
     for n_ctx in (1024, 2048):  # factors change above 1024
         full = load(tiny("phi3-longrope"), n_ctx=n_ctx, n_batch=80)
-        llm = load(tiny("phi3-longrope"), **{**SMALL, "n_ctx": n_ctx}, **EXACT, kv_ratio=1)
+        llm = load(tiny("phi3-longrope"), **{**SMALL, **EXACT, "n_ctx": n_ctx, "kv_ratio": 1})
         full.eval(TOKENS[:300])
         llm.eval(TOKENS[:300])
         assert llm.kv_stats().n_pass >= 2

@@ -45,7 +45,9 @@ def test_ratio_1_is_full_attention_on_a_real_model(flash_attn, smollm2_f32, load
 def test_methods_with_room_for_the_whole_text_are_full_attention(method, tiny, load):
     tokens = random_tokens(400)
     full = load(tiny("qwen3"), n_ctx=1024, n_batch=80, logits_all=True)
-    llm = load(tiny("qwen3"), n_ctx=1024, **{**PASSES, "kv_compress": method}, **EXACT, kv_ratio=0.5, logits_all=True)
+    llm = load(
+        tiny("qwen3"), n_ctx=1024, **{**PASSES, **EXACT, "kv_compress": method, "kv_ratio": 0.5}, logits_all=True
+    )
     for some in (full, llm):
         some.eval(tokens)
     stats = llm.kv_stats()
@@ -60,7 +62,7 @@ def test_streaming_is_attention_to_the_sinks_and_the_newest_tokens(tmp_path, loa
     path = tiny_models.write_tiny(tmp_path / "one.gguf", "llama", n_layer=1)
     n_ctx, ratio, n_sink = 512, 0.25, 4
     rows = int(n_ctx * ratio)  # per head, sinks included
-    llm = load(path, n_ctx=n_ctx, **{**PASSES, "kv_compress": "streaming"}, kv_ratio=ratio, kv_sink=n_sink)
+    llm = load(path, n_ctx=n_ctx, **{**PASSES, "kv_compress": "streaming", "kv_ratio": ratio}, kv_sink=n_sink)
     tokens = random_tokens(460)
     llm.eval(tokens)
     stats = llm.kv_stats()

@@ -21,7 +21,8 @@ from llama_semanticache.cli import main
 
 PROGRAM = [sys.executable, "-m", "llama_semanticache"]
 SETTINGS = [
-    *("--n-ctx", "1024", "--kv-stage", "256", "--kv-window", "32", "--kv-profile", "none"),
+    *("--n-ctx", "1024", "--kv-ratio", "0.25", "--kv-stage", "256"),
+    *("--kv-window", "32", "--kv-profile", "none"),
     *("--threads", "1", "--temp", "0"),
 ]
 TIMEOUT = 120  # seconds

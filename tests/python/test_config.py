@@ -33,7 +33,7 @@ def test_defaults_are_the_library_s():
     theirs, ours = lib.semcache_default_params(), KVConfig(OURS)
     assert theirs.method == getattr(lib, f"SEMCACHE_METHOD_{METHODS[OURS]}")
     assert (theirs.ratio, theirs.n_stage, theirs.n_window, theirs.n_sink, theirs.n_chunk) == (
-        ours.kv_ratio,
+        ours.ratio(48),
         ours.kv_stage,
         ours.kv_window,
         ours.kv_sink,
@@ -43,6 +43,14 @@ def test_defaults_are_the_library_s():
     assert theirs.type_k == theirs.type_v == lib.SEMCACHE_TYPE_AUTO
     assert lib.SEMCACHE_MAX_ROOM == MAX_ROOM
     assert all(hasattr(theirs, name) for name in PARAMS)
+
+
+def test_models_of_few_heads_keep_all_rows():
+    """Unless it is said otherwise: methods of others have no use for so many."""
+    ours, theirs = KVConfig(OURS), KVConfig("keydiff")
+    assert [config.ratio(n) for config in (ours, theirs) for n in (7, 8)] == [1, 0.25, 0.25, 0.25]
+    assert KVConfig(OURS, kv_ratio=0.5).ratio(1) == 0.5
+    assert not ours.has_too_few_heads(7) and KVConfig(OURS, kv_ratio=0.5).has_too_few_heads(7)
 
 
 def test_methods_are_the_library_s():

@@ -71,7 +71,6 @@ def test_unsupported_architectures(arch, tiny, load, refused):
         (ArgumentError, dict(kv_ratio=1.5), ["kv_ratio", "1.5"]),
         (ArgumentError, dict(kv_ratio=float("nan")), ["kv_ratio", "nan"]),
         (ArgumentError, dict(kv_ratio="x"), ["kv_ratio", "'x'"]),
-        (ArgumentError, dict(kv_ratio=None), ["kv_ratio", "None"]),
         (ArgumentError, dict(kv_ratio=0.01), ["ratio", "n_ctx"]),  # below sinks and one chunk per head
         (ArgumentError, dict(kv_window=0), ["kv_window", "0"]),
         (ArgumentError, dict(kv_window=96), ["kv_stage", "96"]),
@@ -224,7 +223,7 @@ def test_a_prompt_longer_than_n_ctx_is_upstreams_error(tiny, load):
 
 
 def test_n_ctx_that_llama_cpp_rounds_up_can_be_used_to_the_end(tiny, load):
-    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 600}, kv_ratio=0.5)
+    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 600, "kv_ratio": 0.5})
     assert llm.n_ctx() == 768
     llm.eval(random_tokens(768))
     assert llm.n_tokens == llm.kv_stats().n_tokens == 768
@@ -279,8 +278,8 @@ sys.path.insert(0, sys.argv[2])
 from conftest import last_logits, random_tokens, continue_with, check_stats
 
 def make():
-    return Llama(sys.argv[1], n_ctx=2048, kv_compress="semanticache", kv_stage=1024, kv_window=16, kv_profile=None,
-                 n_batch=64, n_threads=1, n_threads_batch=1, verbose=False)
+    return Llama(sys.argv[1], n_ctx=2048, kv_compress="semanticache", kv_ratio=0.25, kv_stage=1024, kv_window=16,
+                 kv_profile=None, n_batch=64, n_threads=1, n_threads_batch=1, verbose=False)
 
 def address_space():
     with open("/proc/self/statm") as statm:
@@ -328,17 +327,20 @@ def test_arguments_without_kv_compress(options, tiny):
         Llama(tiny("llama"), **options, n_ctx=512, verbose=False).close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Llama(tiny("llama"), kv_compress=None, kv_ratio=0.25, n_ctx=512, verbose=False).close()
+        Llama(tiny("llama"), kv_compress=None, kv_ratio=None, n_ctx=512, verbose=False).close()
 
 
 @pytest.mark.filterwarnings("default:only")
 def test_a_model_of_few_heads(tiny, tmp_path):
     """One that keeps facts in three heads has been measured, and loses them."""
-    with pytest.warns(UserWarning, match="^only 2 KV heads of this model attend to the whole text.*; ask what"):
+    with pytest.warns(
+        UserWarning, match="^only 2 KV heads of this model attend to the whole text.*; leave kv_ratio out"
+    ):
         Llama(tiny("gemma3"), **SMALL, verbose=False).close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Llama(tiny("gemma3"), **SMALL, kv_ratio=1, verbose=False).close()
+        for ratio in (1, None):
+            Llama(tiny("gemma3"), **{**SMALL, "kv_ratio": ratio}, verbose=False).close()
         Llama(str(tiny_models.write_tiny(tmp_path / "m.gguf", "llama", n_layer=4)), **SMALL, verbose=False).close()
 
 
@@ -355,8 +357,8 @@ def test_a_model_without_a_vocabulary(tmp_path):
     path = tiny_models.write_tiny(tmp_path / "m.gguf", "llama", has_vocabulary=False)
     program = f"""
 from llama_semanticache import Llama
-llm = Llama({str(path)!r}, n_ctx=1024, kv_compress="semanticache", kv_profile=None, kv_stage=96, kv_window=12,
-            verbose=False)
+llm = Llama({str(path)!r}, n_ctx=1024, kv_compress="semanticache", kv_ratio=0.25, kv_profile=None, kv_stage=96,
+            kv_window=12, verbose=False)
 llm.eval(list(range(10, 210)))
 print("rows:", llm.kv_stats().rows_used)
 """

@@ -121,7 +121,7 @@ def test_logits_all_holds_every_position(tiny, load):
 
 
 def test_logits_all_with_a_context_that_is_rounded_up(tiny, load):
-    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 600}, kv_ratio=0.5, logits_all=True)
+    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 600, "kv_ratio": 0.5}, logits_all=True)
     llm.eval(random_tokens(768))
     assert np.isfinite(llm.scores[:768]).all()
 
@@ -152,8 +152,8 @@ def test_prompt_lookup_in_batches_smaller_than_a_draft(tiny, load):
     prompt, small = PROMPT[:150] * 2, {**SMALL, "n_batch": 4}
     draft = LlamaPromptLookupDecoding(num_pred_tokens=10, max_ngram_size=1)
     plain, drafted = (
-        load(tiny("llama"), **small, kv_ratio=1),
-        load(tiny("llama"), **small, kv_ratio=1, draft_model=draft),
+        load(tiny("llama"), **{**small, "kv_ratio": 1}),
+        load(tiny("llama"), **{**small, "kv_ratio": 1}, draft_model=draft),
     )
     assert drafted.n_batch == 4
     counts = count_evals(drafted)
@@ -173,7 +173,7 @@ def test_prompt_lookup_gives_the_same_text(ratio, tiny, load):
     prompt = PROMPT[:150] * 2
     texts, decoded = [], []
     for draft in (None, LlamaPromptLookupDecoding(num_pred_tokens=6, max_ngram_size=1)):
-        llm = load(tiny("llama"), **SMALL, kv_ratio=ratio, draft_model=draft)
+        llm = load(tiny("llama"), **{**SMALL, "kv_ratio": ratio}, draft_model=draft)
         counts = count_evals(llm)
         texts.append(text_of(complete(llm, prompt)))
         decoded.append(sum(counts))
@@ -225,7 +225,7 @@ def test_a_cancelled_stream_leaves_the_cache_usable(llm):
 
 
 def test_a_prompt_far_longer_than_the_rows_streams_through_passes(tiny, load):
-    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 4096}, kv_ratio=0.05)
+    llm = load(tiny("llama"), **{**SMALL, "n_ctx": 4096, "kv_ratio": 0.05})
     rows = llm.kv_stats().rows_allocated // len(llm.kv_rows())
     assert rows < 210
     tokens = random_tokens(4000)
@@ -285,8 +285,8 @@ sys.path.insert(0, sys.argv[2])
 from conftest import decode_at_once, random_tokens
 from llama_semanticache import Llama
 
-llm = Llama(sys.argv[1], n_ctx=2048, kv_compress="semanticache", kv_stage=1024, kv_window=16, kv_profile=None,
-            n_batch=128, n_ubatch=64, n_threads=1, n_threads_batch=1, verbose=False)
+llm = Llama(sys.argv[1], n_ctx=2048, kv_compress="semanticache", kv_ratio=0.25, kv_stage=1024, kv_window=16,
+            kv_profile=None, n_batch=128, n_ubatch=64, n_threads=1, n_threads_batch=1, verbose=False)
 tokens = random_tokens(1100)
 for first in range(0, 896, 128):
     assert decode_at_once(llm, tokens[first : first + 128], first)[0] == 0
@@ -312,7 +312,7 @@ def test_what_was_read_before_a_pass_failed_stays(tiny):
 @pytest.mark.parametrize("n_tokens", range(12, 19))
 def test_room_is_made_before_there_is_more_than_window_and_sinks(n_tokens, tiny, load):
     """A batch that has no room beside the window and a few sinks: the pass takes from the window then."""
-    llm = load(tiny("llama"), **{**SMALL, "n_batch": 512}, **EXACT, kv_ratio=1)
+    llm = load(tiny("llama"), **{**SMALL, **EXACT, "n_batch": 512, "kv_ratio": 1})
     full = load(tiny("llama"), n_ctx=1024, flash_attn=True)
     tokens = random_tokens(n_tokens + 84)
     for some in (llm, full):

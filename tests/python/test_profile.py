@@ -42,7 +42,7 @@ def test_calibration_writes_a_profile_that_is_used(arch, tiny, cache, load):
     assert (got.errors > 0).all() and (got.errors[:, -1] < got.errors[:, 0]).all()
 
     for ratio in (0.25, 0.4):
-        llm = load(tiny(arch), **{**SMALL, "kv_profile": path}, kv_ratio=ratio)
+        llm = load(tiny(arch), **{**SMALL, "kv_profile": path, "kv_ratio": ratio})
         expected = ref.budgets(got, ratio, 1024, 4)
         assert [rows for *_, rows, _ in llm.kv_rows()] == expected.tolist()
 

@@ -11,7 +11,8 @@ from conftest import EXACT, check_stats, continue_with, kl, last_logits, random_
 
 TOKENS, MORE = random_tokens(400), random_tokens(150, seed=1)
 N_RING, N_BATCH = 64, 60
-WIDE = dict(n_ctx=1024, n_batch=N_BATCH, kv_compress="semanticache", kv_stage=192, kv_window=128, kv_profile=None)
+KV = dict(kv_compress="semanticache", kv_ratio=0.25, kv_stage=192, kv_window=128, kv_profile=None)
+WIDE = dict(n_ctx=1024, n_batch=N_BATCH, **KV)
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def beside_stock(tiny, load):
     """
 
     def check(f):
-        llm = load(tiny("llama"), **WIDE, **EXACT, kv_ratio=1, flash_attn=False)
+        llm = load(tiny("llama"), **{**WIDE, **EXACT, "kv_ratio": 1}, flash_attn=False)
         full = load(tiny("llama"), n_ctx=1024, n_batch=N_BATCH, flash_attn=False)
         for some in (llm, full):
             f(some)
@@ -49,7 +50,7 @@ def test_until_the_stage_overflows_passes_only_take_votes(arch, flash_attn, tiny
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 def test_nothing_is_lost_with_every_row_kept(arch, tiny, load):
-    llm = load(tiny(arch), **WIDE, **EXACT, kv_ratio=1, flash_attn=False)
+    llm = load(tiny(arch), **{**WIDE, **EXACT, "kv_ratio": 1}, flash_attn=False)
     full = load(tiny(arch), n_ctx=1024, n_batch=N_BATCH, flash_attn=False)
     for some in (llm, full):
         some.eval(TOKENS)

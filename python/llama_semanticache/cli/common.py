@@ -53,7 +53,7 @@ class LoadOptions:
 
     n_ctx: int | None
     kv_compress: str | None
-    kv_ratio: float
+    kv_ratio: float | None
     kv_stage: int
     kv_window: int
     kv_type_k: str
@@ -108,7 +108,7 @@ traceback_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 _HELP = {
-    "kv_ratio": "Rows kept, as a share of the context.",
+    "kv_ratio": "Rows kept, as a share of the context.  [default: 0.25, or 1 for models of few heads]",
     "kv_stage": "Newest tokens that are held one by one until the next pass.",
     "kv_window": "Newest tokens that a pass leaves alone.",
     "kv_type_k": "How K of the older tokens is stored; auto: iq4_nl where heads allow it.",

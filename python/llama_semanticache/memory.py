@@ -366,7 +366,7 @@ def memory_report(
     """
     shape = ModelFile.of(model).shape
     options = {"swa_full": swa_full, **kv}
-    config = KVConfig(**kv)
+    config = KVConfig(**{"kv_compress": OURS, **kv})
     estimates: list[CacheEstimate] = []
     largest: dict[str, dict[int, int]] = {}
     notes: dict[str, None] = {}  # ordered set

@@ -364,6 +364,8 @@ def test_report_as_json(folder):
     first = loaded["estimates"][0]
     assert first["kv_bytes"] == report.estimates[0].kv_bytes and first["fits_gb"] == [6, 8]
     assert loaded["max_n_ctx"]["f16"] == {"6": 4096, "8": 4096}
+    assert loaded["kv_ratio"] == 1.0  # of a model of few heads
+    assert memory_report(path, [1024], kv_ratio=0.5).kv_ratio == 0.5
 
 
 # ---------------------------------------------------------------------------------------------- a budget in bytes
@@ -480,8 +482,9 @@ def test_a_budget_below_the_least_is_refused_before_anything_is_allocated(folder
         ArgumentError, match=r"kv_budget: expected at least 1 MiB at n_ctx 4096.*got 0\.1 MiB; raise it"
     ):
         Llama(str(path), **options, kv_budget="100KiB")
-    with pytest.raises(ArgumentError, match="kv_budget: expected no kv_ratio beside it, got 0.5"):
-        Llama(str(path), **options, kv_ratio=0.5, kv_budget="1MiB")
+    for ratio in (0.5, 0.25):
+        with pytest.raises(ArgumentError, match=f"kv_budget: expected no kv_ratio beside it, got {ratio}"):
+            Llama(str(path), **options, kv_ratio=ratio, kv_budget="1MiB")
     llm = Llama(str(path), **options, kv_budget="1MiB")
     again = pickle.loads(pickle.dumps(llm))
     assert again.kv_stats().rows_allocated == llm.kv_stats().rows_allocated

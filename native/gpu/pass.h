@@ -19,7 +19,7 @@ struct pass_dims {
     int n_row_sink, n_sink, n_new, n_window;
     int n_voter, n_full, stride; // every stride-th voter's queries are fitted to
     int merge, distinct;
-    int makes_frame, n_rot, neox, n_q_layer;
+    int makes_frame, n_rot, neox, n_q_layer, has_weight;
     int ld, n_merged;                                     // rows and merged rows of a head at the most
     sc_i64 k_head, k_cell, v_head, v_cell, v_elem, q_row; // bytes
     sc_i64 vote_head;
@@ -32,27 +32,80 @@ struct pass_data {
     SC_GLOBAL int *origin, *rows; // rows [2, n_head_kv]: first of each head, in use
     SC_GLOBAL const uchar *k_stage, *v_stage, *q;
     SC_GLOBAL float *vote_p4, *vote_p;
-    SC_GLOBAL const float *q_weight, *turn, *back, *mean_turn; // weight: NULL where there is none
+    SC_GLOBAL const float *q_weight, *turn, *back, *mean_turn; // weights: if has_weight
     SC_GLOBAL const int *cell, *chunk, *n_voted, *voter_row;
 };
 
-// Work, each of the layer's heads after the other.
+// Work, each of the layer's heads after the other: FIELD(type, name, values of a head), in dims m.
+#define SC_PASS_WORK(FIELD)                                                             \
+    FIELD(float, k, (sc_i64) m.ld * m.d_k)                                              \
+    FIELD(float, v, (sc_i64) m.ld * m.d_v)                                              \
+    FIELD(float, bias, m.ld)                                                            \
+    FIELD(float, q, (sc_i64) pass_n_query(m) * m.d_k) /* the fitted ones first */       \
+    FIELD(float, z, pass_n_query(m))                  /* log-sum-exps */                \
+    FIELD(float, p, (sc_i64) pass_n_query(m) * m.ld)  /* shares */                      \
+    FIELD(float, out, (sc_i64) pass_n_fit(m) * m.d_v)                                   \
+    FIELD(float, s_use, m.ld)                                                           \
+    FIELD(float, w, m.ld)                                                               \
+    FIELD(float, dev, m.ld)        /* of values from their mean */                      \
+    FIELD(float, difference, m.ld) /* of keys from the others */                        \
+    FIELD(float, metric, m.d_k * m.d_k)                                                 \
+    FIELD(float, k_metric, (sc_i64) m.ld * m.d_k)                                       \
+    FIELD(int, chunk, m.ld)                                                             \
+    FIELD(int, n_tok, m.ld)                                                             \
+    FIELD(int, stays, m.ld)  /* place among the rows that stay, from 1 on; 0: goes */   \
+    FIELD(int, winner, m.ld) /* itself, the row that it joins, or SC_DROPPED */         \
+    FIELD(int, count, m.ld)  /* members of a winner */                                  \
+    FIELD(int, place, m.ld)  /* among the merged rows */                                \
+    FIELD(int, first, m.n_merged)                                                       \
+    FIELD(int, n, 4) /* see N_MERGED */                                                 \
+    FIELD(float, mk, (sc_i64) m.n_merged * m.d_k)                                       \
+    FIELD(float, mv, (sc_i64) m.n_merged * m.d_v)                                       \
+    FIELD(float, m_bias, m.n_merged)                                                    \
+    FIELD(float, mass, (sc_i64) pass_n_fit(m) * m.n_merged)                             \
+    FIELD(float, shares, (sc_i64) pass_n_fit(m) * m.n_merged)                           \
+    FIELD(float, share, pass_n_fit(m))                                                  \
+    FIELD(float, r, (sc_i64) pass_n_fit(m) * m.d_v)                                     \
+    FIELD(float, normal, (sc_i64) m.n_merged * m.n_merged)                              \
+    FIELD(float, move, (sc_i64) m.n_merged * m.d_v)                                     \
+    FIELD(uchar, new_k, m.ld * sc_row_size(m.k_type, m.d_k)) /* rows as they will be */ \
+    FIELD(uchar, new_v, m.ld * sc_row_size(m.v_type, m.d_v))                            \
+    FIELD(sc_half, new_bias, m.ld)                                                      \
+    FIELD(sc_half, new_s_use, m.ld)                                                     \
+    FIELD(int, new_origin, m.ld)
+
 struct pass_work {
-    SC_GLOBAL float *k, *v, *bias;                 // [ld, d_k], [ld, d_v], [ld]
-    SC_GLOBAL float *q, *z;                        // [n_query, d_k] the fitted ones first, [n_query]
-    SC_GLOBAL float *p, *out;                      // [n_query, ld] shares, [n_fit, d_v]
-    SC_GLOBAL float *s_use, *w, *dev, *difference; // [ld]
-    SC_GLOBAL float *metric, *k_metric;            // [d_k, d_k], [ld, d_k]
-    SC_GLOBAL int *chunk, *n_tok;                  // [ld]
-    SC_GLOBAL int *stays, *winner, *count, *place; // [ld]
-    SC_GLOBAL int *first, *n;                      // [n_merged], [4] see N_MERGED
-    SC_GLOBAL float *mk, *mv, *m_bias;             // [n_merged, d_k], [n_merged, d_v], [n_merged]
-    SC_GLOBAL float *mass, *shares, *share, *r;    // [n_fit, n_merged] twice, [n_fit], [n_fit, d_v]
-    SC_GLOBAL float *normal, *move;                // [n_merged, n_merged], [n_merged, d_v]
-    SC_GLOBAL uchar *new_k, *new_v;                // [ld] rows as they will be
-    SC_GLOBAL sc_half *new_bias, *new_s_use;       // [ld]
-    SC_GLOBAL int * new_origin;                    // [ld]
+#define FIELD(type, name, n) SC_GLOBAL type * name;
+    SC_PASS_WORK(FIELD)
+#undef FIELD
 };
+
+SC_BOTH int pass_n_query(SC_CONST const pass_dims & m) { return m.n_voter * m.n_gqa; }
+SC_BOTH int pass_n_fit(SC_CONST const pass_dims & m) { return (m.n_voter + m.stride - 1) / m.stride * m.n_gqa; }
+
+#define SC_PASS_ALIGNMENT 16
+
+// Bytes of all work of a layer.
+SC_BOTH sc_i64 pass_work_size(SC_CONST const pass_dims & m) {
+    sc_i64 at = 0;
+#define FIELD(type, name, n)                         \
+    at += (sc_i64) sizeof(type) * m.n_head_kv * (n); \
+    at = (at + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
+    SC_PASS_WORK(FIELD)
+#undef FIELD
+    return at;
+}
+
+// The work in one piece of memory, aligned.
+SC_DEVICE void pass_work_at(SC_CONST const pass_dims & m, SC_GLOBAL uchar * base, SC_THREAD pass_work & w) {
+    sc_i64 at = 0;
+#define FIELD(type, name, n)                         \
+    w.name = (SC_GLOBAL type *) (base + at);         \
+    at += (sc_i64) sizeof(type) * m.n_head_kv * (n); \
+    at = (at + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
+    SC_PASS_WORK(FIELD)
+#undef FIELD
+}
 
 enum { SC_DROPPED = -1 };
 enum { N_MERGED = 0, N_KEPT = 1, N_GONE_MERGED = 2, N_GONE_DROPPED = 3 }; // places in pass_work::n
@@ -68,19 +121,11 @@ struct pass_kv {
 };
 
 SC_DEVICE pass_kv pass_kv_of(SC_CONST const pass_dims & m, SC_THREAD const pass_data & x, int h) {
-    pass_kv s;
-    s.first = x.rows[h];
-    s.n_alloc = (h + 1 < m.n_head_kv ? x.rows[h + 1] : m.n_row) - s.first;
-    s.n_used = x.rows[m.n_head_kv + h];
-    s.n_core = s.n_used - m.n_row_sink;
-    s.n_cand = s.n_core + m.n_new;
-    s.n_rows = s.n_used + m.n_sink + m.n_new + m.n_window;
-    s.budget = s.n_alloc - m.n_row_sink - m.n_sink;
-    return s;
+    const int first = x.rows[h], n_used = x.rows[m.n_head_kv + h];
+    const int n_alloc = (h + 1 < m.n_head_kv ? x.rows[h + 1] : m.n_row) - first, n_core = n_used - m.n_row_sink;
+    return { first, n_alloc, n_used, n_core, n_core + m.n_new, n_used + m.n_sink + m.n_new + m.n_window,
+        n_alloc - m.n_row_sink - m.n_sink };
 }
-
-SC_BOTH int pass_n_query(SC_CONST const pass_dims & m) { return m.n_voter * m.n_gqa; }
-SC_BOTH int pass_n_fit(SC_CONST const pass_dims & m) { return (m.n_voter + m.stride - 1) / m.stride * m.n_gqa; }
 
 // Where the i-th row in candidate order comes from: a row of the head (>= 0), or the token -1 - result of the stage.
 SC_DEVICE int pass_row_at(SC_CONST const pass_dims & m, SC_THREAD const pass_kv & s, int i) {
@@ -359,7 +404,7 @@ SC_DEVICE void pass_queries(SC_THREAD const sc_tid & t, SC_CONST const pass_dims
     const int n_layer = m.n_gqa / m.n_q_layer;
     for (int g = (int) t.warp; g < m.n_gqa; g += SC_THREADS / SC_WARP) {
         SC_SHARED float * q = y + g * d;
-        if (x.q_weight) { // see load.cpp
+        if (m.has_weight) { // see load.cpp
             SC_GLOBAL const float * weight = x.q_weight + g / n_layer * d;
             for (int e = (int) t.lane; e < d; e += SC_WARP) {
                 q[e] = weight[e] != 0.0f ? q[e] / weight[e] : 0.0f;
@@ -375,7 +420,7 @@ SC_DEVICE void pass_queries(SC_THREAD const sc_tid & t, SC_CONST const pass_dims
     const int at = voter % m.stride == 0 ? voter / m.stride : n_fit + voter - voter / m.stride - 1;
     SC_GLOBAL float * to = w.q + ((sc_i64) h * m.n_voter + at) * m.n_gqa * d;
     for (int i = (int) t.id; i < m.n_gqa * d; i += SC_THREADS) {
-        const float weight = x.q_weight ? x.q_weight[i / d / n_layer * d + i % d] : 1.0f;
+        const float weight = m.has_weight ? x.q_weight[i / d / n_layer * d + i % d] : 1.0f;
         to[i] = y[i] * (weight * m.scale);
     }
 }
@@ -1371,6 +1416,8 @@ SC_DEVICE void pass_step(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & 
     }
 }
 
+#if !defined(__METAL_VERSION__)
+
 // Calls launch(step as a constant, pieces, bytes of shared memory) for all that a pass needs; n_rows and n_cand: of the
 // largest head. For a method that is ours.
 template <int STEP> struct pass_step_id {
@@ -1414,3 +1461,5 @@ template <typename L> void pass_steps(const pass_dims & m, int n_rows, int n_can
     launch(pass_step_id<PASS_REPLACE>(), pieces(n_cand, SC_THREADS), 0);
     launch(pass_step_id<PASS_SET_COUNTS>(), 1, 0);
 }
+
+#endif

@@ -20,6 +20,9 @@ GB = 1024**3
 CARDS_GB = (6, 8, 12, 16, 24)  # memory of common consumer cards
 CACHE_TYPES = ("f16", "q8_0", "q4_0", OURS)
 
+N_CTX_MEASURED = 16384
+"""Context size, tokens, up to which the loss of a compressed cache was measured (docs/results.md)."""
+
 _BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q5_0": 22, "q4_0": 18, "iq4_nl": 18}  # of 32 values
 _N_CTX_PAD = 256  # llama.cpp rounds n_ctx and the cells of a sliding-window cache up to this
 _BIAS_BYTES, _ORIGIN_BYTES = 2, 4  # of a row, besides K and V; a score comes on top

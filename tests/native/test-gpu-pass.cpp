@@ -12,7 +12,7 @@ static_assert(SC_FRAME_FLOOR == FRAME_FLOOR && SC_FRAME_MIN == FRAME_MIN && SC_F
 
 namespace {
 
-// Work of one head, each part to the byte.
+// Work, each part to the byte.
 struct work_store {
     std::vector<std::vector<uint8_t>> parts;
     pass_work w = {};
@@ -22,39 +22,10 @@ struct work_store {
         p = (T *) parts.back().data();
     }
 
-    work_store(const pass_dims & m, int64_t n_head) {
-        const int64_t ld = m.ld * n_head, n_query = n_head * pass_n_query(m), n_fit = n_head * pass_n_fit(m),
-                      n_merged = n_head * m.n_merged;
-        take(w.k, ld * m.d_k);
-        take(w.v, ld * m.d_v);
-        take(w.bias, ld);
-        take(w.q, n_query * m.d_k);
-        take(w.z, n_query);
-        take(w.p, n_query * m.ld);
-        take(w.out, n_fit * m.d_v);
-        for (float ** p : { &w.s_use, &w.w, &w.dev, &w.difference }) {
-            take(*p, ld);
-        }
-        take(w.metric, n_head * m.d_k * m.d_k);
-        take(w.k_metric, ld * m.d_k);
-        for (int ** p : { &w.chunk, &w.n_tok, &w.stays, &w.winner, &w.count, &w.place, &w.new_origin }) {
-            take(*p, ld);
-        }
-        take(w.first, n_merged);
-        take(w.n, 4 * n_head);
-        take(w.mk, n_merged * m.d_k);
-        take(w.mv, n_merged * m.d_v);
-        take(w.m_bias, n_merged);
-        take(w.mass, n_fit * m.n_merged);
-        take(w.shares, n_fit * m.n_merged);
-        take(w.share, n_fit);
-        take(w.r, n_fit * m.d_v);
-        take(w.normal, n_merged * m.n_merged);
-        take(w.move, n_merged * m.d_v);
-        take(w.new_k, ld * sc_row_size(m.k_type, m.d_k));
-        take(w.new_v, ld * sc_row_size(m.v_type, m.d_v));
-        take(w.new_bias, ld);
-        take(w.new_s_use, ld);
+    explicit work_store(const pass_dims & m) {
+#define FIELD(type, name, n) take(w.name, m.n_head_kv *(n));
+        SC_PASS_WORK(FIELD)
+#undef FIELD
     }
 };
 
@@ -87,6 +58,7 @@ pass_dims dims_of(const pass_args & a, const pass_plan & p) {
     m.n_rot = a.n_rot;
     m.neox = a.neox;
     m.n_q_layer = a.n_q_layer;
+    m.has_weight = a.q_weight != nullptr;
     m.k_head = a.k_head;
     m.k_cell = a.k_cell;
     m.v_head = a.v_head;
@@ -97,8 +69,8 @@ pass_dims dims_of(const pass_args & a, const pass_plan & p) {
     return m;
 }
 
-// As pass_call::run().
-void run_on_device(pass_call & call) {
+// As pass_call::run(); the work lies in one piece of memory, as with backends, or in pieces of its own.
+void run_on_device(pass_call & call, bool in_one_piece) {
     const pass_args & a = call.args;
     const pass_plan & p = call.plan;
     pass_dims m = dims_of(a, p);
@@ -113,7 +85,11 @@ void run_on_device(pass_call & call) {
     rows.insert(rows.end(), call.row_count.begin(), call.row_count.end());
     const pass_data x = { a.k, a.v, a.bias, a.s_use, a.heads, a.origin, rows.data(), a.k_stage, a.v_stage, a.q,
         a.vote_p4, a.vote_p, a.q_weight, a.turn, a.back, a.mean_turn, p.cell, p.chunk, p.n_voted, p.voter_row };
-    work_store work(m, a.n_head_kv);
+    work_store work(m);
+    std::vector<uint64_t> piece(pass_work_size(m) / sizeof(uint64_t), ~0ull);
+    if (in_one_piece) {
+        pass_work_at(m, (uchar *) piece.data(), work.w);
+    }
     // heads without rows beside the one that is looked at are not the tests' business
     pass_steps(m, n_rows, n_cand, [&](auto step, int n_piece, int shared) {
         sc_cpu::launch(n_piece, 1, SC_THREADS, shared, [&](const sc_tid & t, uchar * sh) {
@@ -179,7 +155,7 @@ void check(const device_spec & d, uint64_t seed) {
         pass_call want(h, stage, text.rp, text.params()), got(other, again, text.rp, text.params());
         want.args.k_rotated = got.args.k_rotated = d.rotated;
         want.run();
-        run_on_device(got);
+        run_on_device(got, pass == 2);
 
         CHECK_EQ(other.n_used, h.n_used);
         CHECK_EQ(other.n_sink, h.n_sink);

@@ -149,6 +149,7 @@ def test_memory_table(invoke, tiny):
     assert result.exit_code == 0
     assert "1,024 tokens" in result.stdout and "2,048 tokens" in result.stdout
     assert len(re.findall(r"^ f16 ", result.stdout, re.MULTILINE)) == 3  # two sizes, and the largest n_ctx
+    assert "measured up to" not in result.stdout  # the model was trained for less
     assert re.search(r"^ semanticache 0\.125 +[0-9.]+ +[0-9.]+x", result.stdout, re.MULTILINE)
     assert (
         "6 GB" in result.stdout
@@ -158,6 +159,16 @@ def test_memory_table(invoke, tiny):
     )
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
     assert "q8_0: expected heads of a multiple of 32" in result.stdout.replace("\n", " ")
+
+
+def test_memory_marks_sizes_that_nobody_measured(tmp_path):
+    path = str(tiny_models.write_tiny(tmp_path / "long.gguf", "llama", n_ctx_train=40960))
+    done = program("memory", path)
+    sizes = {
+        line.split()[0]: line.split()[-5:] for line in done.out.split("Largest n_ctx")[1].splitlines() if "," in line
+    }
+    assert done.returncode == 0 and sizes["f16"] == ["40,960"] * 5 and sizes["semanticache"] == ["40,960*"] * 5
+    assert "* What compression loses was measured up to 16,384 tokens" in done.out
 
 
 def test_memory_as_json(invoke, tiny):

@@ -1,4 +1,5 @@
-"""native/gpu: faults planted in the kernels are found by the CPU shim, and nvcc compiles them.
+"""native/gpu: faults planted in the kernels are found by the CPU shim, nvcc compiles them, and clang takes their Metal
+source.
 
 That they are right is test-gpu's business (tests/native), which the native build runs.
 """
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 NVCC = shutil.which("nvcc")
+CLANG = shutil.which("clang-16") or shutil.which("clang")
 
 linux = pytest.mark.skipif(
     not sys.platform.startswith("linux") or CXX is None or shutil.which("setarch") is None,
@@ -177,3 +179,46 @@ def test_nvcc_compiles_for_every_generation(tmp_path):
     assert log.count("Used ") == 6 * 9 + 21 + 2 * 27
     assert max(int(n) for n in re.findall(r"Used (\d+) registers", log)) <= 128
     assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)) <= 64
+
+
+def check_metal(folder: Path, file: str, change=same) -> subprocess.CompletedProcess:
+    """A file of native/metal by clang, as OpenCL C++ without a generic address space; see tests/metal/metal_stdlib."""
+    shutil.copytree(ROOT / "native" / "gpu", folder / "gpu", dirs_exist_ok=True)
+    for kernels in (folder / "gpu").glob("*.h"):
+        kernels.write_text(change(kernels.read_text()))
+    source = folder / "check.cl"
+    source.write_text(re.sub(r"\[\[host_name\([^)]*\)\]\]", "", (ROOT / "native/metal" / file).read_text()))
+    extensions = "-__opencl_c_generic_address_space,-__opencl_c_pipes,-__opencl_c_device_enqueue"
+    language = ["-x", "cl", "-cl-std=CLC++2021", "-target", "spir64-unknown-unknown"]
+    language += ["-Xclang", f"-cl-ext={extensions}", "-Xclang", "-cl-ext=+cl_khr_fp16"]
+    quiet = ["unknown-attributes", "ignored-attributes", "undefined-internal", "unused-function"]
+    quiet += ["builtin-macro-redefined"]
+    warnings = ["-Wall", "-Wextra", "-Werror", *(f"-Wno-{name}" for name in quiet)]
+    stub = ROOT / "tests/metal/metal_stdlib"
+    include = [f"-I{folder}", f"-I{stub.parent}", "-include", stub]
+    return subprocess.run(
+        [CLANG, *language, "-fsyntax-only", *warnings, *include, source], capture_output=True, text=True
+    )
+
+
+clang = pytest.mark.skipif(CLANG is None, reason="there is no clang here")
+
+
+@clang
+@pytest.mark.parametrize("file", ["prop-attn.metal", "pass.metal"])
+def test_clang_takes_the_metal_source(file, tmp_path):
+    done = check_metal(tmp_path, file)
+    assert done.returncode == 0, done.stderr
+
+
+@clang
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("prop-attn.metal", instead("SC_SHARED float * x = (SC_SHARED", "SC_GLOBAL float * x = (SC_SHARED")),
+        ("pass.metal", instead("SC_GLOBAL float * p = w.p", "SC_SHARED float * p = w.p")),
+    ],
+)
+def test_a_wrong_address_space_is_found(file, change, tmp_path):
+    done = check_metal(tmp_path, file, change)
+    assert done.returncode != 0 and re.search("cannot initialize a variable of type", done.stderr)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config import OURS
+from ..memory import N_CTX_MEASURED
 from ..models import open_model
 from .common import DEFAULT_N_CTX, json_option, kv_sizes, traceback_option
 
@@ -62,6 +64,8 @@ def memory(
         console.print(_size_table(report, size))
     if report.max_n_ctx:
         console.print(_card_table(report))
+        if any(n > N_CTX_MEASURED for n in report.max_n_ctx.get(OURS, {}).values()):
+            console.print(f"* What compression loses was measured up to {N_CTX_MEASURED:,} tokens (docs/results.md).")
     for note in report.notes:
         console.print(f"Left out - {note}", markup=False)
     console.print(
@@ -72,7 +76,7 @@ def memory(
 
 
 def _label(report: MemoryReport, cache: str) -> str:
-    return f"{cache} {report.kv_ratio:g}" if cache == "semanticache" else cache
+    return f"{cache} {report.kv_ratio:g}" if cache == OURS else cache
 
 
 def _table(title: str, headings: Iterable[str]) -> Table:
@@ -106,5 +110,7 @@ def _card_table(report: MemoryReport) -> Table:
     limit = f"{report.model.n_ctx_train:,}"
     table = _table(f"Largest n_ctx that fits, at most {limit}", (f"{card} GB" for card in report.cards_gb))
     for cache, by_card in report.max_n_ctx.items():
-        table.add_row(_label(report, cache), *(f"{n:,}" if n else "-" for n in by_card.values()))
+        known = N_CTX_MEASURED if cache == OURS else max(by_card.values())
+        sizes = (f"{n:,}{'*' * (n > known)}" if n else "-" for n in by_card.values())
+        table.add_row(_label(report, cache), *sizes)
     return table

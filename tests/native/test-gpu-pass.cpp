@@ -123,7 +123,8 @@ struct device_spec {
     spec s;
     row_type type = row_type::f16;
     bool rotated = false, q8_ring = false;
-    bool twins = false; // tokens that are alike, so that scores are equal
+    bool weighted = false; // queries have weights behind RoPE, and one channel none
+    bool twins = false;    // tokens that are alike, so that scores are equal
     int n_pass = 3;
 };
 
@@ -154,6 +155,11 @@ void check(const device_spec & d, uint64_t seed) {
         stage_store again = stage;
         pass_call want(h, stage, text.rp, text.params()), got(other, again, text.rp, text.params());
         want.args.k_rotated = got.args.k_rotated = d.rotated;
+        std::vector<float> weight(s.d_k);
+        for (int32_t e = 0; e < s.d_k; ++e) {
+            weight[e] = e == 3 ? 0.0f : (float) (1.0 + 0.5 * text.r.uniform());
+        }
+        want.args.q_weight = got.args.q_weight = d.weighted ? weight.data() : nullptr;
         want.run();
         run_on_device(got, pass == 2);
 
@@ -221,7 +227,7 @@ std::vector<device_spec> all_specs() {
     specs[9].type = row_type::q8_0;
     specs[9].s.distinct = 100;
     specs.resize(12);
-    specs[10].twins = true;
+    specs[10].twins = specs[10].weighted = true;
     specs[11] = specs[7];
     specs[11].twins = true;
     return specs;

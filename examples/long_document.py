@@ -122,7 +122,8 @@ def main() -> None:
         n_head = len(llm.kv_rows())
         llm.close()
 
-    table = Table(title=f"n_ctx {N_CTX}, kv_ratio {args.kv_ratio}, measured in this run")
+    ratio = config.ratio(model.shape.n_head_kv)
+    table = Table(title=f"n_ctx {N_CTX}, kv_ratio {ratio:g}, measured in this run")
     for column in ("", *results):
         table.add_column(column, justify="left" if not column else "right")
     full, ours = (r[1] for r in results.values())

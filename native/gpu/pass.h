@@ -83,6 +83,9 @@ struct pass_work {
 SC_BOTH int pass_n_query(SC_CONST const pass_dims & m) { return m.n_voter * m.n_gqa; }
 SC_BOTH int pass_n_fit(SC_CONST const pass_dims & m) { return (m.n_voter + m.stride - 1) / m.stride * m.n_gqa; }
 
+// Merged rows of a head at the most: each has two members, one of which is above the budget.
+SC_BOTH int pass_n_merged(int n_rows, int n_loser) { return n_loser < n_rows / 2 ? n_loser : n_rows / 2; }
+
 #define SC_PASS_ALIGNMENT 16
 
 // Bytes of all work of a layer.
@@ -745,7 +748,7 @@ SC_DEVICE void pass_distances(SC_THREAD const sc_tid & t, SC_CONST const pass_di
 
 // A float's bits so that they sort as it does; NaN as the smallest.
 SC_DEVICE uint sc_sortable(float x) {
-    const uint b = x == x ? sc_float_bits(x) : 0xff800000u;
+    const uint b = sc_is_nan(x) ? 0xff800000u : sc_float_bits(x);
     return b & 0x80000000u ? ~b : b | 0x80000000u;
 }
 
@@ -863,7 +866,7 @@ SC_DEVICE void pass_assign(SC_THREAD const sc_tid & t, SC_CONST const pass_dims 
             }
             y = sc_warp_sum(t, y);
             if (winner == SC_DROPPED || y < best) { // a NaN never wins, but a loser is not lost for it
-                best = y == y ? y : SC_HUGE;
+                best = sc_is_nan(y) ? SC_HUGE : y;
                 winner = j;
             }
         }
@@ -1114,7 +1117,7 @@ SC_DEVICE void pass_solve(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     scatter = sc_block_sum(t, scatter, buf);
     members = sc_block_sum(t, members, buf);
     const float ridge = 10.0f * missing / (scatter / members);
-    if (!(ridge > 0.0f) || !(ridge < SC_HUGE)) {
+    if (sc_is_nan(ridge) || ridge <= 0.0f || ridge >= SC_HUGE) {
         return; // nothing is missing, or the members are all alike
     }
     SC_GLOBAL float *a = w.normal + (sc_i64) h * ld * ld, *b = w.move + (sc_i64) h * ld * m.d_v;
@@ -1424,7 +1427,12 @@ template <int STEP> struct pass_step_id {
     static constexpr int value = STEP;
 };
 
-template <typename L> void pass_steps(const pass_dims & m, int n_rows, int n_cand, L && launch) {
+template <typename L> void pass_steps(const pass_dims & m, int n_rows, int n_cand, L && launch_some) {
+    auto launch = [&](auto step, int n_piece, int shared) {
+        if (n_piece > 0) { // there may be no candidates, or none that merge
+            launch_some(step, n_piece, shared);
+        }
+    };
     const int n_query = pass_n_query(m), n_fit = pass_n_fit(m), words = 4 * SC_THREADS;
     auto pieces = [](int n, int of) { return (n + of - 1) / of; };
     launch(pass_step_id<PASS_LOAD>(), pieces(n_rows, SC_ROWS), pass_load_shared(m));

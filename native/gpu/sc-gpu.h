@@ -26,7 +26,9 @@ typedef long sc_i64;
 struct sc_tid {
     uint id, lane, warp, x, y;
 };
-static inline void sc_sync(SC_THREAD const sc_tid &) { threadgroup_barrier(mem_flags::mem_threadgroup); }
+static inline void sc_sync(SC_THREAD const sc_tid &) {
+    threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup); // blocks hand work on in both
+}
 static inline float sc_xor(SC_THREAD const sc_tid &, float x, ushort mask) { return simd_shuffle_xor(x, mask); }
 static inline float sc_h2f(half x) { return float(x); }
 static inline half sc_f2h(float x) { return half(x); }
@@ -78,6 +80,10 @@ SC_DEVICE uint sc_float_bits(float x) { return __float_as_uint(x); }
 #endif
 
 #define SC_WARP 32
+
+// Compilers that take all numbers for finite do not see through bits.
+SC_DEVICE bool sc_is_nan(float x) { return (sc_float_bits(x) & 0x7fffffffu) > 0x7f800000u; }
+
 #define SC_HUGE 3e38f
 #define SC_MASKED (-1e30f)
 #define SC_MASKED_LO (-1e29f) // what is below is masked

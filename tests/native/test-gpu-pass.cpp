@@ -80,7 +80,7 @@ void run_on_device(pass_call & call, bool in_one_piece) {
     }
     const int n_cand = n_used - p.n_row_sink + p.n_new, n_rows = n_used + p.n_token();
     m.ld = n_rows;
-    m.n_merged = std::max(1, n_rows / 2);
+    m.n_merged = pass_n_merged(n_rows, std::max(0, n_cand - (call.h.n_alloc - p.n_row_sink - p.n_sink)));
     std::vector<int32_t> rows = call.row_first;
     rows.insert(rows.end(), call.row_count.begin(), call.row_count.end());
     const pass_data x = { a.k, a.v, a.bias, a.s_use, a.heads, a.origin, rows.data(), a.k_stage, a.v_stage, a.q,
@@ -92,6 +92,7 @@ void run_on_device(pass_call & call, bool in_one_piece) {
     }
     // heads without rows beside the one that is looked at are not the tests' business
     pass_steps(m, n_rows, n_cand, [&](auto step, int n_piece, int shared) {
+        CHECK(n_piece > 0); // a device refuses an empty grid
         sc_cpu::launch(n_piece, 1, SC_THREADS, shared, [&](const sc_tid & t, uchar * sh) {
             sc_tid of_head = t;
             of_head.y = call.ih;
@@ -184,6 +185,29 @@ void check(const device_spec & d, uint64_t seed) {
     }
 }
 
+// A pass before there are more tokens than the window: votes are taken, and there are no candidates; and one that
+// nobody votes in.
+void check_votes_only() {
+    for (bool voters : { true, false }) {
+        CASE(voters ? "votes only" : "no voters");
+        const spec s;
+        text_source text(s, 5);
+        head_store h(text.shape, s.n_alloc);
+        tokens t = text.draw(!voters, voters ? 0 : s.n_new);
+        t.n_q = voters ? t.n_q : 0;
+        head_store other = h;
+        stage_store stage(t, text.shape, {}), again = stage;
+        pass_call want(h, stage, text.rp, text.params()), got(other, again, text.rp, text.params());
+        want.run();
+        run_on_device(got, false);
+        CHECK_EQ(other.n_used, h.n_used);
+        CHECK_BITS(other.origin.data() + h.n_sink, h.origin.data() + h.n_sink, h.n_used - h.n_sink);
+        for (int32_t i = 0; i < t.n(); ++i) {
+            check_near({ again.votes_of(i).p }, { stage.votes_of(i).p }, 1e-4, "votes");
+        }
+    }
+}
+
 std::vector<device_spec> all_specs() {
 #if defined(SC_ONE_CASE) // for planted faults: quick to run
     device_spec one;
@@ -241,5 +265,6 @@ int main() {
     for (const device_spec & d : all_specs()) {
         check(d, seed++);
     }
+    check_votes_only();
     return sc_test::finish();
 }

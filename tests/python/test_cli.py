@@ -492,6 +492,16 @@ def test_chat_save_and_load(tiny, tmp_path):
     assert second.out != talk(tiny, "and then?").out
 
 
+def test_a_chat_is_of_the_ratio_that_the_default_stands_for(tiny, tmp_path):
+    file = tmp_path / "talk.zip"
+    default = [arg for arg in SETTINGS if arg not in ("--kv-ratio", "0.25")]
+    first = program("chat", tiny, *default, "--max-tokens", "4", stdin=f"hello\n/save {file}\n")
+    assert first.returncode == 0 and "saved 2 messages" in first.err
+    for ratio, said in (("0.25", "loaded 2 messages"), ("1", "saved with kv_ratio 1.0")):
+        done = program("chat", tiny, *default, "--kv-ratio", ratio, stdin=f"/load {file}\n")
+        assert said in done.err, done.err
+
+
 def test_chat_saves_over_its_own_files_only(tiny, tmp_path):
     file, other = tmp_path / "talk.zip", tmp_path / "notes.txt"
     other.write_text("precious")

@@ -334,7 +334,7 @@ def test_arguments_without_kv_compress(options, tiny):
 def test_a_model_of_few_heads(tiny, tmp_path):
     """One that keeps facts in three heads has been measured, and loses them."""
     with pytest.warns(
-        UserWarning, match="^only 2 KV heads of this model attend to the whole text.*; leave kv_ratio out"
+        UserWarning, match="^only 2 KV heads of this model attend to the whole text.*; leave kv_ratio and kv_budget out"
     ):
         Llama(tiny("gemma3"), **SMALL, verbose=False).close()
     with warnings.catch_warnings():

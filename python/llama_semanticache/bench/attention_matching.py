@@ -105,7 +105,7 @@ def compact_head(
     m = torch.cat(x)
     weight = non_negative(m, torch.cat(y))
     m *= weight
-    m /= m.sum(-1, keepdim=True)
+    m /= m.sum(-1, keepdim=True).clamp_min(1e-30)
     return k[kept], torch.linalg.lstsq(m, torch.cat(out), driver="gels").solution, weight.log()
 
 

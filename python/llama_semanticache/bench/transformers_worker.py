@@ -123,7 +123,7 @@ def measure(model: Model, order: dict[str, Any]) -> dict[str, Any]:
             "prefill_s": seconds,
             "pass_s": 0.0,
             "kv_bytes": n_bytes,
-            "rows_used": sum(held),
+            "rows_used": sum(map(sum, order["rows"])) if "rows" in order else sum(held),
             "texts": [],
             "versions": VERSIONS,
         }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..config import KVConfig
 from ..errors import SemanticCacheError
 from .answer import Answer, TokenMeter, explain, stream_answer
 from .common import LoadOptions, SamplingOptions, kv_line, llama_options, load_llama, note, sampling_options, stats_dict
@@ -187,6 +188,8 @@ class Conversation:
         from ..models import sha256
 
         settings = {"model_id": self.model.id, "n_ctx": self.llm.n_ctx(), **self.load.kv_settings()}
+        if settings["kv_compress"] is not None and settings["kv_budget"] is None:
+            settings["kv_ratio"] = KVConfig(**self.load.kv_settings()).ratio(self.model.shape.n_head_kv)
         if settings.get("kv_profile") not in (None, "auto"):
             settings["kv_profile"] = sha256(Path(settings["kv_profile"]))
         return settings

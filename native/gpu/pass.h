@@ -168,11 +168,19 @@ SC_DEVICE float sc_block_sum(SC_THREAD const sc_tid & t, float x, SC_SHARED floa
     return y;
 }
 
-SC_DEVICE float sc_warp_sum(SC_THREAD const sc_tid & t, float x) {
-    for (int m = SC_WARP / 2; m > 0; m /= 2) {
-        x += sc_xor(t, x, (ushort) m);
+// Likewise: the maximum.
+SC_DEVICE float sc_block_max(SC_THREAD const sc_tid & t, float x, SC_SHARED float * buf) {
+    buf[t.id] = x;
+    sc_sync(t);
+    for (int n = SC_THREADS / 2; n > 0; n /= 2) {
+        if ((int) t.id < n) {
+            buf[t.id] = sc_max(buf[t.id], buf[t.id + n]);
+        }
+        sc_sync(t);
     }
-    return x;
+    const float y = buf[0];
+    sc_sync(t);
+    return y;
 }
 
 // Sum over the block before this thread, and over all of it in `total`; buf [SC_THREADS] is shared. Ends with a
@@ -192,28 +200,6 @@ SC_DEVICE int sc_block_scan(SC_THREAD const sc_tid & t, int x, SC_SHARED int * b
     return y;
 }
 
-// Walsh-Hadamard transform of those of n rows x [n, d] in shared memory whose flag is set; ends with a barrier.
-SC_DEVICE void sc_rotate_some(
-    SC_THREAD const sc_tid & t, SC_SHARED float * x, SC_SHARED const int * flag, int n, int d) {
-    const int size = d & -d;
-    for (int h = 1; h < size; h *= 2) {
-        for (int i = (int) t.id; i < n * d / 2; i += SC_THREADS) {
-            const int at = i / h * 2 * h + i % h;
-            const float a = x[at], b = x[at + h];
-            if (flag[at / d]) {
-                x[at] = a + b;
-                x[at + h] = a - b;
-            }
-        }
-        sc_sync(t);
-    }
-    const float scale = sc_rsqrt((float) size);
-    for (int i = (int) t.id; i < n * d; i += SC_THREADS) {
-        x[i] = flag[i / d] ? x[i] * scale : x[i];
-    }
-    sc_sync(t);
-}
-
 // Turns x [n_rot] in place by the angles cs [n_rot/2, 2], as turn() of sc-lookahead.h; lane of SC_WARP.
 SC_DEVICE void sc_turn(SC_SHARED float * x, SC_GLOBAL const float * cs, int n_rot, int neox, int lane) {
     for (int i = lane; i < n_rot / 2; i += SC_WARP) {
@@ -225,7 +211,7 @@ SC_DEVICE void sc_turn(SC_SHARED float * x, SC_GLOBAL const float * cs, int n_ro
 }
 
 // c [n_m, n_n] (+)= a b, where a is a [n_m, n_k] or, if ta, [n_k, n_m], and b [n_k, n_n] or, if tb, [n_n, n_k]; rows of
-// k whose `gone` is set are left out, if there is such a list. Tile t.x of 64 x 64, row by row of tiles.
+// k with a count of 1, which stay alone, are left out, if there are counts. Tile t.x of 64 x 64, row by row of tiles.
 #define SC_GEMM 64
 #define SC_GEMM_K 16
 #define SC_GEMM_LD (SC_GEMM + 4)
@@ -233,7 +219,7 @@ SC_DEVICE void sc_turn(SC_SHARED float * x, SC_GLOBAL const float * cs, int n_ro
 
 SC_DEVICE void sc_gemm(SC_THREAD const sc_tid & t, SC_GLOBAL const float * a, int lda, bool ta,
     SC_GLOBAL const float * b, int ldb, bool tb, SC_GLOBAL float * c, int ldc, int n_m, int n_n, int n_k, bool add,
-    SC_GLOBAL const int * stays, SC_GLOBAL const int * count, SC_SHARED uchar * sh) {
+    SC_GLOBAL const int * count, SC_SHARED uchar * sh) {
     SC_SHARED float *as = (SC_SHARED float *) sh, *bs = as + SC_GEMM_K * SC_GEMM_LD;
     if (n_n <= 0) {
         return;
@@ -256,7 +242,7 @@ SC_DEVICE void sc_gemm(SC_THREAD const sc_tid & t, SC_GLOBAL const float * a, in
             float x = 0.0f, y = 0.0f;
             if (m0 + am < n_m && k0 + ak < n_k) {
                 x = a[ta ? (sc_i64) (k0 + ak) * lda + m0 + am : (sc_i64) (m0 + am) * lda + k0 + ak];
-                if (stays && stays[k0 + ak] && count[k0 + ak] == 1) {
+                if (count && count[k0 + ak] == 1) {
                     x = 0.0f;
                 }
             }
@@ -339,7 +325,7 @@ SC_DEVICE void pass_load_values(SC_THREAD const sc_tid & t, SC_CONST const pass_
         rotated[r] = r < n && (from >= m.n_row_sink ? core_type != SC_F16 : keys && m.k_rotated != 0);
     }
     sc_sync(t);
-    sc_rotate_some(t, y, rotated, n, d);
+    sc_rotate(t, y, n, d, rotated);
     SC_GLOBAL const sc_half *mean = head, *scale = head + m.d_k;
     for (int i = (int) t.id; i < n * d; i += SC_THREADS) {
         if (framed[i / d]) {
@@ -393,7 +379,7 @@ SC_DEVICE void pass_load_query(SC_THREAD const sc_tid & t, SC_CONST const pass_d
         flag[g] = m.k_rotated;
     }
     sc_sync(t);
-    sc_rotate_some(t, y, flag, m.n_gqa, d);
+    sc_rotate(t, y, m.n_gqa, d, flag);
 }
 
 SC_DEVICE void pass_queries(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
@@ -448,15 +434,7 @@ SC_DEVICE void pass_to_rms(
         x[e] = sc_sqrt(x[e] / (float) (n > 1 ? n : 1));
         most = sc_max(most, x[e]);
     }
-    buf[t.id] = most;
-    sc_sync(t);
-    for (int k = SC_THREADS / 2; k > 0; k /= 2) {
-        if ((int) t.id < k) {
-            buf[t.id] = sc_max(buf[t.id], buf[t.id + k]);
-        }
-        sc_sync(t);
-    }
-    most = buf[0];
+    most = sc_block_max(t, most, buf);
     for (int e = (int) t.id; e < m.d_k; e += SC_THREADS) {
         x[e] = most > 0.0f ? sc_max(x[e], SC_FRAME_FLOOR * most) : 1.0f;
     }
@@ -588,7 +566,7 @@ SC_DEVICE void pass_logits(SC_THREAD const sc_tid & t, SC_CONST const pass_dims 
     const int h = (int) t.y, n_query = pass_n_query(m);
     const pass_kv s = pass_kv_of(m, x, h);
     sc_gemm(t, w.q + (sc_i64) h * n_query * m.d_k, m.d_k, false, w.k + (sc_i64) h * m.ld * m.d_k, m.d_k, true,
-        w.p + (sc_i64) h * n_query * m.ld, m.ld, n_query, s.n_rows, m.d_k, false, 0, 0, sh);
+        w.p + (sc_i64) h * n_query * m.ld, m.ld, n_query, s.n_rows, m.d_k, false, 0, sh);
 }
 
 // A piece for every query: logits become shares. Shared: [SC_THREADS].
@@ -601,21 +579,11 @@ SC_DEVICE void pass_shares(SC_THREAD const sc_tid & t, SC_CONST const pass_dims 
     SC_SHARED float * buf = (SC_SHARED float *) sh;
     float mx = SC_MASKED;
     for (int i = (int) t.id; i < s.n_rows; i += SC_THREADS) {
-        float y = p[i];
-        y = (m.softcap > 0.0f ? m.softcap * sc_tanh(y / m.softcap) : y) + bias[i];
+        const float y = sc_capped(p[i], m.softcap) + bias[i];
         p[i] = y;
         mx = sc_max(mx, y);
     }
-    buf[t.id] = mx;
-    sc_sync(t);
-    for (int n = SC_THREADS / 2; n > 0; n /= 2) {
-        if ((int) t.id < n) {
-            buf[t.id] = sc_max(buf[t.id], buf[t.id + n]);
-        }
-        sc_sync(t);
-    }
-    mx = buf[0];
-    sc_sync(t);
+    mx = sc_block_max(t, mx, buf);
     float sum = 0.0f;
     for (int i = (int) t.id; i < s.n_rows; i += SC_THREADS) {
         p[i] = sc_exp(p[i] - mx);
@@ -637,7 +605,7 @@ SC_DEVICE void pass_outputs(SC_THREAD const sc_tid & t, SC_CONST const pass_dims
     const int h = (int) t.y, n_fit = pass_n_fit(m);
     const pass_kv s = pass_kv_of(m, x, h);
     sc_gemm(t, w.p + (sc_i64) h * pass_n_query(m) * m.ld, m.ld, false, w.v + (sc_i64) h * m.ld * m.d_v, m.d_v, false,
-        w.out + (sc_i64) h * n_fit * m.d_v, m.d_v, n_fit, m.d_v, s.n_rows, false, 0, 0, sh);
+        w.out + (sc_i64) h * n_fit * m.d_v, m.d_v, n_fit, m.d_v, s.n_rows, false, 0, sh);
 }
 
 // Votes of the stage, and what a row is worth by them. Pieces of SC_THREADS rows.
@@ -823,7 +791,7 @@ SC_DEVICE void pass_metric(
     const int h = (int) t.y;
     SC_GLOBAL const float * q = w.q + (sc_i64) h * pass_n_query(m) * m.d_k;
     sc_gemm(t, q, m.d_k, true, q, m.d_k, false, w.metric + (sc_i64) h * m.d_k * m.d_k, m.d_k, m.d_k, m.d_k,
-        pass_n_fit(m), false, 0, 0, sh);
+        pass_n_fit(m), false, 0, sh);
 }
 
 // Pieces: tiles of [ld, d_k].
@@ -832,7 +800,19 @@ SC_DEVICE void pass_key_metric(SC_THREAD const sc_tid & t, SC_CONST const pass_d
     const int h = (int) t.y;
     const pass_kv s = pass_kv_of(m, x, h);
     sc_gemm(t, w.k + (sc_i64) h * m.ld * m.d_k, m.d_k, false, w.metric + (sc_i64) h * m.d_k * m.d_k, m.d_k, false,
-        w.k_metric + (sc_i64) h * m.ld * m.d_k, m.d_k, s.n_cand, m.d_k, m.d_k, false, 0, 0, sh);
+        w.k_metric + (sc_i64) h * m.ld * m.d_k, m.d_k, s.n_cand, m.d_k, m.d_k, false, 0, sh);
+}
+
+// The chunk of the i-th of n candidates.
+SC_DEVICE void pass_chunk(SC_GLOBAL const int * chunk, int n, int i, SC_THREAD int & begin, SC_THREAD int & end) {
+    begin = i;
+    end = i + 1;
+    while (begin > 0 && chunk[begin - 1] == chunk[i]) {
+        --begin;
+    }
+    while (end < n && chunk[end] == chunk[i]) {
+        ++end;
+    }
 }
 
 // Nearest winner of its chunk, for a candidate a warp. Pieces of SC_THREADS / SC_WARP candidates.
@@ -847,13 +827,8 @@ SC_DEVICE void pass_assign(SC_THREAD const sc_tid & t, SC_CONST const pass_dims 
     SC_GLOBAL const float *k = w.k + (sc_i64) h * m.ld * d, *km = w.k_metric + (sc_i64) h * m.ld * d;
     int winner = stays[i] ? i : (int) SC_DROPPED;
     if (!stays[i] && m.merge) {
-        int begin = i, end = i + 1;
-        while (begin > 0 && chunk[begin - 1] == chunk[i]) {
-            --begin;
-        }
-        while (end < s.n_cand && chunk[end] == chunk[i]) {
-            ++end;
-        }
+        int begin, end;
+        pass_chunk(chunk, s.n_cand, i, begin, end);
         float best = 0.0f;
         for (int j = begin; j < end; ++j) {
             if (!stays[j]) {
@@ -883,17 +858,16 @@ SC_DEVICE void pass_count(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
     const int h = (int) t.y, at = h * m.ld;
     const pass_kv s = pass_kv_of(m, x, h);
-    SC_GLOBAL const int *winner = w.winner + at, *chunk = w.chunk + at;
+    SC_GLOBAL const int * winner = w.winner + at;
     SC_SHARED int * buf = (SC_SHARED int *) sh;
     int n_merged = 0, n_kept = 0, n_lost[2] = { 0, 0 };
     for (int i0 = 0; i0 < s.n_cand; i0 += SC_THREADS) {
         const int i = i0 + (int) t.id;
         int count = 0, total;
         if (i < s.n_cand && winner[i] == i) {
-            for (int j = i; j >= 0 && chunk[j] == chunk[i]; --j) {
-                count += winner[j] == i;
-            }
-            for (int j = i + 1; j < s.n_cand && chunk[j] == chunk[i]; ++j) {
+            int begin, end;
+            pass_chunk(w.chunk + at, s.n_cand, i, begin, end);
+            for (int j = begin; j < end; ++j) {
                 count += winner[j] == i;
             }
         }
@@ -906,9 +880,9 @@ SC_DEVICE void pass_count(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
         n_kept += total;
         if (i < s.n_cand) {
             w.count[at + i] = count;
-            w.place[at + i] = count > 1 ? merged : kept; // kept: of rows that are no merged ones, not needed
-            w.stays[at + i] = count > 0 ? 1 + kept : 0;  // place among the rows that stay, from 1 on
+            w.stays[at + i] = count > 0 ? 1 + kept : 0;
             if (count > 1) {
+                w.place[at + i] = merged;
                 w.first[h * m.n_merged + merged] = i;
             }
         }
@@ -935,14 +909,9 @@ SC_DEVICE void pass_merge(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     }
     const pass_kv s = pass_kv_of(m, x, h);
     const int first = w.first[h * m.n_merged + j];
-    SC_GLOBAL const int *winner = w.winner + at, *chunk = w.chunk + at;
-    int begin = first, end = first + 1, n_tok = 0;
-    while (begin > 0 && chunk[begin - 1] == chunk[first]) {
-        --begin;
-    }
-    while (end < s.n_cand && chunk[end] == chunk[first]) {
-        ++end;
-    }
+    SC_GLOBAL const int * winner = w.winner + at;
+    int begin, end, n_tok = 0;
+    pass_chunk(w.chunk + at, s.n_cand, first, begin, end);
     float weight = 0.0f;
     for (int i = begin; i < end; ++i) {
         if (winner[i] == first) {
@@ -982,15 +951,13 @@ SC_DEVICE void pass_mass(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & 
     const int h = (int) t.y, at = h * m.ld, n_fit = pass_n_fit(m), n_merged = w.n[4 * h + N_MERGED];
     const pass_kv s = pass_kv_of(m, x, h);
     SC_GLOBAL const float * p = w.p + ((sc_i64) h * pass_n_query(m) + t.x) * m.ld;
-    SC_GLOBAL const int *winner = w.winner + at, *chunk = w.chunk + at;
+    SC_GLOBAL const int * winner = w.winner + at;
     for (int j = (int) t.id; j < n_merged; j += SC_THREADS) {
         const int first = w.first[h * m.n_merged + j];
-        int begin = first;
-        while (begin > 0 && chunk[begin - 1] == chunk[first]) {
-            --begin;
-        }
+        int begin, end;
+        pass_chunk(w.chunk + at, s.n_cand, first, begin, end);
         float sum = 0.0f;
-        for (int i = begin; i < s.n_cand && chunk[i] == chunk[first]; ++i) {
+        for (int i = begin; i < end; ++i) {
             sum += winner[i] == first ? p[i] : 0.0f;
         }
         w.mass[((sc_i64) h * n_fit + t.x) * m.n_merged + j] = sum;
@@ -1011,8 +978,7 @@ SC_DEVICE void pass_gone(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & 
     const int h = (int) t.y, n_fit = pass_n_fit(m);
     const pass_kv s = pass_kv_of(m, x, h);
     sc_gemm(t, w.p + (sc_i64) h * pass_n_query(m) * m.ld, m.ld, false, w.v + (sc_i64) h * m.ld * m.d_v, m.d_v, false,
-        w.r + (sc_i64) h * n_fit * m.d_v, m.d_v, n_fit, m.d_v, s.n_cand, false, w.stays + h * m.ld, w.count + h * m.ld,
-        sh);
+        w.r + (sc_i64) h * n_fit * m.d_v, m.d_v, n_fit, m.d_v, s.n_cand, false, w.count + h * m.ld, sh);
 }
 
 // Logits of the merged rows. Pieces: tiles of [n_fit, n_merged].
@@ -1020,12 +986,8 @@ SC_DEVICE void pass_merged_logits(
     SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
     const int h = (int) t.y, n_fit = pass_n_fit(m);
     sc_gemm(t, w.q + (sc_i64) h * pass_n_query(m) * m.d_k, m.d_k, false, w.mk + (sc_i64) h * m.n_merged * m.d_k, m.d_k,
-        true, w.shares + (sc_i64) h * n_fit * m.n_merged, m.n_merged, n_fit, w.n[4 * h + N_MERGED], m.d_k, false, 0, 0,
+        true, w.shares + (sc_i64) h * n_fit * m.n_merged, m.n_merged, n_fit, w.n[4 * h + N_MERGED], m.d_k, false, 0,
         sh);
-}
-
-SC_DEVICE float pass_capped(SC_CONST const pass_dims & m, float y) {
-    return m.softcap > 0.0f ? m.softcap * sc_tanh(y / m.softcap) : y;
 }
 
 // Biases of the merged rows. Pieces of SC_THREADS of them.
@@ -1037,8 +999,8 @@ SC_DEVICE void pass_fit_bias(SC_THREAD const sc_tid & t, SC_CONST const pass_dim
     float sum = 0.0f;
     for (int r = 0; r < n_fit; ++r) {
         const sc_i64 at = ((sc_i64) h * n_fit + r) * m.n_merged + j;
-        sum +=
-            sc_log(sc_max(w.mass[at], 1e-20f)) - (pass_capped(m, w.shares[at]) - w.z[(sc_i64) h * pass_n_query(m) + r]);
+        sum += sc_log(sc_max(w.mass[at], 1e-20f)) -
+               (sc_capped(w.shares[at], m.softcap) - w.z[(sc_i64) h * pass_n_query(m) + r]);
     }
     sum /= (float) n_fit;
     w.m_bias[h * m.n_merged + j] = sum < -6.0f ? -6.0f : sum > 8.0f ? 8.0f : sum;
@@ -1053,7 +1015,7 @@ SC_DEVICE void pass_equations(
     const float z = w.z[(sc_i64) h * pass_n_query(m) + t.x];
     float sum = 0.0f;
     for (int j = (int) t.id; j < n_merged; j += SC_THREADS) {
-        const float p = sc_exp(pass_capped(m, y[j]) + w.m_bias[h * m.n_merged + j] - z);
+        const float p = sc_exp(sc_capped(y[j], m.softcap) + w.m_bias[h * m.n_merged + j] - z);
         y[j] = p;
         sum += p;
     }
@@ -1073,7 +1035,7 @@ SC_DEVICE void pass_missing(
     SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
     const int h = (int) t.y, n_fit = pass_n_fit(m);
     sc_gemm(t, w.shares + (sc_i64) h * n_fit * m.n_merged, m.n_merged, false, w.mv + (sc_i64) h * m.n_merged * m.d_v,
-        m.d_v, false, w.r + (sc_i64) h * n_fit * m.d_v, m.d_v, n_fit, m.d_v, w.n[4 * h + N_MERGED], true, 0, 0, sh);
+        m.d_v, false, w.r + (sc_i64) h * n_fit * m.d_v, m.d_v, n_fit, m.d_v, w.n[4 * h + N_MERGED], true, 0, sh);
 }
 
 // Pieces: tiles of [n_merged, n_merged], then of [n_merged, d_v].
@@ -1082,13 +1044,13 @@ SC_DEVICE void pass_normal(
     const int h = (int) t.y, n_fit = pass_n_fit(m), n = w.n[4 * h + N_MERGED];
     SC_GLOBAL const float * y = w.shares + (sc_i64) h * n_fit * m.n_merged;
     sc_gemm(t, y, m.n_merged, true, y, m.n_merged, false, w.normal + (sc_i64) h * m.n_merged * m.n_merged, m.n_merged,
-        n, n, n_fit, false, 0, 0, sh);
+        n, n, n_fit, false, 0, sh);
 }
 SC_DEVICE void pass_move(
     SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
     const int h = (int) t.y, n_fit = pass_n_fit(m), n = w.n[4 * h + N_MERGED];
     sc_gemm(t, w.shares + (sc_i64) h * n_fit * m.n_merged, m.n_merged, true, w.r + (sc_i64) h * n_fit * m.d_v, m.d_v,
-        false, w.move + (sc_i64) h * m.n_merged * m.d_v, m.d_v, n, m.d_v, n_fit, false, 0, 0, sh);
+        false, w.move + (sc_i64) h * m.n_merged * m.d_v, m.d_v, n, m.d_v, n_fit, false, 0, sh);
 }
 
 // Ridge regression by Cholesky's factors, and the values that move by it. One piece. Shared: [SC_THREADS].
@@ -1257,7 +1219,7 @@ SC_DEVICE void pass_store(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
             y[k] = z;
         }
         sc_sync(t);
-        sc_rotate_some(t, y, rotated, n, d);
+        sc_rotate(t, y, n, d, rotated);
         const int n_block = type == SC_F16 ? 1 : d / SC_Q_BLOCK;
         for (int k = (int) t.id; k < n * n_block; k += SC_THREADS) {
             const int r = k / n_block, b = k % n_block, i = i0 + r;
@@ -1311,7 +1273,7 @@ SC_DEVICE void pass_store_sinks(SC_THREAD const sc_tid & t, SC_CONST const pass_
             flag[r] = m.k_rotated;
         }
         sc_sync(t);
-        sc_rotate_some(t, y, flag, n, m.d_k);
+        sc_rotate(t, y, n, m.d_k, flag);
         for (int i = (int) t.id; i < n * m.d_k; i += SC_THREADS) {
             k[i0 * m.d_k + i] = sc_f2h(y[i]);
         }

@@ -103,7 +103,7 @@ SC_DEVICE void prop_attn_logits(SC_THREAD const sc_tid & t, SC_CONST const prop_
         float z = SC_MASKED;
         if (i < n && r < n_query) {
             z = y[r] + (s.bias < 0 ? 0.0f : shift[r]);
-            z = a.softcap > 0.0f ? a.softcap * sc_tanh(z / a.softcap) : z;
+            z = sc_capped(z, a.softcap);
             if (s.bias >= 0) {
                 z += sc_h2f(src.bias[s.bias + c + i]);
             } else if (s.cell >= 0) {
@@ -139,9 +139,7 @@ template <int D, int NQ> SC_DEVICE void prop_attn_soft_max(SC_THREAD const sc_ti
             x[j * SC_WARP + t.lane] = y[j];
             l += y[j];
         }
-        for (int m = SC_WARP / 2; m > 0; m /= 2) {
-            l += sc_xor(t, l, (ushort) m);
-        }
+        l = sc_warp_sum(t, l);
         if (t.lane == 0) {
             factor[r] = sc_exp(before - mx);
             max[r] = mx;
@@ -245,7 +243,7 @@ SC_DEVICE void prop_attn_queries(SC_THREAD const sc_tid & t, SC_CONST const prop
         return;
     }
     if (a.k_rotated) {
-        sc_rotate<D>(t, q_core, NQ);
+        sc_rotate(t, q_core, NQ, D, 0);
     }
     if (a.k_type == SC_F16) {
         return;
@@ -257,15 +255,13 @@ SC_DEVICE void prop_attn_queries(SC_THREAD const sc_tid & t, SC_CONST const prop
             y += q_core[r * D + e] * sc_h2f(mean[e]);
             q_core[r * D + e] *= sc_h2f(scale[e]);
         }
-        for (int m = SC_WARP / 2; m > 0; m /= 2) {
-            y += sc_xor(t, y, (ushort) m);
-        }
+        y = sc_warp_sum(t, y);
         if (t.lane == 0) {
             ((SC_SHARED float *) (sh + at::SHIFT))[r] = y;
         }
     }
     sc_sync(t);
-    sc_rotate<D>(t, q_core, NQ);
+    sc_rotate(t, q_core, NQ, D, 0);
 }
 
 // Block t.x: a part; t.y: NQ query rows of every kv head's group. work [n_part, n_tokens, n_head, D + 2]
@@ -304,7 +300,7 @@ SC_DEVICE void prop_attn_part(SC_THREAD const sc_tid & t, SC_CONST const prop_at
                 src.core_v + row * v_size, k_size, v_size, (int) row, -1 };
             prop_attn_attend<D, NQ>(t, a, src, s, r0, n_query, sh);
             if (a.v_type != SC_F16) { // what the cores gave is a sum of rotated values
-                sc_rotate<D>(t, o, NQ);
+                sc_rotate(t, o, NQ, D, 0);
             }
         }
         if (begin < sinks_end) {

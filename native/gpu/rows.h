@@ -109,22 +109,24 @@ SC_DEVICE void sc_load_tile(SC_THREAD const sc_tid & t, int type, SC_GLOBAL cons
     }
 }
 
-// Walsh-Hadamard transform of n rows of D values in shared memory, in blocks of the largest power of two that divides
-// D, as hadamard() of core/sc-quant.h; ends with a barrier.
-template <int D> SC_DEVICE void sc_rotate(SC_THREAD const sc_tid & t, SC_SHARED float * x, int n) {
-    const int size = D & -D;
+// Walsh-Hadamard transform of n rows of d values in shared memory, or of those whose flag is set, in blocks of the
+// largest power of two that divides d, as hadamard() of core/sc-quant.h; ends with a barrier.
+SC_DEVICE void sc_rotate(SC_THREAD const sc_tid & t, SC_SHARED float * x, int n, int d, SC_SHARED const int * flag) {
+    const int size = d & -d;
     for (int h = 1; h < size; h *= 2) {
-        for (int i = (int) t.id; i < n * D / 2; i += SC_THREADS) {
+        for (int i = (int) t.id; i < n * d / 2; i += SC_THREADS) {
             const int at = i / h * 2 * h + i % h;
-            const float a = x[at], b = x[at + h];
-            x[at] = a + b;
-            x[at + h] = a - b;
+            if (!flag || flag[at / d]) {
+                const float a = x[at], b = x[at + h];
+                x[at] = a + b;
+                x[at + h] = a - b;
+            }
         }
         sc_sync(t);
     }
     const float scale = sc_rsqrt((float) size);
-    for (int i = (int) t.id; i < n * D; i += SC_THREADS) {
-        x[i] *= scale;
+    for (int i = (int) t.id; i < n * d; i += SC_THREADS) {
+        x[i] *= !flag || flag[i / d] ? scale : 1.0f;
     }
     sc_sync(t);
 }

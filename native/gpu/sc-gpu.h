@@ -81,6 +81,16 @@ SC_DEVICE uint sc_float_bits(float x) { return __float_as_uint(x); }
 
 #define SC_WARP 32
 
+SC_DEVICE float sc_warp_sum(SC_THREAD const sc_tid & t, float x) {
+    for (int m = SC_WARP / 2; m > 0; m /= 2) {
+        x += sc_xor(t, x, (ushort) m);
+    }
+    return x;
+}
+
+// A logit under a softcap; 0: none.
+SC_DEVICE float sc_capped(float x, float cap) { return cap > 0.0f ? cap * sc_tanh(x / cap) : x; }
+
 // Compilers that take all numbers for finite do not see through bits.
 SC_DEVICE bool sc_is_nan(float x) { return (sc_float_bits(x) & 0x7fffffffu) > 0x7f800000u; }
 

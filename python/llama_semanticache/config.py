@@ -235,7 +235,7 @@ class KVConfig:
         if self.kv_profile != "auto":
             return False
         n_head_kv = model.shape.n_head_kv
-        return self._shares_rows(n_head_kv) and not self.has_too_few_heads(n_head_kv)
+        return self._shares_rows(n_head_kv) and n_head_kv >= N_HEAD_KV_FEW
 
     def _shares_rows(self, n_head_kv: int) -> bool:
         return self.kv_compress == OURS and self.ratio(n_head_kv) < 1

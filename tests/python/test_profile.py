@@ -273,8 +273,9 @@ def test_a_norm_behind_the_attention(arch, tmp_path, cache):
             ref.read_profile(profile.calibrate(path, texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1)).errors
         )
     assert errors[0].min() > 0
-    # without the norm's part in it they would be 64 times as large; one choice is made otherwise for rounding
-    np.testing.assert_allclose(errors[1], errors[0], rtol=0.1)
+    # one choice may be made otherwise for rounding
+    off = np.abs(errors[1] / errors[0] - 1)
+    assert off.max() < 0.1 and (off > 0.02).sum() <= 1, off
 
 
 @pytest.mark.parametrize("method", ["keydiff", "streaming"])

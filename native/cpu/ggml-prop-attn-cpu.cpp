@@ -6,7 +6,6 @@
 #include "pass/task.h"
 #include "sc-attn.h"
 
-#include <cstring>
 #include <new>
 
 using semcache::f16;
@@ -93,15 +92,10 @@ template <typename F> void for_jobs(const ggml_compute_params * params, int32_t 
     }
 }
 
-template <typename T> T task_of(const ggml_tensor * dst) {
-    T task;
-    GGML_ASSERT(ggml_nbytes(dst->src[0]) == sizeof(task));
-    memcpy(&task, dst->src[0]->data, sizeof(task));
-    return task;
-}
+template <typename T> const T & task_of(const ggml_tensor * dst) { return *(const T *) ggml_prop_attn_get_task(dst); }
 
 void pass(const ggml_compute_params * params, const ggml_tensor * dst) {
-    const auto task = task_of<semcache::pass_task>(dst);
+    const auto & task = task_of<semcache::pass_task>(dst);
     for_jobs(params, task.n_job, [&](int32_t i) {
         const semcache::pass_job & job = task.jobs[i];
         task.results[i] = semcache::compress_head(*job.layer, *task.plan, job.ih, task.scratch[params->ith]);
@@ -109,7 +103,7 @@ void pass(const ggml_compute_params * params, const ggml_tensor * dst) {
 }
 
 void calibrate(const ggml_compute_params * params, const ggml_tensor * dst) {
-    const auto task = task_of<semcache::calibrate_task>(dst);
+    const auto & task = task_of<semcache::calibrate_task>(dst);
     for_jobs(params, task.n_job, [&](int32_t i) {
         try {
             task.errors[i] = semcache::output_errors(*task.jobs[i].text, task.jobs[i].ih, *task.params, *task.parts);

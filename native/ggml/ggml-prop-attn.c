@@ -67,16 +67,24 @@ struct ggml_tensor * ggml_prop_attn(struct ggml_context * ctx, struct ggml_tenso
     return result;
 }
 
-struct ggml_tensor * ggml_prop_attn_task(
-    struct ggml_context * ctx, enum ggml_prop_attn_kind kind, const void * task, size_t size) {
-    struct ggml_tensor * source = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, (int64_t) size);
-    struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
-    GGML_ASSERT(kind != GGML_PROP_ATTN_ATTEND && source->data);
-    memcpy(source->data, task, size);
+// Of a task's parameters, where the pointer to it begins.
+#define TASK_AT (2 * sizeof(int32_t))
+
+struct ggml_tensor * ggml_prop_attn_task(struct ggml_context * ctx, enum ggml_prop_attn_kind kind, const void * task,
+    struct ggml_tensor * rows, int32_t serial) {
+    struct ggml_tensor * result = ggml_view_tensor(ctx, rows);
+    GGML_ASSERT(kind != GGML_PROP_ATTN_ATTEND);
     ggml_set_op_params_i32(result, 0, kind);
+    ggml_set_op_params_i32(result, 1, serial);
+    memcpy((char *) result->op_params + TASK_AT, &task, sizeof(task));
     result->op = GGML_OP_PROP_ATTN;
-    result->src[0] = source;
     return result;
+}
+
+const void * ggml_prop_attn_get_task(const struct ggml_tensor * dst) {
+    const void * task;
+    memcpy(&task, (const char *) dst->op_params + TASK_AT, sizeof(task));
+    return task;
 }
 
 enum ggml_prop_attn_kind ggml_prop_attn_get_kind(const struct ggml_tensor * dst) {

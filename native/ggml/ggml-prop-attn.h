@@ -65,15 +65,20 @@ GGML_API struct ggml_tensor * ggml_prop_attn(struct ggml_context * ctx, struct g
 // Sinks that a tensor `heads` holds.
 GGML_API int64_t ggml_prop_attn_n_sink(int64_t n_embd_head_k, int64_t n_embd_head_v, const struct ggml_tensor * heads);
 
-// The other kinds work on all kv heads of the layers in one backend's memory. Their only source is a task of
-// native/pass/ task.h, a copy of whose bytes the tensor holds; what it points to is read and written when the op runs.
+// The other kinds work on all kv heads of the layers in one backend's memory. They have no sources but a task of
+// native/pass/task.h, which stays where it is, in host memory; it and what it points to are read and written when the
+// op runs.
 //
 // GGML_PROP_ATTN_PASS       struct pass_task       moves the stage into the cores
 // GGML_PROP_ATTN_CALIBRATE  struct calibrate_task  measures what a head's output is off by when it holds fewer rows
 //
-// The result has one value and says nothing.
-GGML_API struct ggml_tensor * ggml_prop_attn_task(
-    struct ggml_context * ctx, enum ggml_prop_attn_kind kind, const void * task, size_t size);
+// rows    of one of the layers: the result is a view of it, so that the backend finds it in memory of its own
+// serial  of a kind that the backend has not run yet: graphs that it keeps, of nodes that are alike, are not run again
+GGML_API struct ggml_tensor * ggml_prop_attn_task(struct ggml_context * ctx, enum ggml_prop_attn_kind kind,
+    const void * task, struct ggml_tensor * rows, int32_t serial);
+
+// The task of such a node.
+GGML_API const void * ggml_prop_attn_get_task(const struct ggml_tensor * dst);
 
 GGML_API enum ggml_prop_attn_kind ggml_prop_attn_get_kind(const struct ggml_tensor * dst);
 

@@ -7,126 +7,26 @@
 
 #pragma once
 
+#include "pass-work.h"
 #include "rows.h"
 
-// Sizes, types and strides: the same for all heads.
-struct pass_dims {
-    int d_k, d_v, n_gqa, n_head_kv;
-    float scale, softcap;
-    int k_type, v_type, k_cell_type, v_cell_type, q_type, k_rotated;
-    int n_row;      // allocated, of all heads
-    int n_sink_max; // that `heads` has room for
-    int n_row_sink, n_sink, n_new, n_window;
-    int n_voter, n_full, stride; // every stride-th voter's queries are fitted to
-    int merge, distinct;
-    int makes_frame, n_rot, neox, n_q_layer, has_weight;
-    int ld, n_merged;                                     // rows and merged rows of a head at the most
-    sc_i64 k_head, k_cell, v_head, v_cell, v_elem, q_row; // bytes
-    sc_i64 vote_head;
-};
-
-// As pass_args and pass_plan.
-struct pass_data {
-    SC_GLOBAL uchar *k, *v;
-    SC_GLOBAL sc_half *bias, *s_use, *heads;
-    SC_GLOBAL int *origin, *rows; // rows [2, n_head_kv]: first of each head, in use
-    SC_GLOBAL const uchar *k_stage, *v_stage, *q;
-    SC_GLOBAL float *vote_p4, *vote_p;
-    SC_GLOBAL const float *q_weight, *turn, *back, *mean_turn; // weights: if has_weight
-    SC_GLOBAL const int *cell, *chunk, *n_voted, *voter_row;
-};
-
-// Work, each of the layer's heads after the other: FIELD(type, name, values of a head), in dims m.
-#define SC_PASS_WORK(FIELD)                                                             \
-    FIELD(float, k, (sc_i64) m.ld * m.d_k)                                              \
-    FIELD(float, v, (sc_i64) m.ld * m.d_v)                                              \
-    FIELD(float, bias, m.ld)                                                            \
-    FIELD(float, q, (sc_i64) pass_n_query(m) * m.d_k) /* the fitted ones first */       \
-    FIELD(float, z, pass_n_query(m))                  /* log-sum-exps */                \
-    FIELD(float, p, (sc_i64) pass_n_query(m) * m.ld)  /* shares */                      \
-    FIELD(float, out, (sc_i64) pass_n_fit(m) * m.d_v)                                   \
-    FIELD(float, s_use, m.ld)                                                           \
-    FIELD(float, w, m.ld)                                                               \
-    FIELD(float, dev, m.ld)        /* of values from their mean */                      \
-    FIELD(float, difference, m.ld) /* of keys from the others */                        \
-    FIELD(float, metric, m.d_k * m.d_k)                                                 \
-    FIELD(float, k_metric, (sc_i64) m.ld * m.d_k)                                       \
-    FIELD(int, chunk, m.ld)                                                             \
-    FIELD(int, n_tok, m.ld)                                                             \
-    FIELD(int, stays, m.ld)  /* place among the rows that stay, from 1 on; 0: goes */   \
-    FIELD(int, winner, m.ld) /* itself, the row that it joins, or SC_DROPPED */         \
-    FIELD(int, count, m.ld)  /* members of a winner */                                  \
-    FIELD(int, place, m.ld)  /* among the merged rows */                                \
-    FIELD(int, first, m.n_merged)                                                       \
-    FIELD(int, n, 4) /* see N_MERGED */                                                 \
-    FIELD(float, mk, (sc_i64) m.n_merged * m.d_k)                                       \
-    FIELD(float, mv, (sc_i64) m.n_merged * m.d_v)                                       \
-    FIELD(float, m_bias, m.n_merged)                                                    \
-    FIELD(float, mass, (sc_i64) pass_n_fit(m) * m.n_merged)                             \
-    FIELD(float, shares, (sc_i64) pass_n_fit(m) * m.n_merged)                           \
-    FIELD(float, share, pass_n_fit(m))                                                  \
-    FIELD(float, r, (sc_i64) pass_n_fit(m) * m.d_v)                                     \
-    FIELD(float, normal, (sc_i64) m.n_merged * m.n_merged)                              \
-    FIELD(float, move, (sc_i64) m.n_merged * m.d_v)                                     \
-    FIELD(uchar, new_k, m.ld * sc_row_size(m.k_type, m.d_k)) /* rows as they will be */ \
-    FIELD(uchar, new_v, m.ld * sc_row_size(m.v_type, m.d_v))                            \
-    FIELD(sc_half, new_bias, m.ld)                                                      \
-    FIELD(sc_half, new_s_use, m.ld)                                                     \
-    FIELD(int, new_origin, m.ld)
-
-struct pass_work {
-#define FIELD(type, name, n) SC_GLOBAL type * name;
-    SC_PASS_WORK(FIELD)
-#undef FIELD
-};
-
-SC_BOTH int pass_n_query(SC_CONST const pass_dims & m) { return m.n_voter * m.n_gqa; }
-SC_BOTH int pass_n_fit(SC_CONST const pass_dims & m) { return (m.n_voter + m.stride - 1) / m.stride * m.n_gqa; }
-
-// Merged rows of a head at the most: each has two members, one of which is above the budget.
-SC_BOTH int pass_n_merged(int n_rows, int n_loser) { return n_loser < n_rows / 2 ? n_loser : n_rows / 2; }
-
-#define SC_PASS_ALIGNMENT 16
-
-// Bytes of all work of a layer.
-SC_BOTH sc_i64 pass_work_size(SC_CONST const pass_dims & m) {
-    sc_i64 at = 0;
-#define FIELD(type, name, n)                         \
-    at += (sc_i64) sizeof(type) * m.n_head_kv * (n); \
-    at = (at + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
-    SC_PASS_WORK(FIELD)
-#undef FIELD
-    return at;
-}
-
-// The work in one piece of memory, aligned.
-SC_DEVICE void pass_work_at(SC_CONST const pass_dims & m, SC_GLOBAL uchar * base, SC_THREAD pass_work & w) {
-    sc_i64 at = 0;
-#define FIELD(type, name, n)                         \
-    w.name = (SC_GLOBAL type *) (base + at);         \
-    at += (sc_i64) sizeof(type) * m.n_head_kv * (n); \
-    at = (at + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
-    SC_PASS_WORK(FIELD)
-#undef FIELD
-}
-
 enum { SC_DROPPED = -1 };
-enum { N_MERGED = 0, N_KEPT = 1, N_GONE_MERGED = 2, N_GONE_DROPPED = 3 }; // places in pass_work::n
 
 #define SC_ROWS 16           // of a piece where rows are loaded or stored
 #define SC_FRAME_FLOOR 1e-3f // see pass/frame.h
 #define SC_FRAME_MIN 0.0009765625f
 #define SC_FRAME_MAX 32768.0f
 
-// One head of a layer, as pass_head.
+// One head of a layer, as pass_head: the ih-th.
 struct pass_kv {
-    int first, n_alloc, n_used, n_core, n_cand, n_rows, budget;
+    int ih, first, n_alloc, n_used, n_core, n_cand, n_rows, budget;
 };
 
+// Of the h-th head that is worked on.
 SC_DEVICE pass_kv pass_kv_of(SC_CONST const pass_dims & m, SC_THREAD const pass_data & x, int h) {
-    const int first = x.rows[h], n_used = x.rows[m.n_head_kv + h];
-    const int n_alloc = (h + 1 < m.n_head_kv ? x.rows[h + 1] : m.n_row) - first, n_core = n_used - m.n_row_sink;
-    return { first, n_alloc, n_used, n_core, n_core + m.n_new, n_used + m.n_sink + m.n_new + m.n_window,
+    const int ih = m.first_head + h, first = x.rows[ih], n_used = x.rows[m.n_head_kv + ih];
+    const int n_alloc = (ih + 1 < m.n_head_kv ? x.rows[ih + 1] : m.n_row) - first, n_core = n_used - m.n_row_sink;
+    return { ih, first, n_alloc, n_used, n_core, n_core + m.n_new, n_used + m.n_sink + m.n_new + m.n_window,
         n_alloc - m.n_row_sink - m.n_sink };
 }
 
@@ -290,12 +190,12 @@ SC_BOTH int pass_load_shared(SC_CONST const pass_dims & m) {
 }
 
 SC_DEVICE void pass_load_values(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
-    SC_THREAD const pass_kv & s, int h, bool keys, int i0, int n, SC_SHARED const float * nl, SC_SHARED float * y,
+    SC_THREAD const pass_kv & s, bool keys, int i0, int n, SC_SHARED const float * nl, SC_SHARED float * y,
     SC_SHARED int * rotated, SC_SHARED int * framed) {
     const int d = keys ? m.d_k : m.d_v, n_share = (d + 7) / 8;
     const int core_type = keys ? m.k_type : m.v_type, cell_type = keys ? m.k_cell_type : m.v_cell_type;
     const sc_i64 size = sc_row_size(core_type, d);
-    SC_GLOBAL const sc_half * head = x.heads + h * pass_head_size(m);
+    SC_GLOBAL const sc_half * head = x.heads + s.ih * pass_head_size(m);
     SC_GLOBAL const sc_half * sinks = head + 2 * m.d_k + (keys ? 0 : m.n_sink_max * m.d_k);
     for (int i = (int) t.id; i < n * n_share; i += SC_THREADS) {
         const int r = i / n_share, e0 = i % n_share * 8, from = pass_row_at(m, s, i0 + r);
@@ -308,12 +208,12 @@ SC_DEVICE void pass_load_values(SC_THREAD const sc_tid & t, SC_CONST const pass_
             } else {
                 const sc_i64 cell = x.cell[-1 - from];
                 if (keys) {
-                    v = sc_value_at(cell_type, x.k_stage + h * m.k_head + cell * m.k_cell, e, nl);
+                    v = sc_value_at(cell_type, x.k_stage + s.ih * m.k_head + cell * m.k_cell, e, nl);
                 } else if (m.v_elem > 2) { // values lie along the cells
                     v = sc_h2f(
-                        *(SC_GLOBAL const sc_half *) (x.v_stage + h * m.v_head + cell * m.v_cell + e * m.v_elem));
+                        *(SC_GLOBAL const sc_half *) (x.v_stage + s.ih * m.v_head + cell * m.v_cell + e * m.v_elem));
                 } else {
-                    v = sc_value_at(cell_type, x.v_stage + h * m.v_head + cell * m.v_cell, e, nl);
+                    v = sc_value_at(cell_type, x.v_stage + s.ih * m.v_head + cell * m.v_cell, e, nl);
                 }
             }
             y[r * d + e] = v;
@@ -347,12 +247,12 @@ SC_DEVICE void pass_load(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & 
     SC_SHARED int *rotated = (SC_SHARED int *) (nl + 16), *framed = rotated + SC_ROWS;
     sc_iq4_nl_table(t, nl);
     sc_sync(t);
-    pass_load_values(t, m, x, s, h, true, i0, n, nl, y, rotated, framed);
+    pass_load_values(t, m, x, s, true, i0, n, nl, y, rotated, framed);
     for (int i = (int) t.id; i < n * m.d_k; i += SC_THREADS) {
         w.k[((sc_i64) h * m.ld + i0) * m.d_k + i] = y[i];
     }
     sc_sync(t);
-    pass_load_values(t, m, x, s, h, false, i0, n, nl, y, rotated, framed);
+    pass_load_values(t, m, x, s, false, i0, n, nl, y, rotated, framed);
     for (int i = (int) t.id; i < n * m.d_v; i += SC_THREADS) {
         w.v[((sc_i64) h * m.ld + i0) * m.d_v + i] = y[i];
     }
@@ -362,62 +262,67 @@ SC_DEVICE void pass_load(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & 
     }
 }
 
-// ---- queries: a piece for every voter. Shared: x [n_gqa, d_k], flag [n_gqa], nl [16].
+// ---- queries: a piece for every voter
 
-SC_BOTH int pass_queries_shared(SC_CONST const pass_dims & m) { return 4 * (m.n_gqa * m.d_k + m.n_gqa + 16); }
+#define SC_QUERIES 8 // heads of a group that are in shared memory at once
 
-// The queries of a voter as they were before llama.cpp rotated them; ends with a barrier.
+// Shared: x [SC_QUERIES, d_k], nl [16], flag [SC_QUERIES].
+SC_BOTH int pass_queries_shared(SC_CONST const pass_dims & m) { return 4 * (SC_QUERIES * m.d_k + 16 + SC_QUERIES); }
+
+// Queries of a voter, those of the group's heads [g0, g0 + n), as they were before llama.cpp rotated them; ends with a
+// barrier.
 SC_DEVICE void pass_load_query(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
-    int h, int voter, SC_SHARED float * y, SC_SHARED int * flag, SC_SHARED const float * nl) {
+    int h, int voter, int g0, int n, SC_SHARED float * y, SC_SHARED int * flag, SC_SHARED const float * nl) {
     const int d = m.d_k, n_layer = m.n_gqa / m.n_q_layer; // query heads of one layer
     SC_GLOBAL const uchar * row = x.q + x.voter_row[voter] * m.q_row;
-    for (int i = (int) t.id; i < m.n_gqa * d; i += SC_THREADS) {
-        const int g = i / d, l = g / n_layer;
-        y[i] = sc_value_at(m.q_type, row, (l * m.n_head_kv + h) * n_layer * d + g % n_layer * d + i % d, nl);
+    for (int i = (int) t.id; i < n * d; i += SC_THREADS) {
+        const int g = g0 + i / d, l = g / n_layer;
+        y[i] = sc_value_at(
+            m.q_type, row, (l * m.n_head_kv + m.first_head + h) * n_layer * d + g % n_layer * d + i % d, nl);
     }
-    for (int g = (int) t.id; g < m.n_gqa; g += SC_THREADS) {
+    for (int g = (int) t.id; g < n; g += SC_THREADS) {
         flag[g] = m.k_rotated;
     }
     sc_sync(t);
-    sc_rotate(t, y, m.n_gqa, d, flag);
+    sc_rotate(t, y, n, d, flag);
 }
 
 SC_DEVICE void pass_queries(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
     SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
-    const int h = (int) t.y, voter = (int) t.x, d = m.d_k;
-    SC_SHARED float *y = (SC_SHARED float *) sh, *nl = y + m.n_gqa * d;
+    const int h = (int) t.y, voter = (int) t.x, d = m.d_k, n_layer = m.n_gqa / m.n_q_layer;
+    SC_SHARED float *y = (SC_SHARED float *) sh, *nl = y + SC_QUERIES * d;
     SC_SHARED int * flag = (SC_SHARED int *) (nl + 16);
-    sc_iq4_nl_table(t, nl);
-    sc_sync(t);
-    pass_load_query(t, m, x, h, voter, y, flag, nl);
-    const int n_layer = m.n_gqa / m.n_q_layer;
-    for (int g = (int) t.warp; g < m.n_gqa; g += SC_THREADS / SC_WARP) {
-        SC_SHARED float * q = y + g * d;
-        if (m.has_weight) { // see load.cpp
-            SC_GLOBAL const float * weight = x.q_weight + g / n_layer * d;
-            for (int e = (int) t.lane; e < d; e += SC_WARP) {
-                q[e] = weight[e] != 0.0f ? q[e] / weight[e] : 0.0f;
-            }
-        }
-    }
-    sc_sync(t);
-    for (int g = (int) t.warp; g < m.n_gqa; g += SC_THREADS / SC_WARP) {
-        sc_turn(y + g * d, x.turn + (sc_i64) voter * m.n_rot, m.n_rot, m.neox, (int) t.lane);
-    }
-    sc_sync(t);
     const int n_fit = (m.n_voter + m.stride - 1) / m.stride;
     const int at = voter % m.stride == 0 ? voter / m.stride : n_fit + voter - voter / m.stride - 1;
     SC_GLOBAL float * to = w.q + ((sc_i64) h * m.n_voter + at) * m.n_gqa * d;
-    for (int i = (int) t.id; i < m.n_gqa * d; i += SC_THREADS) {
-        const float weight = m.has_weight ? x.q_weight[i / d / n_layer * d + i % d] : 1.0f;
-        to[i] = y[i] * (weight * m.scale);
+    sc_iq4_nl_table(t, nl);
+    sc_sync(t);
+    for (int g0 = 0; g0 < m.n_gqa; g0 += SC_QUERIES) {
+        const int n = m.n_gqa - g0 < SC_QUERIES ? m.n_gqa - g0 : SC_QUERIES;
+        pass_load_query(t, m, x, h, voter, g0, n, y, flag, nl);
+        for (int g = (int) t.warp; m.has_weight && g < n; g += SC_THREADS / SC_WARP) { // see load.cpp
+            SC_GLOBAL const float * weight = x.q_weight + (g0 + g) / n_layer * d;
+            for (int e = (int) t.lane; e < d; e += SC_WARP) {
+                y[g * d + e] = weight[e] != 0.0f ? y[g * d + e] / weight[e] : 0.0f;
+            }
+        }
+        sc_sync(t);
+        for (int g = (int) t.warp; g < n; g += SC_THREADS / SC_WARP) {
+            sc_turn(y + g * d, x.turn + (sc_i64) voter * m.n_rot, m.n_rot, m.neox, (int) t.lane);
+        }
+        sc_sync(t);
+        for (int i = (int) t.id; i < n * d; i += SC_THREADS) {
+            const float weight = m.has_weight ? x.q_weight[(g0 + i / d) / n_layer * d + i % d] : 1.0f;
+            to[g0 * d + i] = y[i] * (weight * m.scale);
+        }
+        sc_sync(t);
     }
 }
 
 // ---- frame: one piece, in the first pass over quantized rows
 
 SC_BOTH int pass_frame_shared(SC_CONST const pass_dims & m) {
-    return 4 * (m.n_gqa * m.d_k + 16 + m.n_gqa + 3 * m.d_k + SC_THREADS);
+    return 4 * ((SC_QUERIES + 3) * m.d_k + 16 + SC_QUERIES + SC_THREADS);
 }
 
 // Sums of squares x [d] over n become roots of the means, the same for both channels of a pair, and none next to
@@ -445,7 +350,7 @@ SC_DEVICE void pass_frame(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
     const int h = (int) t.y, d = m.d_k, n_key = m.n_new + m.n_window;
     const pass_kv s = pass_kv_of(m, x, h);
-    SC_SHARED float *y = (SC_SHARED float *) sh, *nl = y + m.n_gqa * d, *mean = nl + 16, *dev = mean + d,
+    SC_SHARED float *y = (SC_SHARED float *) sh, *nl = y + SC_QUERIES * d, *mean = nl + 16, *dev = mean + d,
                     *ask = dev + d;
     SC_SHARED float * buf = ask + d;
     SC_SHARED int * flag = (SC_SHARED int *) (buf + SC_THREADS);
@@ -514,27 +419,30 @@ SC_DEVICE void pass_frame(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     pass_to_rms(t, m, (int) n, dev, buf);
     float n_query = 0.0f;
     for (int voter = 0; voter < m.n_voter; ++voter) {
-        pass_load_query(t, m, x, h, voter, y, flag, nl);
-        for (int g = (int) t.warp; g < m.n_gqa; g += SC_THREADS / SC_WARP) {
-            float qq = 0.0f;
-            for (int e = (int) t.lane; e < d; e += SC_WARP) {
-                qq += y[g * d + e] * y[g * d + e];
+        for (int g0 = 0; g0 < m.n_gqa; g0 += SC_QUERIES) {
+            const int n_g = m.n_gqa - g0 < SC_QUERIES ? m.n_gqa - g0 : SC_QUERIES;
+            pass_load_query(t, m, x, h, voter, g0, n_g, y, flag, nl);
+            for (int g = (int) t.warp; g < n_g; g += SC_THREADS / SC_WARP) {
+                float qq = 0.0f;
+                for (int e = (int) t.lane; e < d; e += SC_WARP) {
+                    qq += y[g * d + e] * y[g * d + e];
+                }
+                qq = sc_warp_sum(t, qq);
+                if (t.lane == 0) {
+                    flag[g] = qq < SC_HUGE;
+                }
             }
-            qq = sc_warp_sum(t, qq);
-            if (t.lane == 0) {
-                flag[g] = qq < SC_HUGE;
+            sc_sync(t);
+            for (int e = (int) t.id; e < d; e += SC_THREADS) {
+                for (int g = 0; g < n_g; ++g) {
+                    ask[e] += flag[g] ? y[g * d + e] * y[g * d + e] : 0.0f;
+                }
             }
-        }
-        sc_sync(t);
-        for (int e = (int) t.id; e < d; e += SC_THREADS) {
-            for (int g = 0; g < m.n_gqa; ++g) {
-                ask[e] += flag[g] ? y[g * d + e] * y[g * d + e] : 0.0f;
+            for (int g = 0; g < n_g; ++g) {
+                n_query += (float) flag[g];
             }
+            sc_sync(t);
         }
-        for (int g = 0; g < m.n_gqa; ++g) {
-            n_query += (float) flag[g];
-        }
-        sc_sync(t);
     }
     if (n_query > 0.0f) {
         pass_to_rms(t, m, (int) n_query, ask, buf);
@@ -549,7 +457,7 @@ SC_DEVICE void pass_frame(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
         unit += dev[e] * ask[e];
     }
     unit = sc_sqrt(sc_block_sum(t, unit, buf) / (float) d);
-    SC_GLOBAL sc_half * head = x.heads + h * pass_head_size(m);
+    SC_GLOBAL sc_half * head = x.heads + s.ih * pass_head_size(m);
     for (int e = (int) t.id; e < d; e += SC_THREADS) {
         const float scale = unit * sc_sqrt(dev[e] / ask[e]);
         head[e] = sc_f2h(mean[e]);
@@ -627,7 +535,7 @@ SC_DEVICE void pass_score(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     int n_before = 0;
     if (from < 0) {
         const int token = -1 - from;
-        const sc_i64 at = h * m.vote_head + x.cell[token];
+        const sc_i64 at = s.ih * m.vote_head + x.cell[token];
         n_before = x.n_voted[token];
         p4 += n_before > 0 ? x.vote_p4[at] : 0.0f;
         p1 += n_before > 0 ? x.vote_p[at] : 0.0f;
@@ -1192,7 +1100,7 @@ SC_DEVICE void pass_store(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     }
     SC_SHARED float *y = (SC_SHARED float *) sh, *nl = y + SC_ROWS * d_most;
     SC_SHARED int *rotated = (SC_SHARED int *) (nl + 16), *fresh = rotated + SC_ROWS;
-    SC_GLOBAL const sc_half *mean = x.heads + h * pass_head_size(m), *scale = mean + m.d_k;
+    SC_GLOBAL const sc_half *mean = x.heads + s.ih * pass_head_size(m), *scale = mean + m.d_k;
     sc_iq4_nl_table(t, nl);
     for (int kind = 0; kind < 2; ++kind) {
         const bool keys = kind == 0;
@@ -1261,7 +1169,7 @@ SC_DEVICE void pass_store_sinks(SC_THREAD const sc_tid & t, SC_CONST const pass_
     const pass_kv s = pass_kv_of(m, x, h);
     SC_SHARED float * y = (SC_SHARED float *) sh;
     SC_SHARED int * flag = (SC_SHARED int *) (y + SC_ROWS * d_most);
-    SC_GLOBAL sc_half * k = x.heads + h * pass_head_size(m) + 2 * m.d_k;
+    SC_GLOBAL sc_half * k = x.heads + s.ih * pass_head_size(m) + 2 * m.d_k;
     SC_GLOBAL sc_half * v = k + m.n_sink_max * m.d_k;
     for (int i0 = 0; i0 < m.n_sink; i0 += SC_ROWS) {
         const int n = m.n_sink - i0 < SC_ROWS ? m.n_sink - i0 : SC_ROWS;
@@ -1293,7 +1201,7 @@ SC_DEVICE void pass_replace(SC_THREAD const sc_tid & t, SC_CONST const pass_dims
     if (n <= 0) {
         return;
     }
-    const sc_i64 to = x.rows[h] + m.n_row_sink + m.n_sink + i0;
+    const sc_i64 to = x.rows[m.first_head + h] + m.n_row_sink + m.n_sink + i0;
     const sc_i64 k_size = sc_row_size(m.k_type, m.d_k), v_size = sc_row_size(m.v_type, m.d_v);
     for (sc_i64 c = 2 * t.id; c < n * k_size; c += 2 * SC_THREADS) {
         sc_put16(x.k + to * k_size + c, sc_u16(w.new_k + (at + i0) * k_size + c));
@@ -1311,7 +1219,7 @@ SC_DEVICE void pass_replace(SC_THREAD const sc_tid & t, SC_CONST const pass_dims
 SC_DEVICE void pass_set_counts(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
     SC_THREAD const pass_work & w) {
     if (t.id == 0) {
-        x.rows[m.n_head_kv + t.y] = m.n_row_sink + m.n_sink + w.n[4 * t.y + N_KEPT];
+        x.rows[m.n_head_kv + m.first_head + t.y] = m.n_row_sink + m.n_sink + w.n[4 * t.y + N_KEPT];
     }
 }
 

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include "sc-gpu-words.h"
 #include "sc-vec.h"
 
 #include <ucontext.h>
@@ -32,20 +33,6 @@ void AnnotateIgnoreWritesBegin(const char *, int);
 void AnnotateIgnoreWritesEnd(const char *, int);
 }
 #endif
-
-#define SC_DEVICE static inline
-#define SC_BOTH static inline
-#define SC_GLOBAL
-#define SC_SHARED
-#define SC_THREAD
-#define SC_CONST
-#define SC_UNROLL
-
-typedef unsigned int uint;
-typedef unsigned short ushort;
-typedef unsigned char uchar;
-typedef long long sc_i64;
-typedef uint16_t sc_half;
 
 struct sc_tid {
     uint id, lane, warp, x, y;

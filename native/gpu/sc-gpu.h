@@ -1,7 +1,5 @@
-// sc-gpu.h - one kernel source for CUDA, Metal and, for tests, the CPU: the few words in which they differ
+// sc-gpu.h - one kernel source for CUDA, Metal and, for tests, the CPU: the few functions in which they differ
 //
-//     SC_DEVICE, SC_BOTH                        a function that runs on the device, or on the host too
-//     SC_GLOBAL, SC_SHARED, SC_THREAD, SC_CONST address spaces of pointers and references
 //     sc_tid                                    who runs: id in the block, lane in the warp of SC_WARP, warp; x, y: the
 //                                               block
 //     sc_sync(t)                                barrier of the block
@@ -11,18 +9,9 @@
 
 #pragma once
 
+#include "sc-gpu-words.h"
+
 #if defined(__METAL_VERSION__)
-    #include <metal_stdlib>
-using namespace metal;
-    #define SC_DEVICE static inline
-    #define SC_BOTH static inline
-    #define SC_GLOBAL device
-    #define SC_SHARED threadgroup
-    #define SC_THREAD thread
-    #define SC_CONST constant
-    #define SC_UNROLL _Pragma("clang loop unroll(full)")
-typedef half sc_half;
-typedef long sc_i64;
 struct sc_tid {
     uint id, lane, warp, x, y;
 };
@@ -44,19 +33,6 @@ static inline ushort sc_h2bits(half x) { return as_type<ushort>(x); }
 static inline uint sc_float_bits(float x) { return as_type<uint>(x); }
 
 #elif defined(__CUDACC__)
-    #include <cuda_fp16.h>
-    #define SC_DEVICE static __device__ __forceinline__
-    #define SC_BOTH static __host__ __device__ inline
-    #define SC_GLOBAL
-    #define SC_SHARED
-    #define SC_THREAD
-    #define SC_CONST
-    #define SC_UNROLL _Pragma("unroll")
-typedef __half sc_half;
-typedef long long sc_i64;
-typedef unsigned int uint;
-typedef unsigned short ushort;
-typedef unsigned char uchar;
 struct sc_tid {
     uint id, lane, warp, x, y;
 };

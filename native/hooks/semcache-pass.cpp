@@ -13,14 +13,17 @@
 
 namespace {
 
-// The context's backend that computes on the CPU, set to the threads of a batch.
-ggml_backend_t cpu_backend(llama_context & lctx, int32_t n_threads) {
+// The context's backend of a device, or, of NULL, the one that computes on the CPU, set to this many threads.
+ggml_backend_t backend_of(llama_context & lctx, ggml_backend_dev_t dev, int32_t n_threads) {
     ggml_backend_sched_t sched = lctx.get_sched();
     for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
         ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
-        ggml_backend_dev_t dev = ggml_backend_get_device(backend);
-        if (dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
-            auto * reg = ggml_backend_dev_backend_reg(dev);
+        ggml_backend_dev_t its = ggml_backend_get_device(backend);
+        if (dev && its == dev) {
+            return backend;
+        }
+        if (!dev && its && ggml_backend_dev_type(its) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+            auto * reg = ggml_backend_dev_backend_reg(its);
             auto * set_n_threads =
                 (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
             if (set_n_threads) {
@@ -29,25 +32,37 @@ ggml_backend_t cpu_backend(llama_context & lctx, int32_t n_threads) {
             return backend;
         }
     }
-    throw semcache_error(SEMCACHE_ERR_STATE, "pass: expected a CPU backend, got none; build llama.cpp with one");
+    throw semcache_error(SEMCACHE_ERR_STATE, std::string("pass: expected a backend for ") +
+                                                 (dev ? ggml_backend_dev_name(dev) : "the CPU") +
+                                                 ", got none; build llama.cpp with one");
 }
 
-// One node for all layers, whose rows are in host memory: see llama_semcache_scope.
-template <typename T> void compute(llama_context & lctx, int32_t n_threads, ggml_prop_attn_kind kind, const T & task) {
-    const size_t size = ggml_graph_overhead_custom(8, false) + 2 * ggml_tensor_overhead() + sizeof(T) + 1024;
-    const ggml_context_ptr ctx(ggml_init({ size, nullptr, /*.no_alloc =*/false }));
+// A graph of one node, for all layers of a backend; rows: of one of them.
+void compute(ggml_backend_t backend, ggml_prop_attn_kind kind, const void * task, ggml_tensor * rows, int64_t serial) {
+    const size_t size = ggml_graph_overhead_custom(8, false) + ggml_tensor_overhead() + 1024;
+    const ggml_context_ptr ctx(ggml_init({ size, nullptr, /*.no_alloc =*/true }));
     if (!ctx) {
         throw std::bad_alloc();
     }
     ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), 8, false);
-    ggml_build_forward_expand(gf, ggml_prop_attn_task(ctx.get(), kind, &task, sizeof(task)));
-    const ggml_status status = ggml_backend_graph_compute(cpu_backend(lctx, n_threads), gf);
+    ggml_tensor * node = ggml_prop_attn_task(ctx.get(), kind, task, rows, (int32_t) serial);
+    ggml_backend_view_init(node);
+    ggml_build_forward_expand(gf, node);
+    const ggml_status status = ggml_backend_graph_compute(backend, gf);
     // an abort is looked for behind a node: this one has run, and the next graph stops
     if (status != GGML_STATUS_SUCCESS && status != GGML_STATUS_ABORTED) {
         throw semcache_error(SEMCACHE_ERR_STATE,
             std::string("pass: expected its graph to run, got ") + ggml_status_to_string(status) + "; see the log");
     }
 }
+
+// Jobs of all layers whose rows are in one device's memory, NULL: in the host's.
+struct device_jobs {
+    ggml_backend_dev_t dev;
+    ggml_backend_buffer_t work;
+    ggml_tensor * rows;
+    std::vector<semcache::pass_job> jobs;
+};
 
 // Scratch of every thread: thread i takes no job before the i-th, the largest come first.
 class thread_scratch {
@@ -56,9 +71,8 @@ public:
         std::vector<size_t> sizes(n_threads + 1);
         size_t most = 0;
         for (size_t i = jobs.size(); i-- > 0;) {
-            const semcache::pass_args & a = *jobs[i].layer;
-            const semcache::pass_sizes n = { pass_n_rows(a, plan, jobs[i].ih), plan.n_sink + plan.n_new, plan.n_voter };
-            most = std::max(most, semcache::pass_scratch_size(a.shape, n));
+            const semcache::pass_sizes n = { jobs[i].n_used + plan.n_token(), plan.n_sink + plan.n_new, plan.n_voter };
+            most = std::max(most, semcache::pass_scratch_size(jobs[i].layer->shape, n));
             if (i < (size_t) n_threads) {
                 sizes[i] = most;
             }
@@ -104,7 +118,7 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
         }
     }
     std::vector<semcache::pass_args> args;
-    std::vector<semcache::pass_job> jobs;
+    std::vector<device_jobs> devices;
     args.reserve(store.layers.size());
     for (const auto & l : store.layers) {
         args.push_back(store.args(l, v_trans, k_rotated()));
@@ -114,25 +128,32 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
             args.back().back = backs[l.rope].data();
             args.back().mean_turn = means[l.rope].data();
         }
+        ggml_backend_dev_t dev = store.device(l);
+        auto d = std::find_if(devices.begin(), devices.end(), [&](const device_jobs & d) { return d.dev == dev; });
+        if (d == devices.end()) {
+            d = devices.insert(d, { dev, store.work(l), l.rows, {} });
+        }
         for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
-            jobs.push_back({ &args.back(), ih });
+            d->jobs.push_back({ &args.back(), ih, l.row_count[ih], l.n_alloc(ih) });
         }
     }
-    std::stable_sort(jobs.begin(), jobs.end(),
-        [](const auto & a, const auto & b) { return a.layer->row_count[a.ih] > b.layer->row_count[b.ih]; });
-    std::vector<semcache::pass_result> results(jobs.size());
-    const thread_scratch scratch(jobs, next.plan, n_threads);
-
-    const semcache::pass_task task = { &next.plan, jobs.data(), (int32_t) jobs.size(), scratch.of.data(),
-        results.data() };
-    compute(lctx, n_threads, GGML_PROP_ATTN_PASS, task);
+    for (device_jobs & d : devices) {
+        std::stable_sort(d.jobs.begin(), d.jobs.end(),
+            [](const semcache::pass_job & a, const semcache::pass_job & b) { return a.n_used > b.n_used; });
+        const thread_scratch scratch(d.jobs, next.plan, d.dev ? 0 : n_threads);
+        std::vector<semcache::pass_result> results(d.jobs.size());
+        const semcache::pass_task task = { &next.plan, d.jobs.data(), (int32_t) d.jobs.size(), scratch.of.data(),
+            d.work ? (uint8_t *) ggml_backend_buffer_get_base(d.work) : nullptr,
+            d.work ? (int64_t) ggml_backend_buffer_get_size(d.work) : 0, results.data() };
+        compute(backend_of(lctx, d.dev, n_threads), GGML_PROP_ATTN_PASS, &task, d.rows, n_pass);
+        for (const semcache::pass_result & r : results) {
+            rows_merged += r.n_merged;
+            rows_dropped += r.n_dropped;
+        }
+    }
 
     for (auto & l : store.layers) {
         l.get_counts();
-    }
-    for (const semcache::pass_result & r : results) {
-        rows_merged += r.n_merged;
-        rows_dropped += r.n_dropped;
     }
     auto & cells = kv.v_cells[0];
     for (int32_t i = 0; i < next.n_stop; ++i) {
@@ -199,7 +220,8 @@ void llama_semcache::parts::calibrate_add() {
     const std::vector<double> portions = semcache::profile_parts();
     const semcache::calibrate_task task = { &cp, &portions, jobs.data(), (int32_t) jobs.size(), errors.data(),
         &failed };
-    compute(lctx, std::max(1, lctx.get_cparams().n_threads_batch), GGML_PROP_ATTN_CALIBRATE, task);
+    compute(backend_of(lctx, nullptr, std::max(1, lctx.get_cparams().n_threads_batch)), GGML_PROP_ATTN_CALIBRATE, &task,
+        store.layers[0].rows, 0);
     if (failed) {
         throw std::bad_alloc();
     }

@@ -151,12 +151,15 @@ bool has_prop_attn(ggml_backend_dev_t dev, const llama_hparams & h, uint32_t il,
     return ggml_backend_dev_supports_op(dev, op);
 }
 
-// Whether a device computes passes.
-bool has_pass(ggml_backend_dev_t dev) {
-    const ggml_context_ptr ctx(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/false }));
-    const semcache::pass_task task = {};
-    return ctx &&
-           ggml_backend_dev_supports_op(dev, ggml_prop_attn_task(ctx.get(), GGML_PROP_ATTN_PASS, &task, sizeof(task)));
+// Whether a device computes passes by this method.
+bool has_pass(ggml_backend_dev_t dev, const semcache_params & p) {
+    const ggml_context_ptr ctx(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
+    semcache::pass_plan plan = {};
+    plan.how = (semcache::method) p.method;
+    semcache::pass_task task = {};
+    task.plan = &plan;
+    return ctx && ggml_backend_dev_supports_op(dev, ggml_prop_attn_task(ctx.get(), GGML_PROP_ATTN_PASS, &task,
+                                                        ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1), 0));
 }
 
 } // namespace
@@ -206,8 +209,10 @@ llama_semcache_scope::llama_semcache_scope(llama_context & lctx, const llama_mod
     // rows that a device cannot attend to would be copied from it for every token: they stay where the CPU reads them
     for (uint32_t il = 0; cparams.offload_kqv && il < model.hparams.n_layer(); ++il) {
         ggml_backend_dev_t dev = model.dev_layer(il);
-        if (is_compressed(model.hparams, il) && !(has_prop_attn(dev, model.hparams, il, p) && has_pass(dev))) {
-            LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores, or no pass\n",
+        if (is_compressed(model.hparams, il) &&
+            (p.calibrate || !has_prop_attn(dev, model.hparams, il, p) || !has_pass(dev, p))) {
+            LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores, no pass, or no "
+                           "calibration\n",
                 __func__, ggml_backend_dev_name(dev));
             cparams.offload_kqv = false;
         }

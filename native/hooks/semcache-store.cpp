@@ -1,5 +1,6 @@
 #include "semcache-store.h"
 
+#include "gpu/pass-dims.h"
 #include "semcache-hooks.h"
 
 #include "llama-context.h"
@@ -222,7 +223,44 @@ void semcache_store::allocate(const llama_semcache_scope & scope, int64_t n_vote
         }
         LLAMA_LOG_INFO("%s: %10s core buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf.get()),
             ggml_backend_buffer_get_size(buf.get()) / 1024.0 / 1024.0);
+        if (!ggml_backend_buft_is_host(buft)) {
+            allocate_work(buft, n_vote_row);
+        }
     }
+}
+
+// Now, so that no pass can fail for want of it.
+void semcache_store::allocate_work(ggml_backend_buffer_type_t buft, int64_t n_vote_row) {
+    int64_t n_head = 0, size = 0;
+    for (const layer & l : layers) {
+        if (ggml_backend_buffer_get_type(l.k->buffer) != buft) {
+            continue;
+        }
+        int32_t n_alloc = 0;
+        for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
+            n_alloc = std::max(n_alloc, l.n_alloc(ih));
+        }
+        n_head += l.n_head_kv();
+        size = std::max(
+            size, semcache::device_work_size(args(l, false, false), n_alloc, params.n_stage, (int32_t) n_vote_row));
+    }
+    size += semcache::device_size<int32_t>(4 * n_head);
+    ggml_backend_buffer_t buf = ggml_backend_buft_alloc_buffer(buft, size);
+    if (!buf) {
+        throw semcache_error(SEMCACHE_ERR_MEMORY,
+            "compressed KV cache: expected " + std::to_string(size / 1024 / 1024) + " MiB in " +
+                ggml_backend_buft_name(buft) + " for its passes to work in, got none; lower n_ctx or the ratio");
+    }
+    works[buft].reset(buf);
+}
+
+ggml_backend_buffer_t semcache_store::work(const layer & l) const {
+    const auto it = works.find(ggml_backend_buffer_get_type(l.k->buffer));
+    return it == works.end() ? nullptr : it->second.get();
+}
+
+ggml_backend_dev_t semcache_store::device(const layer & l) const {
+    return work(l) ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(l.k->buffer)) : nullptr;
 }
 
 //
@@ -350,6 +388,9 @@ void semcache_store::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_
     for (const auto & [ctx, buf] : ctxs_bufs) {
         sizes[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
     }
+    for (const auto & [buft, buf] : works) {
+        sizes[buft] += ggml_backend_buffer_get_size(buf.get());
+    }
 }
 
 void semcache_store::stats(semcache_stats & s) const {
@@ -367,6 +408,9 @@ void semcache_store::stats(semcache_stats & s) const {
         for (const ggml_tensor * t : { l.s_use, l.origin, l.vote_p4, l.vote_p }) {
             s.meta_bytes += allocated(t);
         }
+    }
+    for (const auto & [buft, buf] : works) {
+        s.work_bytes += ggml_backend_buffer_get_size(buf.get());
     }
     s.full_bytes = full_bytes;
 }

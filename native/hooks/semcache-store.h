@@ -87,6 +87,10 @@ public:
     // No rows. The tensors must not be in use.
     void clear();
 
+    // Where a layer's rows are, and where its passes work if that is the memory of a device; else NULL.
+    ggml_backend_dev_t device(const layer & l) const;
+    ggml_backend_buffer_t work(const layer & l) const;
+
     // Takes away all cores of this chunk and behind it.
     void cut(int32_t chunk);
 
@@ -106,7 +110,9 @@ private:
         const std::vector<int32_t> & rows);
     void make_tensors(ggml_context * ctx, layer & l, int64_t n_vote_row) const;
     void allocate(const llama_semcache_scope & scope, int64_t n_vote_row);
+    void allocate_work(ggml_backend_buffer_type_t buft, int64_t n_vote_row);
 
     size_t full_bytes = 0;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> works; // of devices
 };

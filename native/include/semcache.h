@@ -116,6 +116,7 @@ struct semcache_stats {
     int64_t stage_bytes; // allocated: K and V of the stage in the compressed layers
     int64_t query_bytes; // allocated: ring of the queries since the last pass
     int64_t meta_bytes;  // allocated: scores and origins of the cores, votes on the stage
+    int64_t work_bytes;  // allocated: what passes work in, on devices; in host memory it is there while a pass runs
     int64_t full_bytes;  // what an uncompressed f16 cache would take for the compressed layers
 };
 

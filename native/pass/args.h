@@ -15,8 +15,13 @@ namespace semcache {
 constexpr int32_t VOTE_EVERY = 2;
 // Percent of a head's rows that go to the keys least like the others, whatever their score.
 constexpr int32_t DISTINCT = 50;
-// Rows are merged by the queries of about this many tokens: distances, biases and values.
-constexpr int32_t N_FIT = 32;
+// Rows are merged by this many queries of a head at the most, or those of one token more: distances, biases and values.
+constexpr int32_t N_FIT = 320;
+
+// Of the tokens that vote, every so many-th has queries that rows are merged by.
+constexpr int32_t fit_stride(int32_t n_voter, int32_t n_gqa) {
+    return n_voter > 0 ? (n_voter * n_gqa + N_FIT - 1) / N_FIT : 1;
+}
 
 struct head_shape {
     int32_t n_embd_head_k;

@@ -202,7 +202,7 @@ std::vector<double> output_errors(
             args.turn = pass.turn.data();
             args.n_rot = 2 * (int32_t) text.turns->inv_freq.size();
             args.neox = text.turns->neox;
-            const pass_sizes n = { pass_n_rows(args, pass.plan, ih), pass.plan.n_new, pass.plan.n_voter };
+            const pass_sizes n = { args.row_count[ih] + pass.plan.n_token(), pass.plan.n_new, pass.plan.n_voter };
             scratch.resize(std::max(scratch.size(), pass_scratch_size(args.shape, n) + arena::ALIGNMENT));
             compress_head(args, pass.plan, ih, arena::align(scratch.data()));
         }

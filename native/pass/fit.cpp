@@ -8,7 +8,7 @@ namespace semcache {
 
 fit_scratch::fit_scratch(arena & a, const head_shape & shape, const pass_sizes & n) {
     const int64_t n_cols = pad_to(n.n_rows, NR), ld = value_stride(shape), d = shape.n_embd_head_k;
-    const int64_t n_fit = (int64_t) std::min(n.n_voter, 2 * N_FIT) * shape.n_gqa;
+    const int64_t n_fit = std::min(n.n_voter * shape.n_gqa, N_FIT + shape.n_gqa);
     // a merged row has two members at least, one of them a loser
     const int64_t n_merged = pad_to(std::min(n.n_rows / 2, n.n_loser), NR);
     end = a.take<int32_t>(n_merged);

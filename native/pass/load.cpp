@@ -12,10 +12,8 @@ pass_rows::pass_rows(arena & a, const head_shape & shape, const pass_sizes & n) 
     q = a.take<float>((int64_t) n.n_voter * shape.n_gqa * shape.n_embd_head_k + NR);
 }
 
-int32_t fit_stride(const pass_plan & plan) { return std::max(1, plan.n_voter / N_FIT); }
-
 int32_t n_fit_query(const pass_head & h) {
-    const int32_t stride = fit_stride(h.plan);
+    const int32_t stride = fit_stride(h.plan.n_voter, h.a.shape.n_gqa);
     return (h.plan.n_voter + stride - 1) / stride * h.a.shape.n_gqa;
 }
 

@@ -21,8 +21,7 @@ struct pass_rows {
 // Floats from one value or output to the next: whole tiles, the rest is zero.
 inline int64_t value_stride(const head_shape & shape) { return pad_to(shape.n_embd_head_v, NR); }
 
-// Merged rows are fitted to the queries of every fit_stride-th voter, n_fit_query query rows in all.
-int32_t fit_stride(const pass_plan & plan);
+// Query rows that merged rows are fitted to, see fit_stride().
 int32_t n_fit_query(const pass_head & h);
 
 void load_rows(const pass_head & h, pass_rows & x);

@@ -48,7 +48,7 @@ pass_result compress_head(const pass_args & a, const pass_plan & plan, int32_t i
     load_rows(h, t.rows);
     make_frame(h, t.rows, t.frame);
     if (plan.how == method::semantic) {
-        load_queries(h, fit_stride(plan), t.rows);
+        load_queries(h, fit_stride(plan.n_voter, a.shape.n_gqa), t.rows);
         score_rows(h, t.rows, plan.merge && some_go, t.scores, t.score);
     } else if (evicts(plan.how)) {
         load_queries(h, 1, t.rows);

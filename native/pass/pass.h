@@ -13,11 +13,6 @@ namespace semcache {
 // Bytes of scratch for any head within these sizes, see pass_sizes.
 size_t pass_scratch_size(const head_shape & shape, const pass_sizes & n);
 
-// Rows of head ih that take part: candidates, sinks and window.
-inline int32_t pass_n_rows(const pass_args & a, const pass_plan & plan, int32_t ih) {
-    return a.row_count[ih] + plan.n_token();
-}
-
 // The whole pass of head ih, in place; writes its row count. Without candidates it only takes votes.
 pass_result compress_head(const pass_args & a, const pass_plan & plan, int32_t ih, uint8_t * scratch);
 

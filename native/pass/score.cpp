@@ -6,7 +6,7 @@ namespace semcache {
 
 pass_scores::pass_scores(arena & a, const head_shape & shape, const pass_sizes & n) {
     const int64_t n_cols = pad_to(n.n_rows, NR);
-    const int64_t n_fit = (int64_t) std::min(n.n_voter, 2 * N_FIT) * shape.n_gqa;
+    const int64_t n_fit = std::min(n.n_voter * shape.n_gqa, N_FIT + shape.n_gqa);
     s_use = a.take<float>(n_cols);
     w = a.take<float>(n_cols);
     s_dev = a.take<float>(n_cols);

@@ -12,6 +12,7 @@ namespace semcache {
 struct pass_job {
     const pass_args * layer;
     int32_t ih;
+    int32_t n_used, n_alloc; // the head's rows, as the host knows them
 };
 
 // A head is never split between threads, so that sums keep their order. Thread i takes no job before the i-th.
@@ -19,8 +20,10 @@ struct pass_task {
     const pass_plan * plan;
     const pass_job * jobs; // [n_job] the largest first
     int32_t n_job;
-    uint8_t * const * scratch; // [n_thread] for each thread's largest job
-    pass_result * results;     // [n_job]
+    uint8_t * const * scratch; // [n_thread] for each thread's largest job; of the CPU's
+    uint8_t * work;            // [n_work] memory of a device, see gpu/pass-dims.h; of a device's
+    int64_t n_work;
+    pass_result * results; // [n_job]
 };
 
 struct calibrate_job {

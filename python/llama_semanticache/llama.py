@@ -55,13 +55,15 @@ class KVStats:
     stage_bytes: int = 0  # K and V of the stage
     query_bytes: int = 0  # queries of the tokens since the last pass
     meta_bytes: int = 0  # scores and chunks of the cores, votes on the stage
+    work_bytes: int = 0  # what passes work in, on a card
     other_bytes: int = 0  # caches of layers that are not compressed
     full_bytes: int = 0  # an uncompressed f16 cache of all layers
 
     @property
     def total_bytes(self) -> int:
         """Bytes allocated for the KV cache of all layers."""
-        return self.core_bytes + self.stage_bytes + self.query_bytes + self.meta_bytes + self.other_bytes
+        compressed = self.core_bytes + self.stage_bytes + self.query_bytes + self.meta_bytes + self.work_bytes
+        return compressed + self.other_bytes
 
     @property
     def compression_factor(self) -> float:
@@ -259,7 +261,7 @@ class Llama(llama_cpp.Llama):
                 full_bytes=kv_bytes,
             )
         s = self._native_stats()
-        other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes - s.meta_bytes
+        other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes - s.meta_bytes - s.work_bytes
         return KVStats(
             kv_compress=self.kv_compress,
             n_ctx=s.n_ctx,
@@ -275,6 +277,7 @@ class Llama(llama_cpp.Llama):
             stage_bytes=s.stage_bytes,
             query_bytes=s.query_bytes,
             meta_bytes=s.meta_bytes,
+            work_bytes=s.work_bytes,
             other_bytes=other,
             full_bytes=s.full_bytes + other,
         )

@@ -141,7 +141,7 @@ CASES = (
         seed=2**64 - 500,
         outliers=True,
     ),
-    Case("no-rope-gqa1-stride", d_k=32, d_v=32, gqa=1, n_rot=0, n_new=190, n_win=11, budget=50),
+    Case("no-rope-gqa1", d_k=32, d_v=32, gqa=1, n_rot=0, n_new=190, n_win=11, budget=50),
     Case(
         "partial-rope-d80",
         d_k=80,

@@ -328,7 +328,7 @@ struct pass_call {
     // Exactly what a pass over this head and stage needs, so that a sanitizer sees every step beyond.
     size_t scratch_size() const {
         const int32_t n_loser = h.n_used + plan.n_sink + plan.n_new - h.n_alloc;
-        return pass_scratch_size(h.shape, { pass_n_rows(args, plan, ih), std::max(0, n_loser), plan.n_voter });
+        return pass_scratch_size(h.shape, { h.n_used + plan.n_token(), std::max(0, n_loser), plan.n_voter });
     }
 
     pass_result run() {

@@ -190,7 +190,7 @@ void check_case(const golden & g, const std::string & name, bool first, const la
         pass_scores scores(a, shape, n);
         score_scratch scratch(a, shape, n);
         load_rows(head, rows);
-        load_queries(head, fit_stride(call.plan), rows);
+        load_queries(head, fit_stride(call.plan.n_voter, call.args.shape.n_gqa), rows);
         score_rows(head, rows, false, scores, scratch);
         for (int32_t i = 0; i < g.n_stage(); ++i) {
             const token_votes got = fresh.votes_of(t.n_sink + i);

@@ -408,8 +408,7 @@ def test_merged_rows_receive_the_mass_of_their_members(seed, softcap, n_new):
     inp = random_input(seed, n_new=n_new)
     params = params_for(inp, n_new // 2, softcap=softcap)
     result = ref.compress_head(inp, params)
-    q = ref.look_ahead(inp, params)[:: max(1, (n_new + 8) // ref.N_FIT)]
-    q = q.reshape(-1, 16)
+    q = ref.fitted_queries(ref.look_ahead(inp, params))
     x = ref.logits(q, inp.k, params.scale, softcap) + inp.bias
     z = np.log(np.sum(np.exp(x), axis=1))
     p = np.exp(x - z[:, None])[:, inp.cand]

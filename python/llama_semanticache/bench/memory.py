@@ -84,6 +84,7 @@ def fill(options: dict[str, Any], fraction: float) -> dict[str, Any]:
         "stage_bytes": stats.stage_bytes,
         "query_bytes": stats.query_bytes,
         "meta_bytes": stats.meta_bytes,
+        "work_bytes": stats.work_bytes,
         "resident_loaded": loaded - before,
         "resident_steady": steady - before,
         "resident_peak": max(peak.bytes, steady) - before,
@@ -128,6 +129,7 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "stage",
         "queries",
         "meta",
+        "work",
         "other",
         "resident MiB after loading",
         "after tokens",
@@ -142,6 +144,7 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         base = run["records"].get(f"memory|{BASE}|{n_ctx}", r)
 
         ours = [r[key] for key in ("core_bytes", "stage_bytes", "query_bytes", "meta_bytes")]
+        ours.append(r.get("work_bytes", 0))  # not in files of earlier versions
         parts = [f"{n / 2**20:.1f}" if r["core_bytes"] else "" for n in (*ours, r["kv_bytes"] - sum(ours))]
         resident = [
             _mib(r["resident_loaded"]),

@@ -38,8 +38,8 @@ VOTE_EVERY = 2
 DISTINCT = 50
 """Percent of a head's rows that go to the keys least like the others, whatever their score."""
 
-N_FIT = 32
-"""Rows are merged by the queries of about this many tokens."""
+N_FIT = 320
+"""Rows are merged by this many queries of a head at the most, or those of one token more."""
 
 
 _ROW_DTYPES = {
@@ -425,9 +425,10 @@ def choose_winners(value, budget: int) -> np.ndarray:
 
 
 def fitted_queries(q) -> np.ndarray:
-    """Queries that rows are merged by, those of about `N_FIT` tokens: of the tokens 0, s, 2 s, ... with s = max(1, n_q
-    // N_FIT), a line per query head; shapes [n_q, gqa, d_k] -> [n, d_k]."""
-    return q[:: max(1, len(q) // N_FIT)].reshape(-1, q.shape[-1])
+    """Queries that rows are merged by, a line per query head: those of the tokens 0, s, 2 s, ... with s = n_q gqa /
+    N_FIT, rounded up; shapes [n_q, gqa, d_k] -> [n, d_k]."""
+    n_q, gqa, d_k = q.shape
+    return q[:: max(1, -(-n_q * gqa // N_FIT))].reshape(-1, d_k)
 
 
 def query_metric(q) -> np.ndarray:

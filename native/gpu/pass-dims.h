@@ -1,0 +1,90 @@
+// pass-dims.h - what a device is told of a pass, from what the host knows, and the memory that it takes there
+//
+// The memory holds, each aligned: counts of every head, the plan's arrays, the tables of one layer, and the work of as
+// many heads of a layer as fit.
+
+#pragma once
+
+#include "pass-work.h"
+#include "pass/task.h"
+
+#include <algorithm>
+
+namespace semcache {
+
+// Heads are worked on at once as long as they take no more than this; one is, whatever it takes.
+constexpr int64_t DEVICE_WORK = 64 << 20;
+
+// All but ld, n_merged, first_head and n_head_work.
+inline pass_dims device_dims(const pass_args & a, const pass_plan & p) {
+    pass_dims m = {};
+    m.d_k = a.shape.n_embd_head_k;
+    m.d_v = a.shape.n_embd_head_v;
+    m.n_gqa = a.shape.n_gqa;
+    m.n_head_kv = a.n_head_kv;
+    m.scale = a.shape.scale;
+    m.softcap = a.shape.softcap;
+    m.k_type = (int) a.k_type;
+    m.v_type = (int) a.v_type;
+    m.k_cell_type = (int) a.k_cell_type;
+    m.v_cell_type = (int) a.v_cell_type;
+    m.q_type = (int) a.q_type;
+    m.k_rotated = a.k_rotated;
+    m.n_row = a.n_row;
+    m.n_sink_max = a.n_sink;
+    m.n_row_sink = p.n_row_sink;
+    m.n_sink = p.n_sink;
+    m.n_new = p.n_new;
+    m.n_window = p.n_window;
+    m.n_voter = p.n_voter;
+    m.n_full = p.n_full;
+    m.stride = fit_stride(p.n_voter, a.shape.n_gqa);
+    m.merge = p.merge;
+    m.distinct = p.distinct;
+    m.makes_frame = a.makes_frame;
+    m.n_rot = a.n_rot;
+    m.neox = a.neox;
+    m.n_q_layer = a.n_q_layer;
+    m.has_weight = a.q_weight != nullptr;
+    m.k_head = a.k_head;
+    m.k_cell = a.k_cell;
+    m.v_head = a.v_head;
+    m.v_cell = a.v_cell;
+    m.v_elem = a.v_elem;
+    m.q_row = a.q_row;
+    m.vote_head = a.vote_head;
+    return m;
+}
+
+// Bytes of an array in device memory.
+template <typename T> int64_t device_size(int64_t n) {
+    return ((int64_t) sizeof(T) * n + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
+}
+
+// Bytes of the plan's arrays, and of a layer's tables; for a pass that makes frames at the most.
+inline int64_t device_plan_size(const pass_plan & p) {
+    return 2 * device_size<int32_t>(p.n_token()) + device_size<int32_t>(p.n_new) + device_size<int32_t>(p.n_voter);
+}
+inline int64_t device_table_size(const pass_args & a, const pass_plan & p) {
+    return device_size<float>((int64_t) p.n_voter * a.n_rot) + device_size<float>((int64_t) p.n_token() * a.n_rot) +
+           device_size<float>(a.n_rot) + device_size<float>((int64_t) a.n_q_layer * a.shape.n_embd_head_k);
+}
+
+// The largest pass over a layer: n_alloc rows of its largest head are in use, and n_token tokens all leave the stage,
+// n_voter of which vote.
+inline int64_t device_work_size(const pass_args & a, int32_t n_alloc, int32_t n_token, int32_t n_voter) {
+    pass_plan p = {};
+    p.n_new = n_token;
+    p.n_voter = n_voter;
+    pass_dims m = device_dims(a, p);
+    const int n_fit = std::min(n_voter, N_FIT / m.n_gqa + 1); // fewer voters may have more that are fitted to
+    m.stride = std::max(1, n_voter / std::max(1, n_fit));
+    m.ld = n_alloc + n_token;
+    m.n_merged = pass_n_merged(m.ld, n_token);
+    m.n_head_work = 1;
+    const int64_t one = pass_work_size(m);
+    m.n_head_work = (int) std::clamp<int64_t>(DEVICE_WORK / one, 1, m.n_head_kv);
+    return device_plan_size(p) + device_table_size(a, p) + pass_work_size(m);
+}
+
+} // namespace semcache

@@ -1,0 +1,120 @@
+// run-attn.h - the host's side of attention on a device, the same for all of them
+//
+// A device D has besides, see run-pass.h:
+//
+//     n_block()                     blocks that it runs at once, about
+//     attn_part<D, NQ>(n_part, n_group, a, x, work), attn_reduce<D>(n, a, x, work, dst)    launch kernels of prop-attn.h
+//     attn_work(n)                  n floats of its memory until the operation is over
+
+#pragma once
+
+#include "ggml-impl.h"
+#include "ggml-prop-attn.h"
+#include "pass/task.h"
+#include "prop-attn.h"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace semcache {
+
+// -1: not for the kernels.
+inline int device_type(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F16: return SC_F16;
+        case GGML_TYPE_Q8_0: return SC_Q8_0;
+        case GGML_TYPE_Q5_0: return SC_Q5_0;
+        case GGML_TYPE_Q4_0: return SC_Q4_0;
+        case GGML_TYPE_IQ4_NL: return SC_IQ4_NL;
+        default: return -1;
+    }
+}
+
+// Calls f(head size, query rows of a block) with both as constants: as many rows as n_query fill, within what a block
+// may share. False if there are no kernels for heads of d values.
+template <int D, int NQ, typename F> void device_queries(int n_query, F && f) {
+    if (n_query > NQ / 2) {
+        f(std::integral_constant<int, D>(), std::integral_constant<int, NQ>());
+    } else if (n_query > 1) {
+        f(std::integral_constant<int, D>(), std::integral_constant<int, NQ / 2>());
+    } else {
+        f(std::integral_constant<int, D>(), std::integral_constant<int, 1>());
+    }
+}
+template <typename F> bool device_head(int64_t d, int n_query, F && f) {
+    switch (d) {
+        case 64: device_queries<64, 8>(n_query, f); return true;
+        case 80: device_queries<80, 8>(n_query, f); return true;
+        case 96: device_queries<96, 8>(n_query, f); return true;
+        case 112: device_queries<112, 8>(n_query, f); return true;
+        case 128: device_queries<128, 8>(n_query, f); return true;
+        case 192: device_queries<192, 4>(n_query, f); return true;
+        case 256: device_queries<256, 4>(n_query, f); return true;
+        default: return false;
+    }
+}
+
+// Whether the kernels compute this node: attention of a cache that is not transposed, and passes by our own method.
+inline bool device_supports(const ggml_tensor * op) {
+    switch (ggml_prop_attn_get_kind(op)) {
+        case GGML_PROP_ATTN_ATTEND: {
+            const ggml_tensor *q = op->src[GGML_PROP_ATTN_Q], *v = op->src[GGML_PROP_ATTN_V],
+                              *core_v = op->src[GGML_PROP_ATTN_CORE_V];
+            return q->ne[0] == core_v->ne[0] && v->nb[1] <= v->nb[2] &&
+                   device_head(q->ne[0], 1, [](auto, auto) {});
+        }
+        case GGML_PROP_ATTN_PASS: {
+            const pass_task * task = (const pass_task *) ggml_prop_attn_get_task(op);
+            return task->plan->how == method::semantic;
+        }
+        default: return false;
+    }
+}
+
+inline prop_attn_args device_attn_args(const ggml_tensor * dst) {
+    const ggml_tensor *q = dst->src[GGML_PROP_ATTN_Q], *k = dst->src[GGML_PROP_ATTN_K], *v = dst->src[GGML_PROP_ATTN_V];
+    const ggml_tensor *mask = dst->src[GGML_PROP_ATTN_MASK], *core_v = dst->src[GGML_PROP_ATTN_CORE_V];
+    prop_attn_args a = {};
+    a.n_head = (int) q->ne[1];
+    a.n_head_kv = (int) k->ne[1];
+    a.n_tokens = (int) q->ne[2];
+    a.n_kv = (int) k->ne[2];
+    a.n_sink = (int) ggml_prop_attn_n_sink(q->ne[0], core_v->ne[0], dst->src[GGML_PROP_ATTN_HEADS]);
+    a.k_type = device_type(dst->src[GGML_PROP_ATTN_CORE_K]->type);
+    a.v_type = device_type(core_v->type);
+    a.k_cell_type = device_type(k->type);
+    a.v_cell_type = device_type(v->type);
+    a.scale = ggml_get_op_params_f32(dst, 1);
+    a.softcap = ggml_get_op_params_f32(dst, 2);
+    a.k_rotated = ggml_get_op_params_i32(dst, 3);
+    a.mask_f16 = mask->type == GGML_TYPE_F16;
+    a.has_sinks = dst->src[GGML_PROP_ATTN_SINKS] != nullptr;
+    a.q_head = (sc_i64) (q->nb[1] / sizeof(float));
+    a.q_token = (sc_i64) (q->nb[2] / sizeof(float));
+    a.k_head = (sc_i64) k->nb[1];
+    a.k_cell = (sc_i64) k->nb[2];
+    a.v_head = (sc_i64) v->nb[1];
+    a.v_cell = (sc_i64) v->nb[2];
+    a.mask_token = (sc_i64) (mask->nb[1] / ggml_type_size(mask->type));
+    return a;
+}
+
+template <typename D> void device_attend(D & dev, const ggml_tensor * dst) {
+    auto data = [&](ggml_prop_attn_src i) { return dst->src[i] ? dst->src[i]->data : nullptr; };
+    const prop_attn_src x = { (const float *) data(GGML_PROP_ATTN_Q), (const uchar *) data(GGML_PROP_ATTN_K),
+        (const uchar *) data(GGML_PROP_ATTN_V), (const uchar *) data(GGML_PROP_ATTN_MASK),
+        (const uchar *) data(GGML_PROP_ATTN_CORE_K), (const uchar *) data(GGML_PROP_ATTN_CORE_V),
+        (const sc_half *) data(GGML_PROP_ATTN_BIAS), (const sc_half *) data(GGML_PROP_ATTN_HEADS),
+        (const int *) data(GGML_PROP_ATTN_ROWS), (const float *) data(GGML_PROP_ATTN_SINKS) };
+    prop_attn_args a = device_attn_args(dst);
+    const int n_query = a.n_head / a.n_head_kv * a.n_tokens;
+    device_head(dst->src[GGML_PROP_ATTN_Q]->ne[0], n_query, [&](auto d, auto nq) {
+        const int n_group = (n_query + nq - 1) / nq;
+        a.n_part = std::max(1, (dev.n_block() + n_group - 1) / n_group);
+        float * work = dev.attn_work((size_t) a.n_part * a.n_tokens * a.n_head * (d + 2));
+        dev.template attn_part<d, nq>(a.n_part, n_group, a, x, work);
+        dev.template attn_reduce<d>(a.n_head * a.n_tokens, a, x, work, (float *) dst->data);
+    });
+}
+
+} // namespace semcache

@@ -22,7 +22,8 @@ demo: build
 
 test: build stock
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
-	LLAMA_SEMANTICACHE_STOCK_LIB=$(abspath $(STOCK))/bin LLAMA_SEMANTICACHE_ARCHS=$(abspath $(ARCHS)) $(BIN)/python -m pytest
+	LLAMA_SEMANTICACHE_STOCK_LIB=$(abspath $(STOCK))/bin LLAMA_SEMANTICACHE_ARCHS=$(abspath $(ARCHS)) \
+	    LLAMA_SEMANTICACHE_CARD=$(abspath $(BUILD))/libcard.so $(BIN)/python -m pytest
 
 # mypy reads the types of the packages that are installed, hence the build.
 lint: $(VENV)/.lint $(VENV)/.installed

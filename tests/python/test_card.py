@@ -1,0 +1,179 @@
+"""The way over a card, on one made of the CPU (tests/card): nobody but its backend can touch its memory.
+
+Each test is a function of this file that runs in a process of its own, since a backend cannot be taken out again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny_models
+from conftest import EXACT, built_by_make, kl, random_tokens
+from llama_semanticache import Llama, StateError
+
+GB = 1 << 30
+N_CTX = 512
+OPTIONS = dict(n_ctx=N_CTX, kv_compress="semanticache", kv_ratio=0.25, kv_profile=None, kv_stage=96, kv_window=12)
+OPTIONS |= dict(n_batch=80, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+TOKENS = random_tokens(300)
+
+
+class Card:
+    def __init__(self, n_bytes: int = GB) -> None:
+        self.lib = ctypes.CDLL(os.environ["LLAMA_SEMANTICACHE_CARD"])
+        for name in ("card_allocated", "card_attended", "card_passed"):
+            getattr(self.lib, name).restype = ctypes.c_int64
+        self.lib.card_register.argtypes = [ctypes.c_size_t]
+        self.lib.card_register(n_bytes)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes."""
+        return self.lib.card_allocated()
+
+    @property
+    def passed(self) -> int:
+        """Nodes of passes so far."""
+        return self.lib.card_passed()
+
+    @property
+    def attended(self) -> int:
+        return self.lib.card_attended()
+
+
+def model(folder: Path, arch: str = "llama", **options) -> str:
+    shape = dict(n_head=4, n_head_kv=2, n_embd_head=64)
+    return str(tiny_models.write_tiny(folder / f"{arch}.gguf", arch, **{**shape, **options}))
+
+
+def read(path: str, tokens=TOKENS, **options) -> tuple[Llama, np.ndarray]:
+    llm = Llama(path, **{**OPTIONS, **options})
+    llm.eval(tokens)
+    return llm, llm.scores[: len(tokens)].copy()
+
+
+# ---- in a process of its own
+
+
+def exact_rows_are_the_cpus(folder: Path) -> None:
+    """Merged, dropped and attended to as by the CPU, to float32; the card holds what kv_stats() says."""
+    path, card = model(folder), Card()
+    cpu, want = read(path, **EXACT)
+    empty = card.allocated
+    llm, got = read(path, **EXACT, n_gpu_layers=-1)
+    assert card.passed == llm.kv_stats().n_pass >= 3 and card.attended > 0
+    np.testing.assert_allclose(got, want, atol=2e-3)
+    stats, other = llm.kv_stats(), cpu.kv_stats()
+    assert (stats.rows_merged, stats.rows_dropped) == (other.rows_merged, other.rows_dropped)
+    assert stats.rows_merged > 100 and llm.kv_rows() == cpu.kv_rows()
+    padding = 2 * 10 * 128  # of the tensors of two layers, at the most
+    assert 0 <= stats.total_bytes - stats.work_bytes - other.total_bytes <= padding
+    assert other.work_bytes == 0 < stats.work_bytes
+    weights_and_graph = Path(path).stat().st_size + (64 << 20)
+    assert stats.total_bytes <= card.allocated - empty < stats.total_bytes + weights_and_graph
+
+
+def quantized_rows_are_nearly_the_cpus(folder: Path) -> None:
+    """Rounding flips some choices between rows that are worth about as much."""
+    path, card = model(folder), Card()
+    _, want = read(path)
+    llm, got = read(path, n_gpu_layers=-1)
+    assert card.passed == llm.kv_stats().n_pass >= 3
+    divergence = kl(want, got)
+    assert divergence.mean() < 5e-3, divergence.mean()
+
+
+def a_state_is_the_same_on_the_card(folder: Path) -> None:
+    """Saved on a card and restored to it, and to the CPU; cut; emptied."""
+    path, card = model(folder), Card()
+    llm, _ = read(path, **EXACT, n_gpu_layers=-1)
+    assert card.passed > 0
+    state, rows = llm.save_state(), llm.kv_rows()
+    more = random_tokens(60, seed=1)
+    llm.eval(more)
+    want = llm.scores[len(TOKENS) : len(TOKENS) + len(more)].copy()
+    llm.load_state(state)
+    assert llm.kv_rows() == rows
+    llm.eval(more)
+    np.testing.assert_allclose(llm.scores[len(TOKENS) : len(TOKENS) + len(more)], want, atol=1e-6)
+
+    cpu, _ = read(path, tokens=TOKENS[:10], **EXACT)
+    cpu.load_state(state)
+    assert cpu.kv_rows() == rows
+    cpu.eval(more)
+    np.testing.assert_allclose(cpu.scores[len(TOKENS) : len(TOKENS) + len(more)], want, atol=2e-3)
+
+    for each in (llm, cpu):
+        each.load_state(state)
+        each.n_tokens = each._floor(200)
+        assert each._ctx.kv_cache_seq_rm(-1, each.n_tokens, -1)
+    assert 0 < llm.n_tokens == cpu.n_tokens <= 200 and llm.kv_rows() == cpu.kv_rows() != rows
+    llm.reset()
+    llm.eval(TOKENS[:50])
+    assert sum(used for *_, used in llm.kv_rows()) == 0 and llm.kv_stats().n_tokens == 50
+
+
+def layers_lie_where_they_are_computed(folder: Path) -> None:
+    """Of three layers two on the card: a pass of each kind, and the same logits."""
+    path, card = model(folder, n_layer=3), Card()
+    cpu, want = read(path, **EXACT)
+    llm, got = read(path, **EXACT, n_gpu_layers=3)  # the output counts as one
+    assert card.passed == llm.kv_stats().n_pass >= 3
+    np.testing.assert_allclose(got, want, atol=2e-3)
+    assert llm.kv_rows() == cpu.kv_rows()
+
+
+def what_the_kernels_do_not_compute_stays_with_the_cpu(folder: Path) -> None:
+    """Heads of 16, methods of others, and a cache that is to stay in host memory: the CPU's results to the bit."""
+    card = Card()
+    small, large = model(folder, n_embd_head=16), model(folder, "qwen3", n_embd_head=64)
+    for path, options in (
+        (small, {}),
+        (large, dict(kv_compress="keydiff")),
+        (large, dict(offload_kqv=False)),
+    ):
+        _, want = read(path, **options)
+        llm, got = read(path, **options, n_gpu_layers=-1)
+        assert llm.kv_stats().n_pass >= 3 and llm.kv_stats().work_bytes == 0
+        np.testing.assert_array_equal(got, want)
+    assert card.passed == card.attended == 0
+
+
+def a_card_that_is_full_is_an_error(folder: Path) -> None:
+    """At loading, before anything is read."""
+    path = model(folder)
+    n_weights = Path(path).stat().st_size
+    Card(n_weights + (64 << 10))
+    with pytest.raises(StateError, match=r"expected \d+ MiB in Card.*, got none; lower n_ctx or the ratio"):
+        read(path, n_gpu_layers=-1, n_ctx=4096)
+
+
+CHECKS = [
+    exact_rows_are_the_cpus,
+    quantized_rows_are_nearly_the_cpus,
+    a_state_is_the_same_on_the_card,
+    layers_lie_where_they_are_computed,
+    what_the_kernels_do_not_compute_stays_with_the_cpu,
+    a_card_that_is_full_is_an_error,
+]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the card's fibers and its memory are Linux'")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_on_the_card(check, tmp_path):
+    built_by_make("LLAMA_SEMANTICACHE_CARD", "the card of tests/card")
+    command = [sys.executable, "-W", "ignore::UserWarning", __file__, check.__name__, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, re.sub(r"\n{2,}", "\n", done.stdout + done.stderr)[-4000:]
+
+
+if __name__ == "__main__":
+    next(check for check in CHECKS if check.__name__ == sys.argv[1])(Path(sys.argv[2]))

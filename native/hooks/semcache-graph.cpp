@@ -148,7 +148,7 @@ ggml_tensor * semcache_build_attn(const llm_graph_context & graph, ggml_tensor *
 
     ggml_tensor * cur = ggml_prop_attn(ctx, q, k, v, kq_mask, l->k, l->v, l->bias, l->rows, l->heads, sinks, kq_scale,
         l->shape.softcap, own->k_rotated());
-    if (!own->store.work(*l)) { // else a card that has the queries would have all rows copied to it
+    if (own->store.in_host_memory(*l)) { // else a card that has the queries would have all rows copied to it
         ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu);
     }
     ggml_build_forward_expand(graph.gf, cur);

@@ -10,6 +10,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <list>
+#include <memory>
 
 namespace {
 
@@ -56,14 +59,6 @@ void compute(ggml_backend_t backend, ggml_prop_attn_kind kind, const void * task
     }
 }
 
-// Jobs of all layers whose rows are in one device's memory, NULL: in the host's.
-struct device_jobs {
-    ggml_backend_dev_t dev;
-    ggml_backend_buffer_t work;
-    ggml_tensor * rows;
-    std::vector<semcache::pass_job> jobs;
-};
-
 // Scratch of every thread: thread i takes no job before the i-th, the largest come first.
 class thread_scratch {
 public:
@@ -95,6 +90,82 @@ private:
     std::unique_ptr<uint8_t[]> memory;
 };
 
+// A layer whose rows are on a device that computes no passes, copied to host memory for one.
+class host_layer {
+public:
+    explicit host_layer(const semcache_store::layer & of) : l(of), of(of) {
+        ctx.reset(ggml_init({ (std::size(READ) + std::size(WRITTEN)) * ggml_tensor_overhead(), nullptr, true }));
+        if (!ctx) {
+            throw std::bad_alloc();
+        }
+        for_all([&](auto t) { l.*t = ggml_dup_tensor(ctx.get(), of.*t); });
+        buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type()));
+        if (!buf) {
+            throw std::bad_alloc();
+        }
+        for_all([&](auto t) { ggml_backend_tensor_get(of.*t, (l.*t)->data, 0, ggml_nbytes(of.*t)); });
+    }
+
+    void put_back() const {
+        for (auto t : WRITTEN) {
+            ggml_backend_tensor_set(of.*t, (l.*t)->data, 0, ggml_nbytes(of.*t));
+        }
+    }
+
+    semcache_store::layer l;
+
+private:
+    typedef semcache_store::layer layer;
+    static constexpr ggml_tensor * layer::* READ[] = { &layer::k_stage, &layer::v_stage, &layer::q };
+    static constexpr ggml_tensor * layer::* WRITTEN[] = { &layer::k, &layer::v, &layer::bias, &layer::s_use,
+        &layer::origin, &layer::heads, &layer::rows, &layer::vote_p4, &layer::vote_p };
+
+    template <typename F> void for_all(F && f) {
+        std::for_each(std::begin(READ), std::end(READ), f);
+        std::for_each(std::begin(WRITTEN), std::end(WRITTEN), f);
+    }
+
+    const semcache_store::layer & of;
+    ggml_context_ptr ctx;
+    ggml_backend_buffer_ptr buf;
+};
+
+// A pass over the layers whose rows are in one device's memory, or in the host's.
+class device_pass {
+public:
+    device_pass(ggml_backend_t backend, ggml_backend_buffer_t work, ggml_tensor * rows) :
+        backend(backend), work(work), rows(rows) {}
+
+    const ggml_backend_t backend;
+
+    void add(const semcache_store::layer & l, const semcache::pass_args & a) {
+        for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
+            jobs.push_back({ &a, ih, l.row_count[ih], l.n_alloc(ih) });
+        }
+    }
+
+    // All memory that it needs.
+    void prepare(const semcache::pass_plan & plan, int32_t n_threads) {
+        std::stable_sort(jobs.begin(), jobs.end(), [](const auto & a, const auto & b) { return a.n_used > b.n_used; });
+        results.resize(jobs.size());
+        scratch = std::make_unique<thread_scratch>(jobs, plan, work ? 0 : n_threads);
+        task = { &plan, jobs.data(), (int32_t) jobs.size(), scratch->of.data(),
+            work ? (uint8_t *) ggml_backend_buffer_get_base(work) : nullptr,
+            work ? (int64_t) ggml_backend_buffer_get_size(work) : 0, results.data() };
+    }
+
+    void run(int64_t serial) const { compute(backend, GGML_PROP_ATTN_PASS, &task, rows, serial); }
+
+    std::vector<semcache::pass_result> results;
+
+private:
+    ggml_backend_buffer_t work;
+    ggml_tensor * rows;
+    std::vector<semcache::pass_job> jobs;
+    std::unique_ptr<thread_scratch> scratch;
+    semcache::pass_task task = {};
+};
+
 } // namespace
 
 void llama_semcache::parts::run_pass(int32_t n_room) {
@@ -103,7 +174,7 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
     const int32_t n_threads = std::clamp(lctx.get_cparams().n_threads_batch, 1, (int32_t) store.n_head_kv());
     semcache::planned_pass next = time.plan(collect(), n_room);
 
-    // whatever can fail comes before the graph runs
+    // whatever can fail comes before a graph runs
     const bool makes_frames = !time.has_cores() && next.n_stop > 0 && store.params.type_k != GGML_TYPE_F16;
     std::vector<int64_t> back; // to position 0
     for (int32_t i = 0; makes_frames && i < next.tokens.n(); ++i) {
@@ -117,41 +188,42 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
             store.ropes[i].mean_table(next.pos_begin, n_ctx, means[i]);
         }
     }
-    std::vector<semcache::pass_args> args;
-    std::vector<device_jobs> devices;
-    args.reserve(store.layers.size());
+    std::list<host_layer> copies;
+    std::list<semcache::pass_args> args;
+    std::list<device_pass> passes;
     for (const auto & l : store.layers) {
-        args.push_back(store.args(l, v_trans, k_rotated()));
-        args.back().turn = turns[l.rope].data();
-        args.back().makes_frame = makes_frames;
+        ggml_backend_buffer_t work = store.work(l);
+        const bool is_copy = !work && !store.in_host_memory(l);
+        const semcache_store::layer & here = is_copy ? copies.emplace_back(l).l : l;
+        semcache::pass_args & a = args.emplace_back(store.args(here, v_trans, k_rotated()));
+        a.turn = turns[l.rope].data();
+        a.makes_frame = makes_frames;
         if (makes_frames) {
-            args.back().back = backs[l.rope].data();
-            args.back().mean_turn = means[l.rope].data();
+            a.back = backs[l.rope].data();
+            a.mean_turn = means[l.rope].data();
         }
-        ggml_backend_dev_t dev = store.device(l);
-        auto d = std::find_if(devices.begin(), devices.end(), [&](const device_jobs & d) { return d.dev == dev; });
-        if (d == devices.end()) {
-            d = devices.insert(d, { dev, store.work(l), l.rows, {} });
+        ggml_backend_dev_t dev = work ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(work)) : nullptr;
+        ggml_backend_t backend = backend_of(lctx, dev, n_threads);
+        auto pass = std::find_if(passes.begin(), passes.end(), [&](const auto & p) { return p.backend == backend; });
+        if (pass == passes.end()) {
+            pass = passes.emplace(pass, backend, work, here.rows);
         }
-        for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
-            d->jobs.push_back({ &args.back(), ih, l.row_count[ih], l.n_alloc(ih) });
-        }
+        pass->add(here, a);
     }
-    for (device_jobs & d : devices) {
-        std::stable_sort(d.jobs.begin(), d.jobs.end(),
-            [](const semcache::pass_job & a, const semcache::pass_job & b) { return a.n_used > b.n_used; });
-        const thread_scratch scratch(d.jobs, next.plan, d.dev ? 0 : n_threads);
-        std::vector<semcache::pass_result> results(d.jobs.size());
-        const semcache::pass_task task = { &next.plan, d.jobs.data(), (int32_t) d.jobs.size(), scratch.of.data(),
-            d.work ? (uint8_t *) ggml_backend_buffer_get_base(d.work) : nullptr,
-            d.work ? (int64_t) ggml_backend_buffer_get_size(d.work) : 0, results.data() };
-        compute(backend_of(lctx, d.dev, n_threads), GGML_PROP_ATTN_PASS, &task, d.rows, n_pass);
-        for (const semcache::pass_result & r : results) {
+    for (device_pass & pass : passes) {
+        pass.prepare(next.plan, n_threads);
+    }
+
+    for (const device_pass & pass : passes) {
+        pass.run(n_pass);
+        for (const semcache::pass_result & r : pass.results) {
             rows_merged += r.n_merged;
             rows_dropped += r.n_dropped;
         }
     }
-
+    for (const host_layer & copy : copies) {
+        copy.put_back();
+    }
     for (auto & l : store.layers) {
         l.get_counts();
     }

@@ -1,13 +1,12 @@
 // semcache-scope.cpp - which context gets a store: what is refused, and where upstream's constructors come by
 
-#include "ggml-prop-attn.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
-#include "pass/task.h"
+#include "semcache-device.h"
 #include "semcache-parts.h"
 
 #include <algorithm>
@@ -131,37 +130,6 @@ void check_type(const char * name, int32_t type, const llama_hparams & h) {
     }
 }
 
-// Whether a device computes attention over a layer's cores.
-bool has_prop_attn(ggml_backend_dev_t dev, const llama_hparams & h, uint32_t il, const semcache_params & p) {
-    const ggml_context_ptr ctx(ggml_init({ 12 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
-    if (!ctx) {
-        throw semcache_error(
-            SEMCACHE_ERR_MEMORY, "compressed KV cache: expected room to describe its attention, got none; free memory");
-    }
-    const int64_t n_k = h.n_embd_head_k(il), n_v = h.n_embd_head_v(il), n_head = h.n_head(il),
-                  n_head_kv = h.n_head_kv(il), n = 256;
-    const auto tensor = [&](int32_t type, int64_t ne0, int64_t ne1, int64_t ne2) {
-        return ggml_new_tensor_3d(ctx.get(), (ggml_type) type, ne0, ne1, ne2);
-    };
-    const ggml_tensor * op =
-        ggml_prop_attn(ctx.get(), tensor(GGML_TYPE_F32, n_k, n_head, n), tensor(p.type_stage, n_k, n_head_kv, n),
-            tensor(p.type_stage, n_v, n_head_kv, n), tensor(GGML_TYPE_F16, n, n, 1), tensor(p.type_k, n_k, n, 1),
-            tensor(p.type_v, n_v, n, 1), tensor(GGML_TYPE_F16, n, 1, 1), tensor(GGML_TYPE_I32, n_head_kv, 2, 1),
-            tensor(GGML_TYPE_F16, semcache::head_size(n_k, n_v, p.n_sink), n_head_kv, 1), nullptr, 1.0f, 0.0f, false);
-    return ggml_backend_dev_supports_op(dev, op);
-}
-
-// Whether a device computes passes by this method.
-bool has_pass(ggml_backend_dev_t dev, const semcache_params & p) {
-    const ggml_context_ptr ctx(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
-    semcache::pass_plan plan = {};
-    plan.how = (semcache::method) p.method;
-    semcache::pass_task task = {};
-    task.plan = &plan;
-    return ctx && ggml_backend_dev_supports_op(dev, ggml_prop_attn_task(ctx.get(), GGML_PROP_ATTN_PASS, &task,
-                                                        ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1), 0));
-}
-
 } // namespace
 
 llama_semcache_scope::llama_semcache_scope(llama_context & lctx, const llama_model & model, llama_cparams & cparams,
@@ -209,10 +177,8 @@ llama_semcache_scope::llama_semcache_scope(llama_context & lctx, const llama_mod
     // rows that a device cannot attend to would be copied from it for every token: they stay where the CPU reads them
     for (uint32_t il = 0; cparams.offload_kqv && il < model.hparams.n_layer(); ++il) {
         ggml_backend_dev_t dev = model.dev_layer(il);
-        if (is_compressed(model.hparams, il) &&
-            (p.calibrate || !has_prop_attn(dev, model.hparams, il, p) || !has_pass(dev, p))) {
-            LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores, no pass, or no "
-                           "calibration\n",
+        if (is_compressed(model.hparams, il) && (p.calibrate || !semcache_device_attends(dev, model.hparams, il, p))) {
+            LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores, or no calibration\n",
                 __func__, ggml_backend_dev_name(dev));
             cparams.offload_kqv = false;
         }

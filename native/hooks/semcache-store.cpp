@@ -1,6 +1,7 @@
 #include "semcache-store.h"
 
 #include "gpu/pass-dims.h"
+#include "semcache-device.h"
 #include "semcache-hooks.h"
 
 #include "llama-context.h"
@@ -223,7 +224,8 @@ void semcache_store::allocate(const llama_semcache_scope & scope, int64_t n_vote
         }
         LLAMA_LOG_INFO("%s: %10s core buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf.get()),
             ggml_backend_buffer_get_size(buf.get()) / 1024.0 / 1024.0);
-        if (!ggml_backend_buft_is_host(buft)) {
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+        if (!ggml_backend_buft_is_host(buft) && semcache_device_passes(dev, params)) {
             allocate_work(buft, n_vote_row);
         }
     }
@@ -257,10 +259,6 @@ void semcache_store::allocate_work(ggml_backend_buffer_type_t buft, int64_t n_vo
 ggml_backend_buffer_t semcache_store::work(const layer & l) const {
     const auto it = works.find(ggml_backend_buffer_get_type(l.k->buffer));
     return it == works.end() ? nullptr : it->second.get();
-}
-
-ggml_backend_dev_t semcache_store::device(const layer & l) const {
-    return work(l) ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(l.k->buffer)) : nullptr;
 }
 
 //

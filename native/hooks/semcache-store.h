@@ -87,8 +87,9 @@ public:
     // No rows. The tensors must not be in use.
     void clear();
 
-    // Where a layer's rows are, and where its passes work if that is the memory of a device; else NULL.
-    ggml_backend_dev_t device(const layer & l) const;
+    // Whether a layer's rows are where the CPU can read them; and if not, where a device's passes over them work: NULL
+    // if it computes none.
+    bool in_host_memory(const layer & l) const { return ggml_backend_buffer_is_host(l.k->buffer); }
     ggml_backend_buffer_t work(const layer & l) const;
 
     // Takes away all cores of this chunk and behind it.

@@ -1,6 +1,6 @@
-// A card made of the CPU: a backend whose memory nobody else may touch, which computes ggml's own operations by ggml-cpu
-// and ours by the kernels of native/gpu. It takes the way that a real card takes through llama.cpp, the scheduler and
-// native/hooks.
+// A card made of the CPU: a backend whose memory nobody else may touch, which computes ggml's own operations by
+// ggml-cpu and ours by the kernels of native/gpu. It takes the way that a real card takes through llama.cpp, the
+// scheduler and native/hooks.
 //
 // Between operations its memory is out of reach for the process: what reads or writes it as the host's dies at once.
 
@@ -144,6 +144,7 @@ private:
 };
 
 int64_t n_attended = 0, n_passed = 0; // nodes of each kind that it computed
+bool computes_passes = true;
 
 void compute_ours(ggml_tensor * node) {
     card_device dev;
@@ -196,7 +197,7 @@ ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
 
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     if (op->op == GGML_OP_PROP_ATTN) {
-        return semcache::device_supports(op);
+        return semcache::device_supports(op) && (computes_passes || ggml_prop_attn_get_kind(op) != GGML_PROP_ATTN_PASS);
     }
     return ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
 }
@@ -245,9 +246,10 @@ ggml_backend_device device = { device_interface, &reg, nullptr };
 
 extern "C" {
 
-// Puts the card in, before a model is loaded; it has so many bytes.
-void card_register(size_t n_bytes) {
+// Puts the card in, before a model is loaded; it has so many bytes, and kernels for passes or not.
+void card_register(size_t n_bytes, bool with_passes) {
     card_memory.most = n_bytes;
+    computes_passes = with_passes;
     ggml_backend_register(&reg);
 }
 

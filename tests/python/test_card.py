@@ -27,12 +27,12 @@ TOKENS = random_tokens(300)
 
 
 class Card:
-    def __init__(self, n_bytes: int = GB) -> None:
+    def __init__(self, n_bytes: int = GB, with_passes: bool = True) -> None:
         self.lib = ctypes.CDLL(os.environ["LLAMA_SEMANTICACHE_CARD"])
         for name in ("card_allocated", "card_attended", "card_passed"):
             getattr(self.lib, name).restype = ctypes.c_int64
-        self.lib.card_register.argtypes = [ctypes.c_size_t]
-        self.lib.card_register(n_bytes)
+        self.lib.card_register.argtypes = [ctypes.c_size_t, ctypes.c_bool]
+        self.lib.card_register(n_bytes, with_passes)
 
     @property
     def allocated(self) -> int:
@@ -131,13 +131,23 @@ def layers_lie_where_they_are_computed(folder: Path) -> None:
     assert llm.kv_rows() == cpu.kv_rows()
 
 
+def a_card_without_passes_has_them_computed(folder: Path) -> None:
+    """Its rows are copied to the CPU for them; so they are for methods of others."""
+    path, card = model(folder), Card(with_passes=False)
+    for options in ({}, dict(kv_compress="keydiff")):
+        cpu, want = read(path, **{**EXACT, **options})
+        llm, got = read(path, **{**EXACT, **options}, n_gpu_layers=-1)
+        assert llm.kv_stats().n_pass >= 3 and llm.kv_stats().work_bytes == 0 and llm.kv_rows() == cpu.kv_rows()
+        np.testing.assert_allclose(got, want, atol=2e-3)
+    assert card.passed == 0 < card.attended
+
+
 def what_the_kernels_do_not_compute_stays_with_the_cpu(folder: Path) -> None:
-    """Heads of 16, methods of others, and a cache that is to stay in host memory: the CPU's results to the bit."""
+    """Heads of 16, and a cache that is to stay in host memory: the CPU's results to the bit."""
     card = Card()
     small, large = model(folder, n_embd_head=16), model(folder, "qwen3", n_embd_head=64)
     for path, options in (
         (small, {}),
-        (large, dict(kv_compress="keydiff")),
         (large, dict(offload_kqv=False)),
     ):
         _, want = read(path, **options)
@@ -161,6 +171,7 @@ CHECKS = [
     quantized_rows_are_nearly_the_cpus,
     a_state_is_the_same_on_the_card,
     layers_lie_where_they_are_computed,
+    a_card_without_passes_has_them_computed,
     what_the_kernels_do_not_compute_stays_with_the_cpu,
     a_card_that_is_full_is_an_error,
 ]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BUDGET = {"patches": 6, "added": 250, "deleted": 4}  # raised only with a reason in README.md
+BUDGET = {"patches": 8, "added": 250, "deleted": 4}  # raised only with a reason in README.md
 FIELDS = ("Why", "Kind", "Forwarded", "Remove-when")
 KINDS = ("hook", "build", "backport")
 NAME, EMAIL = "The llama-semanticache authors", "authors@llama-semanticache.invalid"

@@ -161,8 +161,8 @@ def test_planted_faults_are_found(program, fault, tmp_path, objects):
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 def test_nvcc_compiles_for_every_generation(tmp_path):
-    """Registers leave room for 4 blocks of 128 threads on a multiprocessor of 65,536, and little is spilled. Heads of 64
-    and 128 stand for all, and two generations for the pass: the others take minutes.
+    """Registers leave room for 4 blocks of 128 threads on a multiprocessor of 65,536, and little is spilled. Heads of
+    64 and 128 stand for all, and two generations for the pass: the others take minutes.
     """
     ggml = Path(built_by_make("LLAMA_SEMANTICACHE_STOCK_LIB", "llama.cpp without patches")).parent / "llama.cpp/ggml"
     rooms = [ROOT / "native" / room for room in ("", "cuda", "core", "ggml")]

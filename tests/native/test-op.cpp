@@ -9,6 +9,8 @@
 #include "ggml-prop-attn.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <functional>
 
 using namespace semcache;
@@ -123,6 +125,54 @@ struct inputs {
     }
 };
 
+double distance(const std::vector<float> & x, const std::vector<float> & y) {
+    double err = 0.0, size = 0.0;
+    for (size_t i = 0; i < x.size(); ++i) {
+        err += ((double) x[i] - y[i]) * ((double) x[i] - y[i]);
+        size += (double) y[i] * y[i];
+    }
+    return std::isfinite(err) ? err / size : INFINITY;
+}
+
+int64_t n_on_devices = 0; // results of devices that were compared
+
+// The node on every other device that computes it, all tensors in its memory. Devices take rows as f16.
+void check_devices(const ggml_tensor * out, const std::vector<float> & want) {
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || !ggml_backend_dev_supports_op(dev, out)) {
+            continue;
+        }
+        const std::string where = sc_test::state().where;
+        CASE(where + ", " + ggml_backend_dev_description(dev));
+        ggml_context_ptr ctx{ ggml_init({ 32 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
+        ggml_backend_ptr backend{ ggml_backend_dev_init(dev, nullptr) };
+        ggml_tensor * node = ggml_dup_tensor(ctx.get(), out);
+        node->op = out->op;
+        memcpy(node->op_params, out->op_params, sizeof(out->op_params));
+        for (int j = 0; j < GGML_MAX_SRC; ++j) {
+            node->src[j] = out->src[j] ? ggml_dup_tensor(ctx.get(), out->src[j]) : nullptr;
+        }
+        ggml_backend_buffer_ptr buffer{ ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()) };
+        for (int j = 0; j < GGML_MAX_SRC; ++j) {
+            if (out->src[j]) {
+                ggml_backend_tensor_set(node->src[j], out->src[j]->data, 0, ggml_nbytes(out->src[j]));
+            }
+        }
+        ggml_cgraph * gf = ggml_new_graph(ctx.get());
+        ggml_build_forward_expand(gf, node);
+        CHECK_EQ((int) ggml_backend_graph_compute(backend.get(), gf), (int) GGML_STATUS_SUCCESS);
+        std::vector<float> got(want.size());
+        ggml_backend_tensor_get(node, got.data(), 0, ggml_nbytes(node));
+        const double err = distance(got, want);
+        if (err > 1e-6) {
+            sc_test::report(false, __FILE__, __LINE__, "squared error " + sc_test::text(err));
+        }
+        ++n_on_devices;
+        CASE(where);
+    }
+}
+
 std::vector<float> run_op(const inputs & x, int n_threads) {
     const spec & s = x.s;
     graph g;
@@ -167,7 +217,9 @@ std::vector<float> run_op(const inputs & x, int n_threads) {
     CHECK_EQ(std::string(ggml_op_name(out->op)), "PROP_ATTN");
     ggml_backend_ptr cpu{ ggml_backend_cpu_init() };
     CHECK(ggml_backend_supports_op(cpu.get(), out));
-    return g.compute(out, n_threads);
+    const std::vector<float> res = g.compute(out, n_threads);
+    check_devices(out, res);
+    return res;
 }
 
 // Per kv head mul_mat, soft_max and mul_mat over its cores and all cells; rows of cores as they are after being stored.
@@ -269,13 +321,8 @@ void check(const spec & s) {
     const std::vector<float> want = run_composed(x), got = run_op(x, 1), other = run_op(x, 3);
     CHECK_EQ(got.size(), want.size());
     CHECK_BITS(other.data(), got.data(), (int64_t) got.size()); // whatever the number of threads
-    double err = 0.0, size = 0.0;
-    for (size_t i = 0; i < want.size(); ++i) {
-        err += ((double) got[i] - want[i]) * ((double) got[i] - want[i]);
-        size += (double) want[i] * want[i];
-    }
     // both are float32, and exp in ggml errs by 1e-6
-    CHECK(err < 1e-10 * size);
+    CHECK(distance(got, want) < 1e-10);
 }
 
 void test_shapes() {
@@ -354,8 +401,11 @@ void test_quantization() {
 
 } // namespace
 
-int main() {
+// --devices: there has to be one besides the CPU
+int main(int argc, char ** argv) {
     test_quantization();
     test_shapes();
+    printf("%lld results of devices\n", (long long) n_on_devices);
+    CHECK(n_on_devices > 0 || argc < 2 || strcmp(argv[1], "--devices") != 0);
     return sc_test::finish();
 }

@@ -1,0 +1,53 @@
+"""tools/: what is run on a card, tried without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import built_by_make, random_tokens
+from llama_semanticache import memory, models
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run(*command, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], env={**os.environ, **env}, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the card's fibers and its memory are Linux'")
+def test_gpu_check_on_the_card(tmp_path):
+    built_by_make("LLAMA_SEMANTICACHE_CARD", "the card of tests/card")
+    done = run(TOOLS / "gpu-check", "--part", "model", "--out", tmp_path, GPU_CHECK_ARCHS="qwen2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passes there" in done.stdout and done.stdout.count("  ok: ") == 6 and "WRONG" not in done.stdout
+    assert json.loads((tmp_path / "gpu-check.json").read_text()) == {"model": "ok"}
+
+
+def test_gpu_check_fails_where_nothing_was_computed(tmp_path):
+    """A test-op that finds no device is no success."""
+    broken = tmp_path / "test-op"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    done = run(TOOLS / "gpu-check", "--part", "op", "--build", tmp_path, "--out", tmp_path)
+    assert done.returncode == 1 and "op: WRONG" in done.stdout
+
+
+def test_a_random_model_has_its_shape_and_runs(tmp_path, load):
+    path = tmp_path / "tiny.gguf"
+    done = run(TOOLS / "random_model.py", "tiny", path)
+    assert done.returncode == 0, done.stderr
+    shape = models.open_model(str(path)).shape
+    assert (len(shape.layers), shape.n_head_kv) == (2, 4)
+    llm = load(path, n_ctx=256, n_gpu_layers=0, logits_all=True)
+    llm.eval(random_tokens(20))
+    assert np.isfinite(llm.scores[:20]).all() and llm.scores[:20].std() > 0
+    assert memory.estimate(shape, 256, "f16").kv_bytes == llm.kv_stats().total_bytes

@@ -1,4 +1,4 @@
-# make demo | test | lint | build | stock | archs | sanitize | aarch64 | clean
+# make demo | test | lint | build | stock | archs | sanitize | vulkan | aarch64 | clean
 #
 # Everything lives in .venv and build. CMake options go in CMAKE_ARGS: make build CMAKE_ARGS=-DGGML_CUDA=ON
 
@@ -8,13 +8,14 @@ BIN      := $(VENV)/bin
 BUILD    := build/native
 UPSTREAM := build/upstream
 STOCK    := build/stock
+VULKAN   := build/vulkan
 ARCHS    := $(STOCK)/bin/test-llama-archs
 SDIST    := $(UPSTREAM)/llama_cpp_python-$(shell sed -n 's/^llama_cpp_python=//p' patches/UPSTREAM).tar.gz
 SOURCES  := $(shell find native python tests/native -type f -not -path '*/__pycache__/*' 2>/dev/null) \
             $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
             CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test lint build stock archs venv sanitize aarch64 clean FORCE
+.PHONY: demo test lint build stock archs venv sanitize vulkan aarch64 clean FORCE
 .DELETE_ON_ERROR:
 
 demo: build
@@ -94,6 +95,16 @@ sanitize: $(VENV)/.tools
 	    -DLLAMA_SEMANTICACHE_SANITIZE=ON -DLLAMA_SEMANTICACHE_TESTS=ON
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+# ggml-vulkan with our shaders, on a Vulkan driver that computes on the CPU: needs libvulkan-dev, glslc, spirv-headers and
+# mesa-vulkan-drivers. What a driver has compiled stays in build/vulkan.
+vulkan: build
+	$(BIN)/cmake -S . -B $(VULKAN) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DGGML_VULKAN=ON -DVulkan_GLSLC_EXECUTABLE=$(abspath tests/vulkan/glslc-few) \
+	    "-DCMAKE_CXX_FLAGS=-include $(abspath tests/vulkan/layer-settings.hpp)" -DLLAMA_SEMANTICACHE_SOURCE=$(abspath $(SDIST))
+	$(BIN)/cmake --build $(VULKAN) --target ggml-vulkan
+	GGML_VK_VISIBLE_DEVICES=0 MESA_SHADER_CACHE_DIR=$(abspath $(VULKAN))/shaders \
+	    $(BIN)/python tools/gpu-check --part op --part model --backend $(abspath $(VULKAN))/bin/libggml-vulkan.so:ggml_backend_vk_reg
 
 # The kernels on NEON, in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(VENV)/.llama-cpp-python

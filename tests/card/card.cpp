@@ -246,11 +246,13 @@ ggml_backend_device device = { device_interface, &reg, nullptr };
 
 extern "C" {
 
-// Puts the card in, before a model is loaded; it has so many bytes, and kernels for passes or not.
-void card_register(size_t n_bytes, bool with_passes) {
+// As other backends: names itself, to be registered before a model is loaded.
+ggml_backend_reg_t card_reg() { return &reg; }
+
+// So many bytes, and kernels for passes or not.
+void card_set(size_t n_bytes, bool with_passes) {
     card_memory.most = n_bytes;
     computes_passes = with_passes;
-    ggml_backend_register(&reg);
 }
 
 size_t card_allocated() { return card_memory.n_bytes; }

@@ -3,10 +3,12 @@
 #include "sc-quant.h"
 #include "sc-test.h"
 
-#include "ggml-backend.h"
+#include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 #include "ggml-prop-attn.h"
+
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <cmath>
@@ -401,8 +403,17 @@ void test_quantization() {
 
 } // namespace
 
-// --devices: there has to be one besides the CPU
+// --devices [LIBRARY FUNCTION]: there has to be one besides the CPU; a backend's library and the function that names it
 int main(int argc, char ** argv) {
+    if (argc > 3) {
+        void * library = dlopen(argv[2], RTLD_NOW | RTLD_GLOBAL);
+        void * function = library ? dlsym(library, argv[3]) : nullptr;
+        if (!function) {
+            printf("expected %s in %s, got %s\n", argv[3], argv[2], dlerror());
+            return 1;
+        }
+        ggml_backend_register(((ggml_backend_reg_t (*)()) function)());
+    }
     test_quantization();
     test_shapes();
     printf("%lld results of devices\n", (long long) n_on_devices);

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -31,8 +32,12 @@ class Card:
         self.lib = ctypes.CDLL(os.environ["LLAMA_SEMANTICACHE_CARD"])
         for name in ("card_allocated", "card_attended", "card_passed"):
             getattr(self.lib, name).restype = ctypes.c_int64
-        self.lib.card_register.argtypes = [ctypes.c_size_t, ctypes.c_bool]
-        self.lib.card_register(n_bytes, with_passes)
+        self.lib.card_set.argtypes = [ctypes.c_size_t, ctypes.c_bool]
+        self.lib.card_set(n_bytes, with_passes)
+        self.lib.card_reg.restype = ctypes.c_void_p
+        register = llama_cpp._ggml.libggml.ggml_backend_register
+        register.argtypes = [ctypes.c_void_p]
+        register(self.lib.card_reg())
 
     @property
     def allocated(self) -> int:

@@ -25,20 +25,23 @@ def run(*command, **env) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the card's fibers and its memory are Linux'")
 def test_gpu_check_on_the_card(tmp_path):
-    built_by_make("LLAMA_SEMANTICACHE_CARD", "the card of tests/card")
-    done = run(TOOLS / "gpu-check", "--part", "model", "--out", tmp_path, GPU_CHECK_ARCHS="qwen2")
+    card = built_by_make("LLAMA_SEMANTICACHE_CARD", "the card of tests/card")
+    words = ("--part", "model", "--backend", f"{card}:card_reg", "--out", tmp_path)
+    done = run(TOOLS / "gpu-check", *words, GPU_CHECK_ARCHS="qwen2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passes there" in done.stdout and done.stdout.count("  ok: ") == 6 and "WRONG" not in done.stdout
+    assert "3 passes there" in done.stdout and done.stdout.count("  ok: ") == 7 and "WRONG" not in done.stdout
     assert json.loads((tmp_path / "gpu-check.json").read_text()) == {"model": "ok"}
 
 
-def test_gpu_check_fails_where_nothing_was_computed(tmp_path):
-    """A test-op that finds no device is no success."""
+def test_gpu_check_fails_where_there_is_no_card(tmp_path):
+    """A test-op that finds no device is no success, and neither are the CPU's own results."""
     broken = tmp_path / "test-op"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    done = run(TOOLS / "gpu-check", "--part", "op", "--build", tmp_path, "--out", tmp_path)
-    assert done.returncode == 1 and "op: WRONG" in done.stdout
+    words = ("--part", "op", "--part", "model", "--build", tmp_path, "--out", tmp_path)
+    done = run(TOOLS / "gpu-check", *words, GPU_CHECK_ARCHS="llama")
+    assert done.returncode == 1 and "op: WRONG" in done.stdout and "model: WRONG" in done.stdout
+    assert "  WRONG: llama.cpp finds a card" in done.stdout and done.stdout.count("  WRONG: ") == 1
 
 
 def test_a_random_model_has_its_shape_and_runs(tmp_path, load):

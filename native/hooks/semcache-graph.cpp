@@ -10,12 +10,17 @@ namespace {
 
 const semcache::timeline & timeline(const llama_kv_cache_context * mctx) { return mctx->get_semcache()->own().time; }
 
+// Whether a graph attends to cores: also when memory is reserved for the largest one, before there is any token.
+bool has_cores(const llama_kv_cache_context * mctx) {
+    const llama_semcache * semcache = mctx->get_semcache();
+    return semcache->has_cores() || semcache->own().n_stage_used() == 0;
+}
+
 // Tokens of a batch whose queries vote, and the rows of the query ring that they go to.
 class llm_graph_input_semcache : public llm_graph_input_i {
 public:
     llm_graph_input_semcache(ggml_context * ctx, const llama_kv_cache_context * mctx, const llama_ubatch & ubatch) :
-        mctx(mctx), has_cores(mctx->get_semcache()->has_cores()), n_tokens(ubatch.n_tokens),
-        n_vote(timeline(mctx).n_vote(n_tokens)),
+        mctx(mctx), has_cores(::has_cores(mctx)), n_tokens(ubatch.n_tokens), n_vote(timeline(mctx).n_vote(n_tokens)),
         token(n_vote > 0 && n_vote < n_tokens ? ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_vote) : nullptr),
         row(n_vote > 0 ? ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_vote) : nullptr) {
         for (ggml_tensor * t : { token, row }) {
@@ -50,7 +55,7 @@ public:
     // The op reads the rows in use when it runs: only the first ones change the graph.
     bool can_reuse(const llm_graph_params & params) override {
         mctx = semcache_find(params.mctx);
-        return mctx && n_tokens == (int32_t) params.ubatch.n_tokens && has_cores == mctx->get_semcache()->has_cores();
+        return mctx && n_tokens == (int32_t) params.ubatch.n_tokens && has_cores == ::has_cores(mctx);
     }
 
     const llama_kv_cache_context * mctx;

@@ -35,7 +35,7 @@ class Card:
         self.lib.card_set.argtypes = [ctypes.c_size_t, ctypes.c_bool]
         self.lib.card_set(n_bytes, with_passes)
         self.lib.card_reg.restype = ctypes.c_void_p
-        register = llama_cpp._ggml.libggml.ggml_backend_register
+        register = llama_cpp.llama_cpp._lib.ggml_backend_register  # of a library that it needs
         register.argtypes = [ctypes.c_void_p]
         register(self.lib.card_reg())
 
@@ -189,6 +189,10 @@ def test_on_the_card(check, tmp_path):
     command = [sys.executable, "-W", "ignore::UserWarning", __file__, check.__name__, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, re.sub(r"\n{2,}", "\n", done.stdout + done.stderr)[-4000:]
+    # memory is reserved for the largest graph: none is moved while a card computes. Before the first pass over a stage
+    # of f16 llama.cpp's own attention may take more, as over heads of 16.
+    if check is not what_the_kernels_do_not_compute_stays_with_the_cpu:
+        assert "does not match expectation" not in done.stderr
 
 
 if __name__ == "__main__":

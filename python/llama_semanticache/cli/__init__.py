@@ -12,6 +12,7 @@ from .memory import memory
 from .models import models
 from .profile import profile
 from .run import run
+from .serve import serve
 
 
 @click.group(cls=ErrorGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,5 +25,5 @@ def main() -> None:
     """
 
 
-for command in (chat, run, profile, memory, models, bench):
+for command in (chat, run, serve, profile, memory, models, bench):
     main.add_command(command)

@@ -61,6 +61,7 @@ class LoadOptions:
     kv_type_stage: str
     kv_profile: str | None
     kv_budget: str | None
+    n_gpu_layers: int
     threads: int | None
     verbose: bool
 
@@ -169,6 +170,13 @@ _LOAD: tuple[Callable[..., Any], ...] = (
         metavar="SIZE",
         help="Bytes of the whole KV cache, as in 512MiB, instead of --kv-ratio.",
     ),
+    click.option(
+        "--n-gpu-layers",
+        type=click.IntRange(min=-1),
+        default=0,
+        show_default=True,
+        help="Layers that lie on a card, weights and cache, -1: all.",
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: llama.cpp's choice]"),
     click.option(
         "--verbose",
@@ -223,8 +231,8 @@ def note(text: str, style: str = "") -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style=style)
 
 
-def load_llama(model: str, load: LoadOptions) -> tuple[Llama, ModelFile]:
-    """Load MODEL with the options of the command line.
+def load_llama(model: str, load: LoadOptions, **more: Any) -> tuple[Llama, ModelFile]:
+    """Load MODEL with the options of the command line, and more arguments of `Llama`.
 
     Raises
     ------
@@ -241,9 +249,11 @@ def load_llama(model: str, load: LoadOptions) -> tuple[Llama, ModelFile]:
 
     options: dict[str, Any] = {
         "n_ctx": n_ctx,
+        "n_gpu_layers": load.n_gpu_layers,
         "n_threads": load.threads,
         "n_threads_batch": load.threads,
         "verbose": load.verbose,
+        **more,
     }
     # Llama does this too, but silently unless llama.cpp's log is wanted
     config = KVConfig(**load.kv_settings())

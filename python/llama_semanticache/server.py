@@ -1,0 +1,113 @@
+"""llama-cpp-python's OpenAI-compatible server with a model of ours: needs the extra "server"."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .errors import LibraryError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from .llama import Llama
+
+_NEEDED = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings", "yaml")
+
+
+def check_installed() -> None:
+    """Raises LibraryError if packages of the extra are missing."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LibraryError(
+            f"a server: expected the packages of the extra, got none of {', '.join(missing)}; run "
+            "pip install 'llama-semanticache[server]'"
+        )
+
+
+class _NewerNames:
+    """Middleware: clients call the longest answer `max_completion_tokens` now, which upstream's server does not know
+    and would ignore: the answer would go on until the context is full.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith("/chat/completions"):
+            await self.app(scope, receive, send)
+            return
+        body, message = b"", {"more_body": True}
+        while message.get("more_body"):
+            message = await receive()
+            body += message.get("body", b"")
+        waiting = [{"type": "http.request", "body": _renamed(body), "more_body": False}]
+
+        async def replay() -> Any:
+            return waiting.pop() if waiting else await receive()
+
+        await self.app(scope, replay, send)
+
+
+def _renamed(body: bytes) -> bytes:
+    try:
+        request = json.loads(body)
+        if isinstance(request, dict) and (n := request.pop("max_completion_tokens", None)) is not None:
+            request.setdefault("max_tokens", n)
+            return json.dumps(request).encode()
+    except ValueError:
+        pass  # upstream says what is wrong with it
+    return body
+
+
+def create_app(llm: Llama, alias: str, api_key: str | None = None, interrupt: bool = False) -> FastAPI:
+    """The app that serves one loaded model.
+
+    Parameters
+    ----------
+    llm : Llama
+        Compressed or not; the app closes it with its last request.
+    alias : str
+        Name of the model for clients.
+    api_key : str, optional
+        What clients have to send as a bearer token.
+    interrupt : bool
+        Whether a request ends the answer that is being streamed to another one. Otherwise it waits.
+
+    Raises
+    ------
+    LibraryError
+        Packages are missing.
+    """
+    check_installed()
+    from llama_cpp.server import app as upstream
+    from llama_cpp.server.model import LlamaProxy
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+
+    class Loaded(LlamaProxy):
+        """Upstream's holder of models, with one that is there already."""
+
+        @staticmethod
+        def load_llama_from_model_settings(_settings: ModelSettings) -> Llama:
+            return llm
+
+    @contextmanager
+    def held_by(proxy: type[LlamaProxy]) -> Iterator[None]:
+        # create_app() makes its proxy of whatever has that name
+        before = upstream.LlamaProxy
+        upstream.LlamaProxy = proxy  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            upstream.LlamaProxy = before  # type: ignore[misc]
+
+    settings = ServerSettings(api_key=api_key, interrupt_requests=interrupt)
+    with held_by(Loaded):
+        app = upstream.create_app(
+            server_settings=settings, model_settings=[ModelSettings(model=llm.model_path, model_alias=alias)]
+        )
+    app.add_middleware(_NewerNames)
+    return app

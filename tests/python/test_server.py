@@ -1,0 +1,158 @@
+"""llama-semanticache serve, as the clients of others see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+
+from conftest import SMALL
+
+KEY = "a-key"
+SIZES = ("n_ctx", "kv_ratio", "kv_stage", "kv_window")
+ARGUMENTS = [word for name in SIZES for word in (f"--{name.replace('_', '-')}", str(SMALL[name]))]
+LONG = "Ada went to the harbour. " * 30  # 750 tokens of a tiny model, several passes
+
+
+@contextmanager
+def serving(model: str, *words: str) -> Iterator[str]:
+    """Address of a server of its own process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama_semanticache", "serve", model, "--port", str(port), "--kv-profile", "none"]
+    server = subprocess.Popen(
+        [*command, "--threads", "1", *ARGUMENTS, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    address = f"http://127.0.0.1:{port}/v1"
+    try:
+        for _ in range(600):
+            if server.poll() is not None:
+                pytest.fail(server.communicate()[0])
+            try:
+                request = urllib.request.Request(f"{address}/models", headers={"Authorization": f"Bearer {KEY}"})
+                urllib.request.urlopen(request, timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def address(tiny) -> Iterator[str]:
+    with serving(tiny("llama"), "--api-key", KEY, "--alias", "tiny") as address:
+        yield address
+
+
+@pytest.fixture
+def client(address) -> openai.OpenAI:
+    return openai.OpenAI(base_url=address, api_key=KEY, max_retries=0)
+
+
+def test_an_answer_and_its_stream_are_the_same(client):
+    ask = dict(model="tiny", messages=[{"role": "user", "content": LONG}], max_tokens=12, temperature=0)
+    answer = client.chat.completions.create(**ask)
+    assert answer.usage.prompt_tokens > 700 and answer.usage.completion_tokens == 12
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True))
+    assert text == answer.choices[0].message.content != ""
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_a_wrong_key_is_refused(address):
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=address, api_key="another", max_retries=0).completions.create(model="tiny", prompt="a")
+
+
+def test_a_prompt_that_is_too_long_is_an_error_with_the_numbers(client):
+    with pytest.raises(openai.BadRequestError, match=r"1024 tokens, however you requested \d{4} tokens") as error:
+        client.completions.create(model="tiny", prompt=LONG * 3, max_tokens=4)
+    assert error.value.status_code == 400
+    assert client.completions.create(model="tiny", prompt="a", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_an_answer_of_a_schema(client):
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "a number"}],
+        response_format={"type": "json_object", "schema": schema},
+        max_tokens=200,
+        temperature=0,
+        logit_bias={},
+    )
+    text = answer.choices[0].message.content
+    assert text.startswith("{") and (answer.choices[0].finish_reason == "length" or "n" in json.loads(text))
+
+
+def test_a_client_that_goes_away_leaves_the_server_to_the_next(client):
+    stream = client.completions.create(model="tiny", prompt=LONG, max_tokens=250, temperature=0, stream=True)
+    next(iter(stream))
+    stream.close()
+    after = client.completions.create(model="tiny", prompt="Ada went", max_tokens=8, temperature=0)
+    again = client.completions.create(model="tiny", prompt="Ada went", max_tokens=8, temperature=0)
+    assert after.choices[0].text == again.choices[0].text and after.usage.completion_tokens == 8
+
+
+def test_requests_at_the_same_time_wait_for_each_other(client):
+    ask = dict(model="tiny", max_tokens=8, temperature=0)
+    prompts = ["Ada went", "Boris saw the bridge", LONG]
+    alone = [client.completions.create(prompt=prompt, **ask).choices[0].text for prompt in prompts]
+    together: list[str | None] = [None] * len(prompts)
+
+    def request(i: int) -> None:
+        together[i] = client.completions.create(prompt=prompts[i], **ask).choices[0].text
+
+    threads = [threading.Thread(target=request, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_langchain(address):
+    langchain = pytest.importorskip("langchain_openai", reason="a package of the extra test")
+    model = langchain.ChatOpenAI(base_url=address, api_key=KEY, model="tiny", temperature=0, max_tokens=8)
+    answer = model.invoke("Ada went")
+    assert answer.usage_metadata["output_tokens"] == 8
+    assert "".join(chunk.content for chunk in model.stream("Ada went")) == answer.content
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    for name in ("fastapi", "uvicorn"):
+        (tmp_path / f"{name}.py").write_text("")
+    code = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'fastapi' else find(name, *more)\n"
+        "from llama_semanticache.cli import main\n"
+        "main(['serve', 'smollm2-135m'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 1
+    assert "none of fastapi; run pip install 'llama-semanticache[server]'" in done.stderr.replace("\n", " ")
+
+
+def test_the_server_listens_to_this_machine_alone(address):
+    """127.0.0.1 unless told otherwise: another address of the machine is refused."""
+    port = int(Path(address).parts[1].rsplit(":", 1)[1])
+    hosts = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    for host in hosts - {"127.0.0.1"}:
+        if not host.startswith("127."):
+            with socket.socket() as other, pytest.raises(OSError):
+                other.settimeout(2)
+                other.connect((host, port))

@@ -47,6 +47,10 @@ __all__ = [
 point_llama_cpp_here()
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
 def __getattr__(name: str) -> Any:
     # llama_cpp takes a second to import, the version a tenth of one; what only looks at files does without
     if name in ("Llama", "KVStats"):

@@ -29,6 +29,9 @@ METHODS = {
 }
 """Values of kv_compress, and what follows SEMCACHE_METHOD_ in semcache.h."""
 
+AUTO = "auto"
+"""Value of kv_compress that stands for OURS where the model allows it and the cache gets smaller, else for None."""
+
 ROW_TYPES = ("auto", "f16", "q8_0", "q5_0", "q4_0", "iq4_nl")
 """Values of kv_type_k and kv_type_v."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
 import functools
 import inspect
 import os
 import struct
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _cpu, _native, profile
-from .config import KVConfig
+from .config import AUTO, OURS, KVConfig
 from .errors import ArgumentError, ContextOverflowError, StateError, UnsupportedModelError
-from .memory import within_budget
+from .memory import estimate, within_budget
 from .model_file import ModelFile
 
 _ffi, _lib = _native.load()
@@ -58,6 +60,7 @@ class KVStats:
     work_bytes: int = 0  # what passes work in, on a card
     other_bytes: int = 0  # caches of layers that are not compressed
     full_bytes: int = 0  # an uncompressed f16 cache of all layers
+    why_uncompressed: str | None = None  # what kv_compress="auto" found
 
     @property
     def total_bytes(self) -> int:
@@ -102,10 +105,11 @@ class Llama(llama_cpp.Llama):
 
     Parameters
     ----------
-    kv_compress : None or a name in `config.METHODS`
-        None leaves the cache alone. "semanticache" is this package's method, "paper" the one of the SemantiCache
-        paper's abstract, "streaming" keeps only the first and the newest tokens, "keydiff", "knorm", "snapkv", "tova"
-        and "h2o" evict by others' scores; all but the first are for comparison.
+    kv_compress : None, "auto" or a name in `config.METHODS`
+        None leaves the cache alone. "semanticache" is this package's method, and "auto" is it for models that allow it
+        if the cache gets smaller; else the cache is left alone, and a line on stderr and ``kv_stats()`` say why.
+        "paper" is the method of the SemantiCache paper's abstract, "streaming" keeps only the first and the newest
+        tokens, "keydiff", "knorm", "snapkv", "tova" and "h2o" evict by others' scores: these are for comparison.
     kv_ratio : float, optional
         Rows allocated for older tokens, as a share of ``n_ctx``, mean over heads; 0 < kv_ratio <= 1. By default 0.25,
         and 1 for models of fewer than `config.N_HEAD_KV_FEW` compressed heads: every token keeps its row, in 4.5 bits
@@ -172,15 +176,14 @@ class Llama(llama_cpp.Llama):
             kv_budget=kv_budget,
         )
         self.kv_compress = kv_compress
-        unknown = sorted(name for name in kwargs if name.startswith("kv_") and name != "kv_overrides")
-        if unknown:  # upstream takes any name and ignores it
-            raise ArgumentError(
-                f"expected the arguments {', '.join(self._kv.arguments())}, got {', '.join(unknown)}; check the "
-                "spelling"
-            )
+        self._why_uncompressed: str | None = None
+        _check_names(kwargs)
         for name in ("n_threads", "n_threads_batch"):
             if isinstance(kwargs.get(name), int):
                 _cpu.warn_of_threads(kwargs[name], stacklevel=3)
+        if kv_compress == AUTO:
+            self._load_where_it_pays(model_path, kwargs)
+            return
         if kv_compress is not None:
             self._load_compressed(model_path, kwargs)
             return
@@ -196,6 +199,20 @@ class Llama(llama_cpp.Llama):
         super().__init__(os.fspath(model_path), **kwargs)
         if type(self.tokenizer_) is LlamaTokenizer:
             self.tokenizer_ = Tokenizer(self)
+
+    def _load_where_it_pays(self, model_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+        self._kv, self.kv_compress = replace(self._kv, kv_compress=OURS), OURS
+        self._kv.check()  # the caller's own mistakes stay errors
+        why = _why_not(self._kv, ModelFile.of(model_path), kwargs)
+        if why is None:
+            try:
+                self._load_compressed(model_path, dict(kwargs))
+                return
+            except UnsupportedModelError as error:  # what the file alone does not tell
+                why = str(error)
+        self._kv, self.kv_compress, self._why_uncompressed = KVConfig(), None, why
+        print(f"llama-semanticache: the KV cache stays uncompressed: {why}", file=sys.stderr)
+        self._load(model_path, kwargs)
 
     def _load_compressed(self, model_path: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
         self._kv.check()
@@ -259,6 +276,7 @@ class Llama(llama_cpp.Llama):
                 n_tokens_stage=self.n_tokens,
                 other_bytes=kv_bytes,
                 full_bytes=kv_bytes,
+                why_uncompressed=self._why_uncompressed,
             )
         s = self._native_stats()
         other = kv_bytes - s.core_bytes - s.stage_bytes - s.query_bytes - s.meta_bytes - s.work_bytes
@@ -479,6 +497,38 @@ class Llama(llama_cpp.Llama):
         if isinstance(self.draft_model, _ShortDrafts):
             state["draft_model"] = self.draft_model.draft_model
         return state
+
+
+def _check_names(kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that nobody knows: upstream takes any name and ignores it."""
+    known = [*_UPSTREAM.parameters, *KVConfig().arguments()]
+    unknown = []
+    for name in sorted(set(kwargs) - set(known)):
+        near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(f"kv_{name}", known, 1)
+        unknown.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    if unknown:
+        raise ArgumentError(
+            f"expected arguments of llama_cpp.Llama and {', '.join(KVConfig().arguments())}, got {', '.join(unknown)}; "
+            "check the spelling"
+        )
+
+
+def _why_not(config: KVConfig, model: ModelFile, kwargs: dict[str, Any]) -> str | None:
+    """Why a cache cannot be compressed, or would not get smaller; None: nothing speaks against it."""
+    if model.shape.refused:
+        return model.shape.refused
+    n_ctx = kwargs.get("n_ctx", _UPSTREAM.parameters["n_ctx"].default) or model.shape.n_ctx_train
+    if n_ctx < config.kv_stage:
+        return f"n_ctx = {n_ctx} tokens fit the stage of {config.kv_stage}"
+    try:
+        _check_others(config, kwargs)
+    except (ArgumentError, UnsupportedModelError) as error:
+        return str(error)
+    ours = estimate(model.shape, n_ctx, OURS, **config.arguments())
+    stock = estimate(model.shape, n_ctx, "f16")
+    if ours.kv_bytes >= stock.kv_bytes:
+        return f"it would take {ours.kv_bytes / 2**20:.1f} MiB, llama.cpp's own takes {stock.kv_bytes / 2**20:.1f}"
+    return None
 
 
 def _check_others(config: KVConfig, kwargs: dict[str, Any]) -> None:

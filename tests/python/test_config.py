@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import click
+import llama_cpp
+import numpy as np
 import pytest
 
+import llama_semanticache
 import tiny_models
-from conftest import SMALL
+from conftest import SMALL, last_logits, random_tokens
 from llama_semanticache import ArgumentError, Llama, _native, models, profile
 from llama_semanticache.bench.settings import profiles_of
 from llama_semanticache.cli import main
@@ -138,3 +142,58 @@ def test_a_profile_that_is_none_is_found_before_the_model_is_measured(tmp_path, 
     with pytest.raises(profile.ProfileError, match=r"expected .* a file, got .*none.profile, which is none; run"):
         profiles_of(model, ["semanticache:0.25", f"keydiff:0.25:profile={tmp_path / 'none.profile'}"], None)
     assert calibrated == []
+
+
+@pytest.mark.parametrize("arch", ["llama", "mamba", "bloom"])
+def test_auto_compresses_where_it_can(arch, tiny, load, capfd):
+    """And says in one line why it does not; the answers are then those of an uncompressed cache."""
+    llm = load(tiny(arch), **{**SMALL, "n_ctx": 2048, "kv_compress": "auto"})
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("llama-semanticache: ")]
+    stats = llm.kv_stats()
+    if arch == "llama":
+        assert llm.kv_compress == stats.kv_compress == "semanticache" and stats.why_uncompressed is None
+        assert stats.compression_factor > 1 and not said
+        return
+    why = {"mamba": "recurrent", "bloom": "ALiBi"}[arch]
+    assert llm.kv_compress is stats.kv_compress is None and why in stats.why_uncompressed
+    assert len(said) == 1 and said[0].endswith(stats.why_uncompressed)
+    llm.eval(random_tokens(50))
+    plain = load(tiny(arch), n_ctx=2048, n_batch=80)
+    plain.eval(random_tokens(50))
+    np.testing.assert_array_equal(last_logits(llm), last_logits(plain))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (dict(n_ctx=256), "n_ctx = 256 tokens fit the stage of 384"),
+        (dict(n_ctx=512, kv_ratio=1, kv_type_k="f16", kv_type_v="f16", kv_type_stage="f16"), "it would take"),
+        (dict(n_ctx=2048, embedding=True), "got embedding=True"),
+        (dict(n_ctx=2048, type_k=llama_cpp.GGML_TYPE_Q8_0, flash_attn=True), "type_k: expected None or f16"),
+    ],
+)
+def test_auto_leaves_the_cache_alone_where_nothing_is_gained(options, why, tiny, load):
+    llm = load(tiny("qwen3"), kv_compress="auto", kv_profile=None, **options)
+    assert llm.kv_compress is None and why in llm.kv_stats().why_uncompressed
+
+
+def test_auto_does_not_hide_mistakes(tiny, load):
+    with pytest.raises(ArgumentError, match="kv_ratio: expected 0 < kv_ratio <= 1, got 7"):
+        load(tiny("llama"), n_ctx=2048, kv_compress="auto", kv_ratio=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("ratio", "kv_ratio"), ("kv_compres", "kv_compress"), ("nctx", "n_ctx"), ("n_gpu_layer", "n_gpu_layers")],
+)
+def test_an_unknown_argument_is_refused_with_the_nearest_name(name, meant, tiny, load):
+    """llama_cpp.Llama takes any name and ignores it."""
+    with pytest.raises(ArgumentError, match=rf"got {name} \(did you mean {meant}\?\); check the spelling"):
+        load(tiny("llama"), **{name: 1})
+    with pytest.raises(ArgumentError, match="got zzz; check the spelling"):
+        load(tiny("llama"), zzz=1)
+
+
+def test_the_package_shows_what_it_has_and_its_types():
+    assert "Llama" in dir(llama_semanticache) and "Llama" in llama_semanticache.__all__
+    assert Path(llama_semanticache.__file__).with_name("py.typed").is_file()

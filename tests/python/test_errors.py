@@ -87,8 +87,8 @@ def test_unsupported_architectures(arch, tiny, load, refused):
         (ArgumentError, dict(n_ctx=95), ["n_ctx", "kv_stage", "95"]),
         (ArgumentError, dict(vocab_only=True), ["vocab_only"]),
         (ArgumentError, dict(kv_params={"distinct": 101}), ["distinct", "0 to 100", "101"]),
-        (ArgumentError, dict(kv_rati=0.5), ["kv_ratio", "kv_rati;"]),
-        (ArgumentError, dict(kv_compress=None, kv_compres="semanticache"), ["kv_compress", "kv_compres;"]),
+        (ArgumentError, dict(kv_rati=0.5), ["kv_rati (did you mean kv_ratio?);"]),
+        (ArgumentError, dict(kv_compress=None, kv_compres="semanticache"), ["kv_compres (did you mean kv_compress?);"]),
         (
             UnsupportedModelError,
             dict(chat_handler=llama_chat_format.MTMDChatHandler.__new__(llama_chat_format.MTMDChatHandler)),

@@ -101,7 +101,8 @@ class _ShortDrafts(llama_speculative.LlamaDraftModel):
 
 
 class Llama(llama_cpp.Llama):
-    """llama_cpp.Llama with a compressed KV cache; all of its arguments and methods work as they do there.
+    """llama_cpp.Llama with a compressed KV cache; all of its arguments and methods work as they do there, but
+    ``verbose`` is off by default.
 
     Parameters
     ----------
@@ -178,6 +179,8 @@ class Llama(llama_cpp.Llama):
         self.kv_compress = kv_compress
         self._why_uncompressed: str | None = None
         _check_names(kwargs)
+        self._shows_progress = kwargs.get("verbose", True)  # of measuring a model
+        kwargs.setdefault("verbose", False)
         for name in ("n_threads", "n_threads_batch"):
             if isinstance(kwargs.get(name), int):
                 _cpu.warn_of_threads(kwargs[name], stacklevel=3)
@@ -226,7 +229,7 @@ class Llama(llama_cpp.Llama):
         model = ModelFile.of(model_path)
         config = self._within_budget(model, kwargs)
         config = replace(config, kv_ratio=config.ratio(model.shape.n_head_kv))
-        file = profile.ensure(model, kwargs.get("verbose", True), kwargs.get("n_threads_batch"), config=config)
+        file = profile.ensure(model, self._shows_progress, kwargs.get("n_threads_batch"), config=config)
         with _native.compressed(config, file, model.id if file else ""):
             self._load(model_path, kwargs)
         stats = self._native_stats()

@@ -442,3 +442,14 @@ def test_the_library_for_images_is_there():
 
     assert Path(mtmd_cpp._libmtmd._name).parent == _native.library_folder()
     assert mtmd_cpp.mtmd_default_marker() == b"<__media__>"
+
+
+def test_llama_cpp_is_silent_unless_asked(tiny, capfd):
+    """Its log has thousands of lines."""
+    options = {name: value for name, value in SMALL.items() if name != "verbose"}
+    for verbose in (None, True):
+        llm = Llama(tiny("llama"), **options, n_threads=1, **({} if verbose is None else {"verbose": verbose}))
+        llm.eval(random_tokens(100))
+        llm.close()
+        said = capfd.readouterr().err
+        assert ("llama_context" in said) == bool(verbose)

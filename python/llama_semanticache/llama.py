@@ -10,7 +10,7 @@ import os
 import struct
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,6 +144,9 @@ class Llama(llama_cpp.Llama):
     ArgumentError, UnsupportedModelError, ProfileError, ModelFileError
         Before any cache is allocated; the message says what was expected, what was given and what to do.
     """
+
+    on_progress: Callable[[int, int], None] | None = None
+    """Called with the tokens done and their number after each batch of a prompt of more than one."""
 
     def __init__(
         self,
@@ -322,7 +325,7 @@ class Llama(llama_cpp.Llama):
             They do not fit into n_ctx; nothing was evaluated.
         """
         if self.kv_compress is None:
-            return super().eval(tokens)
+            return self._eval(tokens)
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise ContextOverflowError(
                 f"expected at most {self._n_ctx} tokens (n_ctx), got {self.n_tokens} in the cache and {len(tokens)} "
@@ -334,9 +337,17 @@ class Llama(llama_cpp.Llama):
                 missing = self.input_ids[self._cut(self.n_tokens) : self.n_tokens].tolist()
                 self.n_tokens -= len(missing)
                 super().eval(missing)
-            super().eval(tokens)
+            self._eval(tokens)
         except RuntimeError as error:
             raise _native.last_error() or error from error
+
+    def _eval(self, tokens: Sequence[int]) -> None:
+        """By the batches that upstream would make of them, to tell between these how far it is."""
+        if self.on_progress is None or len(tokens) <= self.n_batch:
+            return super().eval(tokens)
+        for i in range(0, len(tokens), self.n_batch):
+            super().eval(tokens[i : i + self.n_batch])
+            self.on_progress(min(i + self.n_batch, len(tokens)), len(tokens))
 
     sample = gated(llama_cpp.Llama.sample, changes=False)
     embed = gated(llama_cpp.Llama.embed)

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 import tiny_models
-from llama_semanticache import __version__, models
-from llama_semanticache.cli import main
+from llama_semanticache import Llama, __version__, models
+from llama_semanticache.cli import answer, main
 
 PROGRAM = [sys.executable, "-m", "llama_semanticache"]
 SETTINGS = [
@@ -301,6 +301,25 @@ def test_run_takes_the_prompt_from_everywhere(tiny, tmp_path):
     both = program(*args, "--prompt", "some words\n\nwhat?").out
     assert program(*args, "-", "--prompt", "what?", stdin="some words\n").out == both != expected
     assert program(*args, "--prompt", "some words", stdin="not read").out == expected
+    assert program(*args, "some words").out == expected
+    assert program(*args, "--file", str(file), "what?").out == both
+    assert program(*args, "--file", str(file)).out == expected
+    twice = program(*args, "x", "--prompt", "y")
+    assert twice.returncode == 2 and "expected one prompt, got 'x' and --prompt" in twice.err
+
+
+def test_a_long_text_shows_how_far_it_is_read(tiny, monkeypatch, capfd):
+    """On a terminal: tokens, their speed and the time left; nothing of it stays."""
+    monkeypatch.setattr(answer, "SILENT_S", 0.0)
+    llm = Llama(tiny, n_ctx=1024, n_batch=64, n_threads=1)
+    for force, shown in (("1", True), ("", False)):
+        monkeypatch.setenv("FORCE_COLOR", force)
+        llm.reset()
+        with answer.reading(llm):
+            llm.eval(list(range(10, 250)))
+        said = capfd.readouterr().err
+        assert ("reading" in said and "tokens/s" in said and "of 240 tokens" in said) == shown, said
+    assert llm.on_progress is None
 
 
 def test_run_raw_has_no_template(tiny):

@@ -453,3 +453,18 @@ def test_llama_cpp_is_silent_unless_asked(tiny, capfd):
         llm.close()
         said = capfd.readouterr().err
         assert ("llama_context" in said) == bool(verbose)
+
+
+@pytest.mark.parametrize("kv_compress", [None, "semanticache"])
+def test_progress_of_a_prompt(kv_compress, tiny, load):
+    """By batches, whose logits are those of a prompt that nobody watches."""
+    options = {**SMALL, "kv_compress": kv_compress} if kv_compress else dict(n_ctx=1024, n_batch=80)
+    tokens, seen = random_tokens(250), []
+    quiet, llm = load(tiny("llama"), **options), load(tiny("llama"), **options)
+    quiet.eval(tokens)
+    llm.on_progress = lambda done, total: seen.append((done, total))
+    llm.eval(tokens)
+    assert seen == [(80, 250), (160, 250), (240, 250), (250, 250)]
+    np.testing.assert_array_equal(last_logits(llm), last_logits(quiet))
+    llm.eval(tokens[:1])
+    assert len(seen) == 4  # a token is no text

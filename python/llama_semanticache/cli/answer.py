@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,38 @@ class TokenMeter:
                 yield token
         finally:
             stream.close()
+
+
+SILENT_S = 1.0  # a text that is read within this time needs no progress
+
+
+@contextmanager
+def reading(llm: Llama) -> Iterator[None]:
+    """Context in which `llm` shows how far it has read a long text, on a terminal: tokens, their speed, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    count = TextColumn("reading {task.completed:,} of {task.total:,} tokens")
+    speed = TextColumn("{task.fields[speed]:.0f} tokens/s")
+    progress = Progress(count, BarColumn(), speed, TimeRemainingColumn(), console=console, transient=True)
+    begin = time.perf_counter()
+    task = progress.add_task("", total=1, speed=0.0)
+
+    def show(done: int, total: int) -> None:
+        seconds = time.perf_counter() - begin
+        progress.update(task, completed=done, total=total, speed=done / seconds)
+        if done == total:
+            progress.stop()
+        elif seconds > SILENT_S and console.is_terminal and not progress.live.is_started:
+            progress.start()
+
+    llm.on_progress = show
+    try:
+        yield
+    finally:
+        llm.on_progress = None
+        progress.stop()
 
 
 @dataclass

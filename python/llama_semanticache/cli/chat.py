@@ -11,7 +11,7 @@ import click
 
 from ..config import KVConfig
 from ..errors import SemanticCacheError
-from .answer import Answer, TokenMeter, explain, stream_answer
+from .answer import Answer, TokenMeter, explain, reading, stream_answer
 from .common import LoadOptions, SamplingOptions, kv_line, llama_options, load_llama, note, sampling_options, stats_dict
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Conversation:
         failed = None
         meter = TokenMeter(self.llm)
         try:
-            with meter:
+            with meter, reading(self.llm):
                 messages: list[Any] = [*self.messages, message]
                 chunks = self.llm.create_chat_completion(messages, stream=True, **self.sampling.arguments())
                 stream_answer(chunks, answer)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SemanticCacheError
-from .answer import Answer, TokenMeter, explain, stream_answer
+from .answer import Answer, TokenMeter, explain, reading, stream_answer
 from .common import (
     LoadOptions,
     SamplingOptions,
@@ -31,8 +31,15 @@ EXIT_INTERRUPTED = 130
 
 @click.command()
 @click.argument("model")
-@click.argument("stdin", required=False, type=click.Choice(["-"]), metavar="[-]")
+@click.argument("question", required=False, metavar="[PROMPT]")
 @click.option("--prompt", help="The prompt.")
+@click.option(
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="Text that comes before the prompt; repeatable.",
+)
 @click.option(
     "--prompt-file",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True),
@@ -45,8 +52,9 @@ EXIT_INTERRUPTED = 130
 @llama_options
 def run(
     model: str,
-    stdin: str | None,
+    question: str | None,
     prompt: str | None,
+    files: tuple[str, ...],
     prompt_file: str | None,
     system: str | None,
     raw: bool,
@@ -56,19 +64,25 @@ def run(
 ) -> None:
     """Print MODEL's answer to one prompt.
 
-    The prompt is --prompt, --prompt-file or stdin (-, or whatever is piped in when neither option is given). With a
-    text and --prompt, the text comes first:
+    A text comes before the prompt, from --file, --prompt-file or stdin (-, or what is piped in without a prompt):
+
+        llama-semanticache run MODEL --file book.txt "Who is the author?"
 
         llama-semanticache run MODEL - --prompt "Who is the author?" < book.txt
     """
+    stdin = question == "-"
+    if question is not None and not stdin:
+        if prompt is not None:
+            raise click.UsageError(f"expected one prompt, got {question!r} and --prompt; leave out one of them")
+        prompt = question
     if raw and system:
         raise click.UsageError("--system needs a chat template; leave out --raw or put the text into the prompt")
-    text = _prompt(stdin, prompt, prompt_file)
+    text = _prompt(stdin, prompt, prompt_file, files)
     llm, model_file = load_llama(model, load)
     answer = Answer()
     meter = TokenMeter(llm)
     try:
-        with meter:
+        with meter, reading(llm):
             usage = _answer(llm, text, system, raw, sampling, as_json, answer)
     except SemanticCacheError:
         raise
@@ -98,20 +112,21 @@ def run(
     note(kv_line(llm.kv_stats(), meter.tokens_per_s), style="dim")
 
 
-def _prompt(stdin: str | None, prompt: str | None, prompt_file: str | None) -> str:
+def _prompt(stdin: bool, prompt: str | None, prompt_file: str | None, files: tuple[str, ...]) -> str:
     """The text to answer, from wherever the user gave it. Raises click.UsageError if there is none."""
     if stdin and prompt_file:
         raise click.UsageError("expected one text, got - and --prompt-file; leave out one of them")
-    if stdin or (prompt is None and prompt_file is None and not sys.stdin.isatty()):
+    if stdin or (prompt is None and prompt_file is None and not files and not sys.stdin.isatty()):
         prompt_file = "-"
     parts = []
-    if prompt_file is not None:
+    for file in [*files, *([prompt_file] if prompt_file is not None else [])]:
         try:
             # bytes, so that the encoding is UTF-8 everywhere
-            data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
+            data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
             parts.append(data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n"))
         except (OSError, UnicodeDecodeError) as error:
-            raise click.ClickException(f"expected a prompt in UTF-8, got: {error}") from error
+            name = "stdin" if file == "-" else file
+            raise click.ClickException(f"{name}: expected a text in UTF-8, got: {error}") from error
     if prompt is not None:
         parts.append(prompt)
     text = "\n\n".join(part for part in parts if part)

@@ -47,6 +47,7 @@ class KVStats:
     n_ctx: int  # logical size
     n_tokens: int  # tokens that the cache represents
     n_tokens_stage: int  # of these, tokens in the stage, one by one
+    n_head_kv: int = 0  # compressed heads, over all layers
     rows_allocated: int = 0  # for cores, over all compressed layers and heads
     rows_used: int = 0
     rows_merged: int = 0  # merged into another row since the cache was last empty
@@ -291,6 +292,7 @@ class Llama(llama_cpp.Llama):
             n_ctx=s.n_ctx,
             n_tokens=s.n_tokens,
             n_tokens_stage=s.n_tokens_stage,
+            n_head_kv=s.n_head_kv,
             rows_allocated=s.rows_allocated,
             rows_used=s.rows_used,
             rows_merged=s.rows_merged,

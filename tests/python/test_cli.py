@@ -26,6 +26,7 @@ SETTINGS = [
     *("--threads", "1", "--temp", "0"),
 ]
 TIMEOUT = 120  # seconds
+PROMPT = "\\x1b\\[0m>"  # at a terminal, among its controls
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and terminals")
 
 
@@ -274,7 +275,15 @@ def test_run_prints_only_the_answer(tiny):
     assert done.returncode == 0, done.err
     assert done.out.endswith("\n") and len(done.out.strip()) >= 10
     assert kv_lines(done.err) and "tokens seen" not in done.out
-    assert "rows" in done.err and "MiB" in done.err and "x smaller" in done.err
+    assert "rows per head" in done.err and "MiB" in done.err and "x smaller than f16" in done.err
+
+
+def test_the_line_about_the_cache_says_what_was_compressed(tiny):
+    """Rows of a head, not of all of them; and nothing of compression before there is any."""
+    short, long = (program("run", tiny, "a" * n, "--max-tokens", "4", *SETTINGS).err for n in (40, 700))
+    assert "| 0 of 256 rows per head |" in short and "nothing compressed yet" in short
+    used = int(re.search(r"(\d+) of 256 rows per head", long)[1])
+    assert 0 < used <= 256 and "nothing compressed yet" not in long
 
 
 def test_run_as_json_is_the_same_answer(tiny):
@@ -573,8 +582,15 @@ class Live:
             import pty
 
             self.fd, child = pty.openpty()
+            # this terminal does not say where its cursor is
+            environment = {**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
             self.process = subprocess.Popen(
-                [*PROGRAM, *args], stdin=child, stdout=child, stderr=child, start_new_session=True
+                [*PROGRAM, *args],
+                stdin=child,
+                stdout=child,
+                stderr=child,
+                start_new_session=True,
+                env=environment,
             )
             os.close(child)
             self.input = self.fd
@@ -658,11 +674,67 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(live, tiny, tmp_path):
 @posix
 def test_chat_at_a_terminal(live, tiny):
     process = live("chat", tiny, *SETTINGS, "--max-tokens", "12", terminal=True)
-    process.wait_for("> ")
+    process.wait_for(PROMPT)
     time.sleep(0.5)  # a signal between the prompt and the wait for a key would be seen at the next key only
     process.interrupt()
-    process.wait_for(r"/quit leaves.*\n(.*\n)*.*> ")
+    process.wait_for(r"/quit leaves.*\n(.*\n)*.*" + PROMPT)
     process.send("hello\n")
-    process.wait_for(r"tokens seen.*\n(.*\n)*.*> ")
+    process.wait_for(r"tokens seen.*\n(.*\n)*.*" + PROMPT)
     process.send("\x04")  # Ctrl-D
     assert process.process.wait(TIMEOUT) == 0
+
+
+def saved_messages(file):
+    import zipfile
+
+    return json.loads(zipfile.ZipFile(file).read("session.json"))["messages"]
+
+
+@posix
+def test_a_paste_of_several_lines_is_one_message(live, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path))
+    file = tmp_path / "talk.zip"
+    process = live("chat", tiny, *SETTINGS, "--max-tokens", "8", terminal=True)
+    process.wait_for(PROMPT)
+    process.send("\x1b[200~first line\nsecond line\n\nthird\x1b[201~")
+    process.send("\r")
+    process.wait_for(r"tokens seen.*\n(.*\n)*.*" + PROMPT)
+    process.send("typed\x1b\rbelow\r")  # Alt-Enter
+    process.wait_for(r"tokens seen.*\n(.*\n)*.*" + PROMPT)
+    process.send(f"/save {file}\r")
+    process.wait_for("saved 4 messages")
+    process.send("/bye\r")
+    assert process.process.wait(TIMEOUT) == 0
+    asked = [message["content"] for message in saved_messages(file) if message["role"] == "user"]
+    assert asked == ["first line\nsecond line\n\nthird", "typed\nbelow"]
+    assert "first line" in (tmp_path / "chat-history").read_text()
+
+
+def test_chat_reads_a_file_before_the_next_message(tiny, tmp_path):
+    text, saved = tmp_path / "notes.txt", tmp_path / "talk.zip"
+    text.write_text("Ada went to the harbour.\n", encoding="utf-8")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    lines = [
+        f"/read {text}",
+        f"/read {tmp_path / 'none'}",
+        f"/read {tmp_path / 'bytes'}",
+        "/read",
+        "where?",
+        "and now?",
+    ]
+    done = talk(tiny, *lines, f"/save {saved}")
+    assert done.returncode == 0 and "(notes.txt: 24 tokens; it is read with your next message)" in done.err
+    assert "expected a text in UTF-8" in done.err and "/read needs a file name" in done.err
+    asked = [message["content"] for message in saved_messages(saved) if message["role"] == "user"]
+    assert asked == ["Ada went to the harbour.\n\nwhere?", "and now?"]
+
+
+def test_chat_answers_once_more_and_with_another_system_message(tiny, tmp_path):
+    saved = tmp_path / "talk.zip"
+    done = talk(tiny, "/regen", "hello", "/regen", "/system be brief", "again", "/system", f"/save {saved}")
+    assert done.returncode == 0 and "there is no answer yet" in done.err
+    once, again, *_ = done.out.splitlines()
+    assert once == again  # the temperature is 0
+    assert [message["role"] for message in saved_messages(saved)] == ["user", "assistant"] * 2
+    done = talk(tiny, "/system be brief", "hello", f"/save {saved}")
+    assert saved_messages(saved)[0] == {"role": "system", "content": "be brief"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,19 @@ if TYPE_CHECKING:
     from ..model_file import ModelFile
 
 HELP = """\
+/read FILE   put a text before the next message
+/regen       another answer to the last message
+/system TEXT the system message; without TEXT: none
 /stats       everything about the KV cache
 /reset       forget the conversation
 /save FILE   write the conversation and the cache to a file
 /load FILE   go on with a conversation that was saved
 /help        this text
-/quit        leave; so does Ctrl-D. Ctrl-C stops an answer."""
+/quit        leave; so do /exit, /bye and Ctrl-D. Ctrl-C stops an answer.
+A message may have several lines: paste them, or begin a new one with Alt-Enter."""
+
+COMMANDS = ("/help", "/stats", "/reset", "/regen", "/system", "/quit", "/exit", "/bye")
+FILE_COMMANDS = ("/read", "/save", "/load")
 
 
 @click.command()
@@ -36,16 +43,17 @@ def chat(model: str, system: str | None, sampling: SamplingOptions, load: LoadOp
     """Talk with MODEL. Type /help for the commands."""
     llm, model_file = load_llama(model, load)
     conversation = Conversation(llm, model_file, load, sampling, system)
-    interactive = sys.stdin.isatty()
-    if interactive:
+    ask: Callable[[], str] | None = None
+    if sys.stdin.isatty():
+        from .terminal import message_reader
+
+        ask = message_reader(COMMANDS, FILE_COMMANDS)
         note(f"{model_file.name}, {llm.n_ctx():,} tokens of context. /help lists the commands.", style="dim")
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() editing and history
     at_prompt = True
     while True:
         try:
             at_prompt = True
-            line = _read_line(interactive)
+            line = _read_line(ask)
             at_prompt = False
             if line is None or not conversation.take(line.strip()):
                 return
@@ -53,14 +61,13 @@ def chat(model: str, system: str | None, sampling: SamplingOptions, load: LoadOp
             note("\n(Ctrl-D or /quit leaves)" if at_prompt else "(stopped)", style="dim")
 
 
-def _read_line(interactive: bool) -> str | None:
-    """One line of stdin; None at its end."""
-    if not interactive:
+def _read_line(ask: Callable[[], str] | None) -> str | None:
+    """One message from the terminal, or one line of stdin; None at its end."""
+    if ask is None:
         return sys.stdin.readline() or None
     try:
-        return input("> ")
+        return ask()
     except EOFError:
-        click.echo()
         return None
 
 
@@ -85,6 +92,7 @@ class Conversation:
         self.sampling = sampling
         self.first = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.first)
+        self.texts: list[str] = []  # for the next message
 
     def take(self, line: str) -> bool:
         """Answer a message or obey a command; False if it was /quit."""
@@ -95,13 +103,15 @@ class Conversation:
             return True
         name, _, argument = line.partition(" ")
         argument = argument.strip()
-        if name == "/quit":
+        if name in ("/quit", "/exit", "/bye"):
             return False
-        commands = {"/help": self.help, "/stats": self.stats, "/reset": self.reset}
-        file_commands = {"/save": self.save, "/load": self.restore}
+        commands = {"/help": self.help, "/stats": self.stats, "/reset": self.reset, "/regen": self.regenerate}
+        file_commands = {"/read": self.read, "/save": self.save, "/load": self.restore}
         try:
             if name in commands:
                 commands[name]()
+            elif name == "/system":
+                self.instruct(argument)
             elif name in file_commands and argument:
                 file_commands[name](Path(argument).expanduser())
             elif name in file_commands:
@@ -126,7 +136,7 @@ class Conversation:
         A message to which nothing was answered is not kept: after an error, the next one may fit; after Ctrl-C, an
         empty answer in the history would teach the model to be silent.
         """
-        message = {"role": "user", "content": text}
+        message = {"role": "user", "content": "\n\n".join([*self.texts, text])}
         answer = Answer()
         failed = None
         meter = TokenMeter(self.llm)
@@ -144,6 +154,7 @@ class Conversation:
         kept = bool(answer.text) or (failed is None and not answer.interrupted)
         if kept:
             self.messages += [message, {"role": "assistant", "content": answer.text}]
+            self.texts.clear()
         if failed is not None:
             self.report(failed)
         if not kept:
@@ -157,6 +168,35 @@ class Conversation:
     def help(self) -> None:
         """List the commands."""
         note(HELP)
+
+    def read(self, file: Path) -> None:
+        """Keep a text for the next message."""
+        try:
+            text = file.read_bytes().decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: expected a text in UTF-8, got: {error}") from error
+        self.texts.append(text)
+        n = len(self.llm.tokenize(text.encode(), add_bos=False, special=False))
+        note(f"({file.name}: {n:,} tokens; it is read with your next message)", style="dim")
+
+    def regenerate(self) -> None:
+        """Answer the last message once more."""
+        if len(self.messages) <= len(self.first):
+            note("there is no answer yet", style="red")
+            return
+        question, last = self.messages[-2:]
+        del self.messages[-2:]
+        n = len(self.messages)
+        self.answer(question["content"])
+        if len(self.messages) == n:  # nothing came of it
+            self.messages += [question, last]
+
+    def instruct(self, text: str) -> None:
+        """Begin the conversation with another system message."""
+        rest = self.messages[len(self.first) :]
+        self.first = [{"role": "system", "content": text}] if text else []
+        self.messages = [*self.first, *rest]
+        note("(the conversation is read again from its beginning with your next message)" if rest else "(noted)", "dim")
 
     def stats(self) -> None:
         """Show all statistics of the cache."""
@@ -178,6 +218,7 @@ class Conversation:
         import llama_cpp
 
         self.messages = list(self.first)
+        self.texts.clear()
         self.llm.reset()
         # reset() alone leaves the text in memory until the next question
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.llm.ctx), True)

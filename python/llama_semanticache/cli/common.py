@@ -271,11 +271,11 @@ def kv_line(stats: KVStats, tokens_per_s: float | None) -> str:
     if stats.kv_compress is None:
         parts += ["uncompressed", f"KV {stats.total_bytes / 2**20:.1f} MiB"]
     else:
-        parts += [
-            f"{stats.rows_used:,} of {stats.rows_allocated:,} rows",
-            f"KV {stats.total_bytes / 2**20:.1f} MiB",
-            f"{stats.compression_factor:.1f}x smaller",
-        ]
+        used, allocated = (n / stats.n_head_kv for n in (stats.rows_used, stats.rows_allocated))
+        parts.append(f"{used:,.0f} of {allocated:,.0f} rows per head")
+        parts.append(f"KV {stats.total_bytes / 2**20:.1f} MiB, {stats.compression_factor:.1f}x smaller than f16")
+        if not stats.rows_used:
+            parts.append("nothing compressed yet")
     if tokens_per_s is not None:
         parts.append(f"{tokens_per_s:.1f} tokens/s")
     return " | ".join(parts)

@@ -31,7 +31,7 @@ lint: $(VENV)/.lint $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	files="$$(git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' 'tests/native/*.cpp' 'tests/native/*.h')" && [ -n "$$files" ] && \
+	files="$$(git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' 'tests/native/*.cpp' 'tests/native/*.h' 'tests/card/*.cpp')" && [ -n "$$files" ] && \
 	    $(BIN)/clang-format --dry-run --Werror $$files
 
 build: $(VENV)/.installed

@@ -12,8 +12,8 @@ namespace sc_test {
 
 class shim_device {
 public:
-    // only_head: the only one whose blocks are run; -1: all. in_one_piece: else each part of a pass's work has memory of
-    // its own, to the byte.
+    // only_head: the only one whose blocks are run; -1: all. in_one_piece: else each part of a pass's work has memory
+    // of its own, to the byte.
     explicit shim_device(int only_head = -1, bool in_one_piece = true) :
         only_head(only_head), in_one_piece(in_one_piece) {}
 
@@ -26,8 +26,8 @@ public:
         CHECK(n_piece > 0 && n_head > 0); // a device refuses an empty grid
         if (STEP == PASS_LOAD && !in_one_piece) {
             parts.clear();
-#define FIELD(type, name, n)                                         \
-    parts.emplace_back(sizeof(type) * m.n_head_work *(n), 0xff); \
+#define FIELD(type, name, n)                                      \
+    parts.emplace_back(sizeof(type) * m.n_head_work * (n), 0xff); \
     own.name = (type *) parts.back().data();
             SC_PASS_WORK(FIELD)
 #undef FIELD

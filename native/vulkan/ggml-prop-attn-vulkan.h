@@ -1,6 +1,7 @@
 // ggml-prop-attn-vulkan.h - what ggml-vulkan.cpp calls for GGML_OP_PROP_ATTN: attention, no passes
 //
-// The bodies are in ggml-prop-attn-vulkan.inc, which that file includes at its end, since they use functions of its own.
+// The bodies are in ggml-prop-attn-vulkan.inc, which that file includes at its end, since they use functions of its
+// own.
 
 #pragma once
 

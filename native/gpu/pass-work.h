@@ -87,7 +87,7 @@ SC_BOTH int pass_n_merged(int n_rows, int n_loser) { return n_loser < n_rows / 2
 // Bytes of all work.
 SC_BOTH sc_i64 pass_work_size(SC_CONST const pass_dims & m) {
     sc_i64 at = 0;
-#define FIELD(type, name, n)                         \
+#define FIELD(type, name, n)                           \
     at += (sc_i64) sizeof(type) * m.n_head_work * (n); \
     at = (at + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
     SC_PASS_WORK(FIELD)
@@ -98,8 +98,8 @@ SC_BOTH sc_i64 pass_work_size(SC_CONST const pass_dims & m) {
 // The work in one piece of memory, aligned.
 SC_BOTH void pass_work_at(SC_CONST const pass_dims & m, SC_GLOBAL uchar * base, SC_THREAD pass_work & w) {
     sc_i64 at = 0;
-#define FIELD(type, name, n)                         \
-    w.name = (SC_GLOBAL type *) (base + at);         \
+#define FIELD(type, name, n)                           \
+    w.name = (SC_GLOBAL type *) (base + at);           \
     at += (sc_i64) sizeof(type) * m.n_head_work * (n); \
     at = (at + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
     SC_PASS_WORK(FIELD)

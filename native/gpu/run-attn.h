@@ -3,8 +3,8 @@
 // A device D has besides, see run-pass.h:
 //
 //     n_block()                     blocks that it runs at once, about
-//     attn_part<D, NQ>(n_part, n_group, a, x, work), attn_reduce<D>(n, a, x, work, dst)    launch kernels of prop-attn.h
-//     attn_work(n)                  n floats of its memory until the operation is over
+//     attn_part<D, NQ>(n_part, n_group, a, x, work), attn_reduce<D>(n, a, x, work, dst)    launch kernels of
+//     prop-attn.h attn_work(n)                  n floats of its memory until the operation is over
 
 #pragma once
 
@@ -49,8 +49,7 @@ inline bool device_supports(const ggml_tensor * op) {
         case GGML_PROP_ATTN_ATTEND: {
             const ggml_tensor *q = op->src[GGML_PROP_ATTN_Q], *v = op->src[GGML_PROP_ATTN_V],
                               *core_v = op->src[GGML_PROP_ATTN_CORE_V];
-            return q->ne[0] == core_v->ne[0] && v->nb[1] <= v->nb[2] &&
-                   device_head(q->ne[0], 1, [](auto, auto) {});
+            return q->ne[0] == core_v->ne[0] && v->nb[1] <= v->nb[2] && device_head(q->ne[0], 1, [](auto, auto) {});
         }
         case GGML_PROP_ATTN_PASS: {
             const pass_task * task = (const pass_task *) ggml_prop_attn_get_task(op);

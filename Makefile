@@ -104,7 +104,7 @@ vulkan: build
 	    "-DCMAKE_CXX_FLAGS=-include $(abspath tests/vulkan/layer-settings.hpp)" -DLLAMA_SEMANTICACHE_SOURCE=$(abspath $(SDIST))
 	$(BIN)/cmake --build $(VULKAN) --target ggml-vulkan
 	GGML_VK_VISIBLE_DEVICES=0 MESA_SHADER_CACHE_DIR=$(abspath $(VULKAN))/shaders \
-	    $(BIN)/python tools/gpu-check --part op --part model --backend $(abspath $(VULKAN))/bin/libggml-vulkan.so:ggml_backend_vk_reg
+	    $(BIN)/python tools/gpu-check --part op --part model --no-passes --backend $(abspath $(VULKAN))/bin/libggml-vulkan.so:ggml_backend_vk_reg
 
 # The kernels on NEON, in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(VENV)/.llama-cpp-python

@@ -12,7 +12,8 @@
 
 namespace semcache {
 
-// Heads are worked on at once as long as they take no more than this; one is, whatever it takes.
+// Heads are worked on at once as long as they take no more than this; one is, whatever it takes. Not tuned: no card was
+// at hand.
 constexpr int64_t DEVICE_WORK = 64 << 20;
 
 // All but ld, n_merged, first_head and n_head_work.
@@ -70,9 +71,10 @@ inline int64_t device_table_size(const pass_args & a, const pass_plan & p) {
            device_size<float>(a.n_rot) + device_size<float>((int64_t) a.n_q_layer * a.shape.n_embd_head_k);
 }
 
-// The largest pass over a layer: n_alloc rows of its largest head are in use, and n_token tokens all leave the stage,
-// n_voter of which vote.
-inline int64_t device_work_size(const pass_args & a, int32_t n_alloc, int32_t n_token, int32_t n_voter) {
+// The largest pass over a layer: n_alloc rows of its largest head are in use, there are n_token tokens in the stage,
+// n_leave of which leave it, and n_voter vote.
+inline int64_t device_work_size(
+    const pass_args & a, int32_t n_alloc, int32_t n_token, int32_t n_leave, int32_t n_voter) {
     pass_plan p = {};
     p.n_new = n_token;
     p.n_voter = n_voter;
@@ -80,7 +82,7 @@ inline int64_t device_work_size(const pass_args & a, int32_t n_alloc, int32_t n_
     const int n_fit = std::min(n_voter, N_FIT / m.n_gqa + 1); // fewer voters may have more that are fitted to
     m.stride = std::max(1, n_voter / std::max(1, n_fit));
     m.ld = n_alloc + n_token;
-    m.n_merged = pass_n_merged(m.ld, n_token);
+    m.n_merged = pass_n_merged(m.ld, n_leave);
     m.n_head_work = 1;
     const int64_t one = pass_work_size(m);
     m.n_head_work = (int) std::clamp<int64_t>(DEVICE_WORK / one, 1, m.n_head_kv);

@@ -174,10 +174,12 @@ llama_semcache_scope::llama_semcache_scope(llama_context & lctx, const llama_mod
     check_type("type_k", p.type_k, model.hparams);
     check_type("type_v", p.type_v, model.hparams);
     check_type("type_stage", p.type_stage, model.hparams);
-    // rows that a device cannot attend to would be copied from it for every token: they stay where the CPU reads them
+    // rows that a device cannot attend to would be copied from it for every token: they stay where the CPU reads them;
+    // without flash attention values lie along the cells, which no device's kernels read
     for (uint32_t il = 0; cparams.offload_kqv && il < model.hparams.n_layer(); ++il) {
         ggml_backend_dev_t dev = model.dev_layer(il);
-        if (is_compressed(model.hparams, il) && (p.calibrate || !semcache_device_attends(dev, model.hparams, il, p))) {
+        if (is_compressed(model.hparams, il) &&
+            (p.calibrate || !cparams.flash_attn || !semcache_device_attends(dev, model.hparams, il, p))) {
             LLAMA_LOG_INFO("%s: the KV cache stays in host memory: %s has no attention over cores, or no calibration\n",
                 __func__, ggml_backend_dev_name(dev));
             cparams.offload_kqv = false;

@@ -243,8 +243,10 @@ void semcache_store::allocate_work(ggml_backend_buffer_type_t buft, int64_t n_vo
             n_alloc = std::max(n_alloc, l.n_alloc(ih));
         }
         n_head += l.n_head_kv();
-        size = std::max(
-            size, semcache::device_work_size(args(l, false, false), n_alloc, params.n_stage, (int32_t) n_vote_row));
+        // see llama_semcache_scope: an ubatch is no larger than what leaves for it
+        const int32_t n_leave = params.n_stage - params.n_window;
+        size = std::max(size,
+            semcache::device_work_size(args(l, false, false), n_alloc, params.n_stage, n_leave, (int32_t) n_vote_row));
     }
     size += semcache::device_size<int32_t>(4 * n_head);
     ggml_backend_buffer_t buf = ggml_backend_buft_alloc_buffer(buft, size);

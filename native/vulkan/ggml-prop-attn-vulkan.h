@@ -5,5 +5,5 @@
 
 #pragma once
 
-static bool ggml_vk_prop_attn_supported(const ggml_tensor * op);
+static bool ggml_vk_prop_attn_supported(const vk_device & device, const ggml_tensor * op);
 static void ggml_vk_prop_attn(ggml_backend_vk_context * ctx, vk_context & subctx, ggml_tensor * dst);

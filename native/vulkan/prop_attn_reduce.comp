@@ -1,6 +1,6 @@
 #version 450
 
-// The second kernel of native/gpu/prop-attn.h in GLSL: puts the parts together. A block for each query head of a token.
+// The second kernel of native/gpu/prop-attn.h in GLSL: puts the parts together. Block (head, token).
 
 #define THREADS 128
 #define MASKED (-1e30)
@@ -16,7 +16,7 @@ layout(binding = 2) readonly buffer B2 { float work[]; };
 layout(binding = 3) writeonly buffer B3 { float dst[]; };
 
 void main() {
-    const int id = int(gl_LocalInvocationID.x), query = int(gl_WorkGroupID.x);
+    const int id = int(gl_LocalInvocationID.x), query = int(gl_WorkGroupID.y) * a.n_head + int(gl_WorkGroupID.x);
     const int head = query % a.n_head, kv = head / (a.n_head / a.n_head_kv);
     int total = 0, first = 0;
     for (int h = 0; h < a.n_head_kv; ++h) {

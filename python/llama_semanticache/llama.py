@@ -6,6 +6,7 @@ import ctypes
 import difflib
 import functools
 import inspect
+import logging
 import os
 import struct
 import sys
@@ -26,11 +27,16 @@ from .model_file import ModelFile
 _ffi, _lib = _native.load()
 
 import llama_cpp  # noqa: E402  (after _native.load(), which decides which library it gets)
-from llama_cpp import llama_chat_format, llama_speculative  # noqa: E402
+from llama_cpp import _logger, llama_chat_format, llama_speculative  # noqa: E402
 from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
 
 from ._gate import Closed, Gate, Tokenizer, gated  # noqa: E402
 from ._seal import seal, unseal  # noqa: E402
+
+# upstream's table is off by one: warnings count as errors, and errors as nothing to be told
+_logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL.update(
+    {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+)
 
 _UPSTREAM = inspect.signature(llama_cpp.Llama.__init__)
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
@@ -103,7 +109,7 @@ class _ShortDrafts(llama_speculative.LlamaDraftModel):
 
 class Llama(llama_cpp.Llama):
     """llama_cpp.Llama with a compressed KV cache; all of its arguments and methods work as they do there, but
-    ``verbose`` is off by default.
+    ``verbose`` is off by default: of llama.cpp's log only errors are shown.
 
     Parameters
     ----------
@@ -217,6 +223,8 @@ class Llama(llama_cpp.Llama):
                 return
             except UnsupportedModelError as error:  # what the file alone does not tell
                 why = str(error)
+        if hasattr(self, "_stack"):  # of the attempt, whose model would stay until the next one is loaded
+            self._stack.close()
         self._kv, self.kv_compress, self._why_uncompressed = KVConfig(), None, why
         print(f"llama-semanticache: the KV cache stays uncompressed: {why}", file=sys.stderr)
         self._load(model_path, kwargs)

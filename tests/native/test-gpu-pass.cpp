@@ -26,8 +26,9 @@ pass_result run_on_device(pass_call & call, bool in_one_piece) {
         jobs.push_back({ &a, ih, is_it ? call.h.n_used : 0, is_it ? call.h.n_alloc : 0 });
     }
     std::vector<pass_result> results(jobs.size());
-    const int64_t n_work = device_size<int32_t>(4 * a.n_head_kv) +
-                           device_work_size(a, call.h.n_alloc, call.plan.n_token(), call.plan.n_voter);
+    const int64_t n_work =
+        device_size<int32_t>(4 * a.n_head_kv) +
+        device_work_size(a, call.h.n_alloc, call.plan.n_token(), call.plan.n_sink + call.plan.n_new, call.plan.n_voter);
     std::vector<uint64_t> work((n_work + sizeof(uint64_t) - 1) / sizeof(uint64_t), ~0ull);
     const pass_task task = { &call.plan, jobs.data(), a.n_head_kv, nullptr, (uint8_t *) work.data(), n_work,
         results.data() };

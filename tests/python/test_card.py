@@ -90,10 +90,11 @@ def quantized_rows_are_nearly_the_cpus(folder: Path) -> None:
     """Rounding flips some choices between rows that are worth about as much."""
     path, card = model(folder), Card()
     _, want = read(path)
-    llm, got = read(path, n_gpu_layers=-1)
+    llm, got = read(path, n_gpu_layers=-1, verbose=True)
     assert card.passed == llm.kv_stats().n_pass >= 3
     divergence = kl(want, got)
     assert divergence.mean() < 5e-3, divergence.mean()
+    llm.close()  # says whether memory was moved
 
 
 def a_state_is_the_same_on_the_card(folder: Path) -> None:
@@ -136,15 +137,22 @@ def layers_lie_where_they_are_computed(folder: Path) -> None:
     assert llm.kv_rows() == cpu.kv_rows()
 
 
-def a_card_without_passes_has_them_computed(folder: Path) -> None:
-    """Its rows are copied to the CPU for them; so they are for methods of others."""
-    path, card = model(folder), Card(with_passes=False)
-    for options in ({}, dict(kv_compress="keydiff")):
-        cpu, want = read(path, **{**EXACT, **options})
-        llm, got = read(path, **{**EXACT, **options}, n_gpu_layers=-1)
-        assert llm.kv_stats().n_pass >= 3 and llm.kv_stats().work_bytes == 0 and llm.kv_rows() == cpu.kv_rows()
-        np.testing.assert_allclose(got, want, atol=2e-3)
+def passes_are_the_cpus(card: Card, path: str, **options) -> None:
+    cpu, want = read(path, **{**EXACT, **options})
+    llm, got = read(path, **{**EXACT, **options}, n_gpu_layers=-1)
+    assert llm.kv_stats().n_pass >= 3 and llm.kv_stats().work_bytes == 0 and llm.kv_rows() == cpu.kv_rows()
+    np.testing.assert_allclose(got, want, atol=2e-3)
     assert card.passed == 0 < card.attended
+
+
+def a_card_without_passes_has_them_computed(folder: Path) -> None:
+    """Its rows are copied to the CPU for them."""
+    passes_are_the_cpus(Card(with_passes=False), model(folder))
+
+
+def passes_by_the_methods_of_others_are_the_cpus(folder: Path) -> None:
+    """For which no card has kernels."""
+    passes_are_the_cpus(Card(), model(folder), kv_compress="keydiff")
 
 
 def what_the_kernels_do_not_compute_stays_with_the_cpu(folder: Path) -> None:
@@ -154,6 +162,7 @@ def what_the_kernels_do_not_compute_stays_with_the_cpu(folder: Path) -> None:
     for path, options in (
         (small, {}),
         (large, dict(offload_kqv=False)),
+        (large, dict(flash_attn=False)),
     ):
         _, want = read(path, **options)
         llm, got = read(path, **options, n_gpu_layers=-1)
@@ -177,6 +186,7 @@ CHECKS = [
     a_state_is_the_same_on_the_card,
     layers_lie_where_they_are_computed,
     a_card_without_passes_has_them_computed,
+    passes_by_the_methods_of_others_are_the_cpus,
     what_the_kernels_do_not_compute_stays_with_the_cpu,
     a_card_that_is_full_is_an_error,
 ]
@@ -189,10 +199,9 @@ def test_on_the_card(check, tmp_path):
     command = [sys.executable, "-W", "ignore::UserWarning", __file__, check.__name__, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, re.sub(r"\n{2,}", "\n", done.stdout + done.stderr)[-4000:]
-    # memory is reserved for the largest graph: none is moved while a card computes. Before the first pass over a stage
-    # of f16 llama.cpp's own attention may take more, as over heads of 16.
-    if check is not what_the_kernels_do_not_compute_stays_with_the_cpu:
-        assert "does not match expectation" not in done.stderr
+    # memory is reserved for the largest graph: none is moved while a card computes
+    if check is quantized_rows_are_nearly_the_cpus:
+        assert "matches expectation" in done.stderr and "does not match expectation" not in done.stderr
 
 
 if __name__ == "__main__":

@@ -62,6 +62,12 @@ def test_what_a_page_points_to_is_there(page):
             assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_examples_are_python(page):
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        compile(example, str(page), "exec")
+
+
 def test_the_programs_of_the_contributing_page_are_targets():
     make = shutil.which("make")
     for line in commands((ROOT / "docs/contributing.md").read_text()):

@@ -29,19 +29,24 @@ def test_gpu_check_on_the_card(tmp_path):
     words = ("--part", "model", "--backend", f"{card}:card_reg", "--out", tmp_path)
     done = run(TOOLS / "gpu-check", *words, GPU_CHECK_ARCHS="qwen2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passes there" in done.stdout and done.stdout.count("  ok: ") == 7 and "WRONG" not in done.stdout
+    assert "3 passes there" in done.stdout and done.stdout.count("  ok: ") == 15 and "WRONG" not in done.stdout
     assert json.loads((tmp_path / "gpu-check.json").read_text()) == {"model": "ok"}
 
 
 def test_gpu_check_fails_where_there_is_no_card(tmp_path):
     """A test-op that finds no device is no success, and neither are the CPU's own results."""
-    broken = tmp_path / "test-op"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    words = ("--part", "op", "--part", "model", "--build", tmp_path, "--out", tmp_path)
+    build = Path(built_by_make("LLAMA_SEMANTICACHE_CARD", "the card of tests/card")).parent
+    words = ("--part", "op", "--part", "model", "--build", build, "--out", tmp_path)
     done = run(TOOLS / "gpu-check", *words, GPU_CHECK_ARCHS="llama")
     assert done.returncode == 1 and "op: WRONG" in done.stdout and "model: WRONG" in done.stdout
-    assert "  WRONG: llama.cpp finds a card" in done.stdout and done.stdout.count("  WRONG: ") == 1
+    assert "0 results of devices" in done.stdout and "  WRONG: llama.cpp finds a card" in done.stdout
+    assert done.stdout.count("  WRONG: passes on the card") == 2 and done.stdout.count("  WRONG: ") == 3
+
+
+def test_gpu_check_fails_where_nothing_was_found_out(tmp_path):
+    """What hangs is not right."""
+    done = run(TOOLS / "gpu-check", "--part", "model", "--limit", "0", "--out", tmp_path)
+    assert done.returncode == 1 and "model: nothing found out" in done.stdout
 
 
 def test_a_random_model_has_its_shape_and_runs(tmp_path, load):

@@ -99,7 +99,8 @@ class Conversation:
         if not line:
             return True
         if not line.startswith("/"):
-            self.answer(line)
+            if self.answer("\n\n".join([*self.texts, line])):
+                self.texts.clear()
             return True
         name, _, argument = line.partition(" ")
         argument = argument.strip()
@@ -130,13 +131,13 @@ class Conversation:
             note("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         note(f"Error: {explain(error)}", style="red")
 
-    def answer(self, text: str) -> None:
-        """Stream the answer to a message. The history keeps both, as far as the answer got.
+    def answer(self, text: str) -> bool:
+        """Stream the answer to a message. The history keeps both, as far as the answer got; whether it does.
 
         A message to which nothing was answered is not kept: after an error, the next one may fit; after Ctrl-C, an
         empty answer in the history would teach the model to be silent.
         """
-        message = {"role": "user", "content": "\n\n".join([*self.texts, text])}
+        message = {"role": "user", "content": text}
         answer = Answer()
         failed = None
         meter = TokenMeter(self.llm)
@@ -154,7 +155,6 @@ class Conversation:
         kept = bool(answer.text) or (failed is None and not answer.interrupted)
         if kept:
             self.messages += [message, {"role": "assistant", "content": answer.text}]
-            self.texts.clear()
         if failed is not None:
             self.report(failed)
         if not kept:
@@ -164,6 +164,7 @@ class Conversation:
         elif answer.finish_reason == "length":
             note("(cut off: --max-tokens or the end of the context)", style="dim")
         note(kv_line(self.llm.kv_stats(), meter.tokens_per_s), style="dim")
+        return kept
 
     def help(self) -> None:
         """List the commands."""
@@ -186,9 +187,7 @@ class Conversation:
             return
         question, last = self.messages[-2:]
         del self.messages[-2:]
-        n = len(self.messages)
-        self.answer(question["content"])
-        if len(self.messages) == n:  # nothing came of it
+        if not self.answer(question["content"]):
             self.messages += [question, last]
 
     def instruct(self, text: str) -> None:
@@ -247,5 +246,7 @@ class Conversation:
         from .session import load_session
 
         self.messages = load_session(file, self.llm, self.settings())
+        self.first = [message for message in self.messages[:1] if message["role"] == "system"]
+        self.texts.clear()
         note(f"(loaded {len(self.messages)} messages)", style="dim")
         note(kv_line(self.llm.kv_stats(), None), style="dim")

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def message_reader(commands: Iterable[str], file_commands: Iterable[str]) -> Callable[[], str]:
     """A function that asks for one message, which may have several lines: a paste is one message, and Alt-Enter begins
-    a new line. The function raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
+    a new line. What is typed is kept for the next time in a file of the user's cache folder that nobody else can read.
+    The function raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
 
     Parameters
     ----------
@@ -24,7 +25,7 @@ def message_reader(commands: Iterable[str], file_commands: Iterable[str]) -> Cal
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer, PathCompleter
     from prompt_toolkit.document import Document as Text
-    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     names, with_file = sorted({*commands, *file_commands}), tuple(f"{name} " for name in file_commands)
@@ -46,11 +47,17 @@ def message_reader(commands: Iterable[str], file_commands: Iterable[str]) -> Cal
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    folder = cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
+    history: History
+    try:
+        file = cache_dir() / "chat-history"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        history = FileHistory(str(file))
+    except OSError:  # nowhere to write to
+        history = InMemoryHistory()
     session: PromptSession[str] = PromptSession(
         "> ",
-        history=FileHistory(str(folder / "chat-history")),
+        history=history,
         completer=Commands(),
         complete_while_typing=False,
         key_bindings=keys,

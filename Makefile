@@ -11,7 +11,7 @@ STOCK    := build/stock
 VULKAN   := build/vulkan
 ARCHS    := $(STOCK)/bin/test-llama-archs
 SDIST    := $(UPSTREAM)/llama_cpp_python-$(shell sed -n 's/^llama_cpp_python=//p' patches/UPSTREAM).tar.gz
-SOURCES  := $(shell find native python tests/native -type f -not -path '*/__pycache__/*' 2>/dev/null) \
+SOURCES  := $(shell find native python tests/native tests/card -type f -not -path '*/__pycache__/*' 2>/dev/null) \
             $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
             CMakeLists.txt pyproject.toml README.md
 

@@ -39,7 +39,6 @@ _BLOCK = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "
 
 class _Writer:
     def __init__(self, path: Path, shape: Shape) -> None:
-        self.shape = shape
         self.gguf = gguf.GGUFWriter(path, shape.arch)
         rng = np.random.default_rng(0)
         self.blocks = np.frombuffer(rng.bytes(_BLOCK.itemsize << 14), _BLOCK).copy()

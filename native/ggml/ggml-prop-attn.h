@@ -73,7 +73,7 @@ GGML_API int64_t ggml_prop_attn_n_sink(int64_t n_embd_head_k, int64_t n_embd_hea
 // GGML_PROP_ATTN_CALIBRATE  struct calibrate_task  measures what a head's output is off by when it holds fewer rows
 //
 // rows    of one of the layers: the result is a view of it, so that the backend finds it in memory of its own
-// serial  of a kind that the backend has not run yet: graphs that it keeps, of nodes that are alike, are not run again
+// serial  another one for every task: a backend may keep a graph and run it again where all nodes look the same
 GGML_API struct ggml_tensor * ggml_prop_attn_task(struct ggml_context * ctx, enum ggml_prop_attn_kind kind,
     const void * task, struct ggml_tensor * rows, int32_t serial);
 

@@ -2,17 +2,18 @@
 //
 // A device D has besides, see run-pass.h:
 //
-//     n_block()                     blocks that it runs at once, about
-//     attn_part<D, NQ>(n_part, n_group, a, x, work), attn_reduce<D>(n, a, x, work, dst)    launch kernels of
-//     prop-attn.h attn_work(n)                  n floats of its memory until the operation is over
+//     n_block()               blocks that it runs at once, about
+//     attn_work(n)            n floats of its memory until the operation is over
+//     attn_part<D, NQ>(n_part, n_group, a, x, work)
+//     attn_reduce<D>(n, a, x, work, dst)      launch kernels of prop-attn.h
 
 #pragma once
 
 #include "attn-dims.h"
+#include "ggml-prop-attn-args.h"
 #include "pass/task.h"
 #include "prop-attn.h"
 
-#include <algorithm>
 #include <type_traits>
 
 namespace semcache {
@@ -46,11 +47,7 @@ template <typename F> bool device_head(int64_t d, int n_query, F && f) {
 // Whether the kernels compute this node: attention of a cache that is not transposed, and passes by our own method.
 inline bool device_supports(const ggml_tensor * op) {
     switch (ggml_prop_attn_get_kind(op)) {
-        case GGML_PROP_ATTN_ATTEND: {
-            const ggml_tensor *q = op->src[GGML_PROP_ATTN_Q], *v = op->src[GGML_PROP_ATTN_V],
-                              *core_v = op->src[GGML_PROP_ATTN_CORE_V];
-            return q->ne[0] == core_v->ne[0] && v->nb[1] <= v->nb[2] && device_head(q->ne[0], 1, [](auto, auto) {});
-        }
+        case GGML_PROP_ATTN_ATTEND: return device_head(device_head_size(op), 1, [](auto, auto) {});
         case GGML_PROP_ATTN_PASS: {
             const pass_task * task = (const pass_task *) ggml_prop_attn_get_task(op);
             return task->plan->how == method::semantic;
@@ -60,17 +57,13 @@ inline bool device_supports(const ggml_tensor * op) {
 }
 
 template <typename D> void device_attend(D & dev, const ggml_tensor * dst) {
-    auto data = [&](ggml_prop_attn_src i) { return dst->src[i] ? dst->src[i]->data : nullptr; };
-    const prop_attn_src x = { (const float *) data(GGML_PROP_ATTN_Q), (const uchar *) data(GGML_PROP_ATTN_K),
-        (const uchar *) data(GGML_PROP_ATTN_V), (const uchar *) data(GGML_PROP_ATTN_MASK),
-        (const uchar *) data(GGML_PROP_ATTN_CORE_K), (const uchar *) data(GGML_PROP_ATTN_CORE_V),
-        (const sc_half *) data(GGML_PROP_ATTN_BIAS), (const sc_half *) data(GGML_PROP_ATTN_HEADS),
-        (const int *) data(GGML_PROP_ATTN_ROWS), (const float *) data(GGML_PROP_ATTN_SINKS) };
-    prop_attn_args a = device_attn_args(dst);
-    const int n_query = a.n_head / a.n_head_kv * a.n_tokens;
-    device_head(dst->src[GGML_PROP_ATTN_Q]->ne[0], n_query, [&](auto d, auto nq) {
+    const attn_args host = attn_args_of(dst);
+    const prop_attn_src x = { host.q, host.k, host.v, (const uchar *) host.mask, host.k_core, host.v_core,
+        (const sc_half *) host.bias, (const sc_half *) host.heads, host.row_first, host.sinks };
+    const int n_query = host.n_head / host.n_head_kv * host.n_tokens;
+    device_head(host.n_embd_head_k, n_query, [&](auto d, auto nq) {
         const int n_group = (n_query + nq - 1) / nq;
-        a.n_part = std::max(1, (dev.n_block() + n_group - 1) / n_group);
+        const prop_attn_args a = device_attn_args(host, device_parts(dev.n_block(), n_group));
         float * work = dev.attn_work((size_t) a.n_part * a.n_tokens * a.n_head * (d + 2));
         dev.template attn_part<d, nq>(a.n_part, n_group, a, x, work);
         dev.template attn_reduce<d>(a.n_head * a.n_tokens, a, x, work, (float *) dst->data);

@@ -131,12 +131,12 @@ private:
 };
 
 // A pass over the layers whose rows are in one device's memory, or in the host's.
-class device_pass {
+class backend_pass {
 public:
-    device_pass(ggml_backend_t backend, ggml_backend_buffer_t work, ggml_tensor * rows) :
-        backend(backend), work(work), rows(rows) {}
+    backend_pass(ggml_backend_dev_t dev, ggml_backend_t backend, ggml_backend_buffer_t work, ggml_tensor * rows) :
+        dev(dev), backend(backend), work(work), rows(rows) {}
 
-    const ggml_backend_t backend;
+    const ggml_backend_dev_t dev; // NULL: the CPU's
 
     void add(const semcache_store::layer & l, const semcache::pass_args & a) {
         for (int32_t ih = 0; ih < l.n_head_kv(); ++ih) {
@@ -159,6 +159,7 @@ public:
     std::vector<semcache::pass_result> results;
 
 private:
+    ggml_backend_t backend;
     ggml_backend_buffer_t work;
     ggml_tensor * rows;
     std::vector<semcache::pass_job> jobs;
@@ -190,7 +191,7 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
     }
     std::list<host_layer> copies;
     std::list<semcache::pass_args> args;
-    std::list<device_pass> passes;
+    std::list<backend_pass> passes;
     for (const auto & l : store.layers) {
         ggml_backend_buffer_t work = store.work(l);
         const bool is_copy = !work && !store.in_host_memory(l);
@@ -203,18 +204,17 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
             a.mean_turn = means[l.rope].data();
         }
         ggml_backend_dev_t dev = work ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(work)) : nullptr;
-        ggml_backend_t backend = backend_of(lctx, dev, n_threads);
-        auto pass = std::find_if(passes.begin(), passes.end(), [&](const auto & p) { return p.backend == backend; });
+        auto pass = std::find_if(passes.begin(), passes.end(), [&](const auto & p) { return p.dev == dev; });
         if (pass == passes.end()) {
-            pass = passes.emplace(pass, backend, work, here.rows);
+            pass = passes.emplace(pass, dev, backend_of(lctx, dev, n_threads), work, here.rows);
         }
         pass->add(here, a);
     }
-    for (device_pass & pass : passes) {
+    for (backend_pass & pass : passes) {
         pass.prepare(next.plan, n_threads);
     }
 
-    for (const device_pass & pass : passes) {
+    for (const backend_pass & pass : passes) {
         pass.run(n_pass);
         for (const semcache::pass_result & r : pass.results) {
             rows_merged += r.n_merged;

@@ -1,5 +1,6 @@
 #include "semcache-store.h"
 
+#include "ggml-row-type.h"
 #include "gpu/pass-dims.h"
 #include "semcache-device.h"
 #include "semcache-hooks.h"
@@ -97,16 +98,6 @@ std::vector<int32_t> budgets(
                 " (sinks and one chunk per head), got " + std::to_string(p.ratio) + "; raise the ratio or n_ctx");
     }
     return rows;
-}
-
-semcache::row_type row_type_of(const ggml_tensor * t) {
-    switch (t->type) {
-        case GGML_TYPE_Q8_0: return semcache::row_type::q8_0;
-        case GGML_TYPE_Q5_0: return semcache::row_type::q5_0;
-        case GGML_TYPE_Q4_0: return semcache::row_type::q4_0;
-        case GGML_TYPE_IQ4_NL: return semcache::row_type::iq4_nl;
-        default: return semcache::row_type::f16;
-    }
 }
 
 } // namespace
@@ -342,8 +333,8 @@ semcache::pass_args semcache_store::args(const layer & l, bool v_trans, bool k_r
     a.n_head_kv = l.n_head_kv();
     a.k = (uint8_t *) l.k->data;
     a.v = (uint8_t *) l.v->data;
-    a.k_type = row_type_of(l.k);
-    a.v_type = row_type_of(l.v);
+    a.k_type = semcache::row_type_of(l.k->type);
+    a.v_type = semcache::row_type_of(l.v->type);
     a.bias = (semcache::f16 *) l.bias->data;
     if (l.s_use->type == GGML_TYPE_F32) {
         a.s_policy = (float *) l.s_use->data;
@@ -360,11 +351,11 @@ semcache::pass_args semcache_store::args(const layer & l, bool v_trans, bool k_r
     const int64_t d_v = l.shape.n_embd_head_v, n_stage = params.n_stage, size = sizeof(semcache::f16);
     a.k_rotated = k_rotated;
     a.k_stage = (const uint8_t *) l.k_stage->data;
-    a.k_cell_type = row_type_of(l.k_stage);
+    a.k_cell_type = semcache::row_type_of(l.k_stage->type);
     a.k_head = (int64_t) ggml_row_size(l.k_stage->type, l.shape.n_embd_head_k);
     a.k_cell = (int64_t) l.k_stage->nb[1];
     a.v_stage = (const uint8_t *) l.v_stage->data;
-    a.v_cell_type = row_type_of(l.v_stage);
+    a.v_cell_type = semcache::row_type_of(l.v_stage->type);
     a.v_head = v_trans ? d_v * n_stage * size : (int64_t) ggml_row_size(l.v_stage->type, d_v);
     a.v_cell = v_trans ? size : (int64_t) l.v_stage->nb[1];
     a.v_elem = v_trans ? n_stage * size : size;
@@ -373,7 +364,7 @@ semcache::pass_args semcache_store::args(const layer & l, bool v_trans, bool k_r
     a.vote_head = n_stage;
 
     a.q = (const uint8_t *) l.q->data;
-    a.q_type = row_type_of(l.q);
+    a.q_type = semcache::row_type_of(l.q->type);
     a.q_row = (int64_t) l.q->nb[1];
     a.n_rot = 2 * (int32_t) ropes[l.rope].inv_freq.size();
     a.neox = ropes[l.rope].neox;

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import LibraryError
@@ -94,20 +92,14 @@ def create_app(llm: Llama, alias: str, api_key: str | None = None, interrupt: bo
         def load_llama_from_model_settings(_settings: ModelSettings) -> Llama:
             return llm
 
-    @contextmanager
-    def held_by(proxy: type[LlamaProxy]) -> Iterator[None]:
-        # create_app() makes its proxy of whatever has that name
-        before = upstream.LlamaProxy
-        upstream.LlamaProxy = proxy  # type: ignore[misc]
-        try:
-            yield
-        finally:
-            upstream.LlamaProxy = before  # type: ignore[misc]
-
     settings = ServerSettings(api_key=api_key, interrupt_requests=interrupt)
-    with held_by(Loaded):
+    before = upstream.LlamaProxy  # create_app() makes its proxy of whatever has that name
+    upstream.LlamaProxy = Loaded  # type: ignore[misc]
+    try:
         app = upstream.create_app(
             server_settings=settings, model_settings=[ModelSettings(model=llm.model_path, model_alias=alias)]
         )
+    finally:
+        upstream.LlamaProxy = before  # type: ignore[misc]
     app.add_middleware(_NewerNames)
     return app

@@ -1,6 +1,7 @@
 // The kernels of native/gpu, run on the CPU by a fiber per thread, against attention in float64.
 
 #include "attn-case.h"
+#include "gpu/attn-dims.h"
 #include "gpu/prop-attn.h"
 
 using namespace sc_test;
@@ -10,36 +11,9 @@ static_assert((int) row_type::f16 == SC_F16 && (int) row_type::q8_0 == SC_Q8_0 &
 
 namespace {
 
-prop_attn_args args_of(const attn_args & a, int n_part) {
-    prop_attn_args g = {};
-    g.n_head = a.n_head;
-    g.n_head_kv = a.n_head_kv;
-    g.n_tokens = a.n_tokens;
-    g.n_kv = a.n_kv;
-    g.n_sink = a.n_sink;
-    g.n_part = n_part;
-    g.k_type = (int) a.k_type;
-    g.v_type = (int) a.v_type;
-    g.k_cell_type = (int) a.k_cell_type;
-    g.v_cell_type = (int) a.v_cell_type;
-    g.k_rotated = a.k_rotated;
-    g.mask_f16 = a.mask_f16;
-    g.has_sinks = a.sinks != nullptr;
-    g.scale = a.scale;
-    g.softcap = a.softcap;
-    g.q_head = a.q_head;
-    g.q_token = a.q_token;
-    g.k_head = a.k_head;
-    g.k_cell = a.k_cell;
-    g.v_head = a.v_head;
-    g.v_cell = a.v_cell;
-    g.mask_token = a.mask_token;
-    return g;
-}
-
 template <int D, int NQ> std::vector<float> run(const tensors & x, int n_part) {
     const attn_args & a = x.a;
-    const prop_attn_args g = args_of(a, n_part);
+    const prop_attn_args g = device_attn_args(a, n_part);
     std::vector<int32_t> rows = x.row_first;
     rows.insert(rows.end(), x.row_count.begin(), x.row_count.end());
     const prop_attn_src src = { a.q, a.k, a.v, (const uchar *) a.mask, a.k_core, a.v_core, a.bias, a.heads, rows.data(),

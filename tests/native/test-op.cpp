@@ -7,6 +7,7 @@
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 #include "ggml-prop-attn.h"
+#include "ggml-row-type.h"
 
 #include <dlfcn.h>
 
@@ -28,16 +29,6 @@ struct spec {
     bool sinks = false, v_trans = false, mask_f32 = false, outliers = false;
     uint64_t seed = 1;
 };
-
-row_type row_type_of(ggml_type t) {
-    switch (t) {
-        case GGML_TYPE_Q8_0: return row_type::q8_0;
-        case GGML_TYPE_Q5_0: return row_type::q5_0;
-        case GGML_TYPE_Q4_0: return row_type::q4_0;
-        case GGML_TYPE_IQ4_NL: return row_type::iq4_nl;
-        default: return row_type::f16;
-    }
-}
 
 constexpr ggml_type ALL_TYPES[] = { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL };
 constexpr int64_t N_SINK = 2;

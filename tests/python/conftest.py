@@ -22,6 +22,16 @@ EXACT = dict(kv_type_k="f16", kv_type_v="f16", kv_type_stage="f16")  # nothing t
 PASSES = dict(kv_compress="semanticache", kv_ratio=0.25, kv_stage=96, kv_window=12, kv_profile=None, n_batch=80)
 SMALL = dict(n_ctx=1024, **PASSES)
 
+
+def register_backend(library: ctypes.CDLL, function: str) -> None:
+    """Puts in a backend that llama.cpp was not linked with, before a model is loaded."""
+    reg = getattr(library, function)
+    reg.restype = ctypes.c_void_p
+    register = llama_cpp.llama_cpp._lib.ggml_backend_register  # of a library that libllama needs
+    register.argtypes = [ctypes.c_void_p]
+    register(reg())
+
+
 # ---------------------------------------------------------------------------------------------- models
 
 

@@ -12,18 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 
 import tiny_models
-from conftest import EXACT, built_by_make, kl, random_tokens
+from conftest import EXACT, PASSES, built_by_make, kl, random_tokens, register_backend
 from llama_semanticache import Llama, StateError
 
 GB = 1 << 30
-N_CTX = 512
-OPTIONS = dict(n_ctx=N_CTX, kv_compress="semanticache", kv_ratio=0.25, kv_profile=None, kv_stage=96, kv_window=12)
-OPTIONS |= dict(n_batch=80, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+OPTIONS = dict(n_ctx=512, **PASSES, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
 TOKENS = random_tokens(300)
 
 
@@ -34,10 +31,7 @@ class Card:
             getattr(self.lib, name).restype = ctypes.c_int64
         self.lib.card_set.argtypes = [ctypes.c_size_t, ctypes.c_bool]
         self.lib.card_set(n_bytes, with_passes)
-        self.lib.card_reg.restype = ctypes.c_void_p
-        register = llama_cpp.llama_cpp._lib.ggml_backend_register  # of a library that it needs
-        register.argtypes = [ctypes.c_void_p]
-        register(self.lib.card_reg())
+        register_backend(self.lib, "card_reg")
 
     @property
     def allocated(self) -> int:

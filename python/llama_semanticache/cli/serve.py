@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from ..errors import LibraryError
 from .common import LoadOptions, kv_line, llama_options, load_llama, note
 
 
@@ -38,10 +37,7 @@ def serve(
     """
     from .. import server
 
-    try:
-        server.check_installed()
-    except LibraryError as error:
-        raise click.ClickException(str(error)) from error
+    server.check_installed()  # before a model is loaded
     llm, model_file = load_llama(model, load, chat_format=chat_format)
     import uvicorn
 

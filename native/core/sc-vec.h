@@ -41,6 +41,11 @@ constexpr int MR = 6;
 #endif
 constexpr int NR = 2 * VL; // columns of a register tile and of a packed panel
 
+// Of any target: what lays memory out may be compiled for another one than what works in it.
+constexpr int MAX_MR = 12;
+constexpr int MAX_NR = 32;
+static_assert(MR <= MAX_MR && MAX_NR % NR == 0, "larger tiles need larger bounds");
+
 typedef float vf __attribute__((vector_size(VL * sizeof(float))));
 typedef int32_t vi __attribute__((vector_size(VL * sizeof(int32_t))));
 

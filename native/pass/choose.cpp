@@ -17,7 +17,7 @@ pass_choice::pass_choice(arena & a, const head_shape &, const pass_sizes & n) {
 }
 
 choose_scratch::choose_scratch(arena & a, const head_shape & shape, const pass_sizes & n) {
-    const int64_t d = shape.n_embd_head_k, ld = pad_to(d, NR);
+    const int64_t d = shape.n_embd_head_k, ld = pad_to(d, MAX_NR);
     score = a.take<float>(n.n_rows);
     s_key = a.take<float>(n.n_rows);
     k_mean = a.take<float>(d);

@@ -7,17 +7,17 @@
 namespace semcache {
 
 fit_scratch::fit_scratch(arena & a, const head_shape & shape, const pass_sizes & n) {
-    const int64_t n_cols = pad_to(n.n_rows, NR), ld = value_stride(shape), d = shape.n_embd_head_k;
+    const int64_t n_cols = pad_to(n.n_rows, MAX_NR), ld = value_stride(shape), d = shape.n_embd_head_k;
     const int64_t n_fit = std::min(n.n_voter * shape.n_gqa, N_FIT + shape.n_gqa);
     // a merged row has two members at least, one of them a loser
-    const int64_t n_merged = pad_to(std::min(n.n_rows / 2, n.n_loser), NR);
+    const int64_t n_merged = pad_to(std::min(n.n_rows / 2, n.n_loser), MAX_NR);
     end = a.take<int32_t>(n_merged);
     gone = a.take<int32_t>(n_cols);
     panels = a.take<float>(n_cols * d);
     v = a.take<float>(n_cols * ld);
     bias = a.take<float>(n_cols);
     panels_new = a.take<float>(n_merged * d);
-    x = a.take<float>(std::max<int64_t>(BLOCK, MR * (n_cols + n_merged)));
+    x = a.take<float>(std::max<int64_t>(BLOCK, MAX_MR * (n_cols + n_merged)));
     mass = a.take<float>(n_merged);
     share = a.take<float>(n_fit);
     r = a.take<float>(n_fit * ld);

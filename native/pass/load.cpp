@@ -5,11 +5,11 @@
 namespace semcache {
 
 pass_rows::pass_rows(arena & a, const head_shape & shape, const pass_sizes & n) {
-    const int64_t n_cols = pad_to(n.n_rows, NR);
+    const int64_t n_cols = pad_to(n.n_rows, MAX_NR);
     k = a.take<float>(n_cols * shape.n_embd_head_k);
     v = a.take<float>(n_cols * value_stride(shape));
     // a tile may end behind the last row
-    q = a.take<float>((int64_t) n.n_voter * shape.n_gqa * shape.n_embd_head_k + NR);
+    q = a.take<float>((int64_t) n.n_voter * shape.n_gqa * shape.n_embd_head_k + MAX_NR);
 }
 
 int32_t n_fit_query(const pass_head & h) {

@@ -19,7 +19,7 @@ struct pass_rows {
 };
 
 // Floats from one value or output to the next: whole tiles, the rest is zero.
-inline int64_t value_stride(const head_shape & shape) { return pad_to(shape.n_embd_head_v, NR); }
+inline int64_t value_stride(const head_shape & shape) { return pad_to(shape.n_embd_head_v, MAX_NR); }
 
 // Query rows that merged rows are fitted to, see fit_stride().
 int32_t n_fit_query(const pass_head & h);

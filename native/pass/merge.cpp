@@ -6,7 +6,7 @@
 namespace semcache {
 
 pass_merged::pass_merged(arena & a, const head_shape & shape, const pass_sizes & n) : n(0) {
-    const int64_t n_most = pad_to(n.n_rows / 2, NR);
+    const int64_t n_most = pad_to(n.n_rows / 2, MAX_NR);
     count = a.take<int32_t>(n.n_rows);
     place = a.take<int32_t>(n.n_rows);
     first = a.take<int32_t>(n.n_rows);

@@ -5,7 +5,7 @@
 namespace semcache {
 
 pass_scores::pass_scores(arena & a, const head_shape & shape, const pass_sizes & n) {
-    const int64_t n_cols = pad_to(n.n_rows, NR);
+    const int64_t n_cols = pad_to(n.n_rows, MAX_NR);
     const int64_t n_fit = std::min(n.n_voter * shape.n_gqa, N_FIT + shape.n_gqa);
     s_use = a.take<float>(n_cols);
     w = a.take<float>(n_cols);
@@ -15,10 +15,10 @@ pass_scores::pass_scores(arena & a, const head_shape & shape, const pass_sizes &
 }
 
 score_scratch::score_scratch(arena & a, const head_shape & shape, const pass_sizes & n) {
-    const int64_t n_cols = pad_to(n.n_rows, NR);
+    const int64_t n_cols = pad_to(n.n_rows, MAX_NR);
     panels = a.take<float>(n_cols * shape.n_embd_head_k);
     bias = a.take<float>(n_cols);
-    x = a.take<float>(std::max<int64_t>(BLOCK, MR * n_cols));
+    x = a.take<float>(std::max<int64_t>(BLOCK, MAX_MR * n_cols));
     v_mean = a.take<float>(shape.n_embd_head_v);
 }
 

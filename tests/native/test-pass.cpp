@@ -205,6 +205,15 @@ void test_scratch() {
     }
 }
 
+// The host lays the scratch out, the CPU backend works in it: they may be compiled for different instruction sets.
+void test_scratch_size() {
+    CASE("scratch is of the same size on every target");
+    spec s;
+    const text_source text(s, 7);
+    CHECK_EQ(pass_scratch_size(text.shape, { 1000, 200, 64 }), (size_t) 2524096);
+    CHECK_EQ(pass_scratch_size(text.shape, { 33, 3, 1 }), (size_t) 632640);
+}
+
 // Attention of one query over rows of a head, then tokens.
 std::vector<float> attend(const head_store & h, const tokens & t, const std::vector<float> & q) {
     const head_shape & s = h.shape;
@@ -639,6 +648,7 @@ int main() {
     test_streaming();
     test_below_budget();
     test_scratch();
+    test_scratch_size();
     test_equal_tokens();
     test_not_finite();
     test_zero_keys();

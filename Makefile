@@ -1,4 +1,4 @@
-# make demo | test | lint | build | stock | archs | sanitize | vulkan | aarch64 | clean
+# make demo | test | lint | build | stock | wheel | archs | sanitize | vulkan | aarch64 | clean
 #
 # Everything lives in .venv and build. CMake options go in CMAKE_ARGS: make build CMAKE_ARGS=-DGGML_CUDA=ON
 
@@ -9,13 +9,15 @@ BUILD    := build/native
 UPSTREAM := build/upstream
 STOCK    := build/stock
 VULKAN   := build/vulkan
+WHEEL_ARCH ?= x86_64
+WHEEL    := build/wheel-$(WHEEL_ARCH)
 ARCHS    := $(STOCK)/bin/test-llama-archs
 SDIST    := $(UPSTREAM)/llama_cpp_python-$(shell sed -n 's/^llama_cpp_python=//p' patches/UPSTREAM).tar.gz
 SOURCES  := $(shell find native python tests/native tests/card -type f -not -path '*/__pycache__/*' 2>/dev/null) \
             $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
             CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test lint build stock archs venv sanitize vulkan aarch64 clean FORCE
+.PHONY: demo test lint build stock wheel wheel-test archs venv sanitize vulkan aarch64 clean FORCE
 .DELETE_ON_ERROR:
 
 demo: build
@@ -44,12 +46,12 @@ $(VENV)/.tools: pyproject.toml
 	@command -v git >/dev/null || { echo "git is needed to apply the patches and was not found; install git"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet cmake ninja "scikit-build-core>=0.11"
+	$(BIN)/python -m pip install --quiet cmake ninja "scikit-build-core>=0.11" "hatch-fancy-pypi-readme>=24"
 	touch $@
 
-# The group "lint" of pyproject.toml alone, one quoted requirement a line: the package itself need not be built for it.
-$(VENV)/.lint: pyproject.toml $(VENV)/.tools
-	$(BIN)/python -m pip install --quiet $$(sed -n '/^lint = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml)
+# One group of pyproject.toml alone, one quoted requirement a line: the package itself need not be built for it.
+$(VENV)/.lint $(VENV)/.wheel: $(VENV)/.%: pyproject.toml $(VENV)/.tools
+	$(BIN)/python -m pip install --quiet $$(sed -n '/^$* = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml)
 	touch $@
 
 # The wheel of llama-cpp-python without its libraries, since ours replace them: llama.cpp is compiled once, not twice.
@@ -105,6 +107,33 @@ vulkan: build
 	$(BIN)/cmake --build $(VULKAN) --target ggml-vulkan
 	GGML_VK_VISIBLE_DEVICES=0 MESA_SHADER_CACHE_DIR=$(abspath $(VULKAN))/shaders \
 	    $(BIN)/python tools/gpu-check --part op --part model --no-passes --backend $(abspath $(VULKAN))/bin/libggml-vulkan.so:ggml_backend_vk_reg
+
+# A wheel for any Linux of that processor since 2018 and glibc 2.28, with kernels for every instruction set; beside it one of
+# llama-cpp-python without libraries, since the index has its source alone. WHEEL_ARCH=aarch64 compiles for that.
+wheel: $(VENV)/.wheel $(VENV)/.llama-cpp-python
+	rm -rf $(WHEEL)/dist dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEEL)/dist \
+	    --config-settings=build-dir=$(WHEEL) \
+	    --config-settings=cmake.define.CMAKE_TOOLCHAIN_FILE=$(abspath tools/zig.cmake) \
+	    --config-settings=cmake.define.ZIG=$$($(BIN)/python -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig \
+	    --config-settings=cmake.define.ZIG_TARGET=$(WHEEL_ARCH)-linux-gnu.2.28 \
+	    --config-settings=cmake.define.LLAMA_SEMANTICACHE_SOURCE=$(abspath $(SDIST)) \
+	    --config-settings=cmake.define.GGML_BACKEND_DL=ON --config-settings=cmake.define.GGML_CPU_ALL_VARIANTS=ON \
+	    --config-settings=cmake.define.GGML_OPENMP=OFF .
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir --wheel-dir $(WHEEL)/dist \
+	    --config-settings=cmake.define.LLAMA_BUILD=OFF $(SDIST)
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat manylinux_2_28_$(WHEEL_ARCH) --wheel-dir dist $(WHEEL)/dist/llama_semanticache-*.whl
+	$(BIN)/python -m wheel tags --remove --platform-tag any $(WHEEL)/dist/llama_cpp_python-*.whl
+	mv $(WHEEL)/dist/llama_cpp_python-*-any.whl dist
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+# What a user gets: the wheels in an environment of their own, on the best kernels and on those of older processors.
+wheel-test: wheel
+	rm -rf $(WHEEL)/venv
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --quiet --only-binary=:all: --find-links dist "llama-semanticache[test]"
+	$(BIN)/python tests/wheel.py $(WHEEL)/venv/bin/python
 
 # The kernels on NEON, in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(VENV)/.llama-cpp-python

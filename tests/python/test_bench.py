@@ -18,7 +18,7 @@ from click.testing import CliRunner
 import tiny_models
 from conftest import last_logits
 from llama_semanticache import Llama, profile
-from llama_semanticache.bench import cards, cases, chat, memory, quality, report, speed, tasks
+from llama_semanticache.bench import cards, cases, chat, memory, quality, report, speed, tables, tasks
 from llama_semanticache.bench.process import Worker
 from llama_semanticache.bench.runs import Run, machine
 from llama_semanticache.bench.settings import check_settings, parse_setting
@@ -911,7 +911,7 @@ def test_report(tiny, wide, tmp_path):
     assert [p.name for p in plots] == [*(f"q-{i}.svg" for i in range(1, 7)), "s-1.svg", "s-2.svg"]
     assert all(f"(plots/{p.name})" in markdown and p.read_text() in html for p in plots)
     facts = (tmp_path / "plots" / "q-2.svg").read_text()
-    assert "ours 0.25 equal" in facts and "streaming 0.25" in facts and "llama.cpp f16" in facts
+    assert "semanticache 0.25 equal" in facts and "streaming 0.25" in facts and "llama.cpp f16" in facts
     assert Path(tiny("llama")).name in facts and "pale" not in facts
     assert html.count("<svg") == len(plots) and "http" not in html.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
@@ -1000,3 +1000,16 @@ def test_speed_has_its_spread():
     assert np.allclose(bars.lines[0].get_xydata(), [[1, 3]]) and np.allclose(
         bars.lines[2][0].get_segments(), [[[1, 2], [1, 4]]]
     )
+
+
+def test_a_table_is_as_wide_as_the_terminal(capsys, monkeypatch):
+    """What does not fit stands below, under the same rows."""
+    monkeypatch.setenv("COLUMNS", "40")
+    head = ["cache", *(f"column {i}" for i in range(6))]
+    tables.print_table("title", head, [["semanticache:0.25", *(str(i * 111) for i in range(6))]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 40
+    assert sum("semanticache:0.25" in line for line in lines) > 1
+    for i in range(6):
+        assert sum(f"column {i}" in line for line in lines) == 1 and any(f" {i * 111} " in line for line in lines)
+    assert (tables.count(1, "case"), tables.count(2, "case")) == ("1 case", "2 cases")

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 import tiny_models
-from llama_semanticache import Llama, __version__, models
-from llama_semanticache.cli import answer, main
+from llama_semanticache import Llama, __version__, models, profile
+from llama_semanticache.cli import answer, main, terminal
 
 PROGRAM = [sys.executable, "-m", "llama_semanticache"]
 SETTINGS = [
@@ -26,7 +26,7 @@ SETTINGS = [
     *("--threads", "1", "--temp", "0"),
 ]
 TIMEOUT = 120  # seconds
-PROMPT = "\\x1b\\[0m>"  # at a terminal, among its controls
+PROMPT = r"> \x1b\["  # at a terminal, among its controls
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and terminals")
 
 
@@ -115,7 +115,7 @@ def test_models_as_json(invoke, tmp_path, monkeypatch):
 
 
 def test_fetch_of_an_unknown_name(invoke):
-    result = invoke("models", "fetch", "no-such-model")
+    result = invoke("models", "pull", "no-such-model")
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith("Error: expected") and models.default_name() in result.stderr
@@ -136,8 +136,8 @@ def test_fetch_prints_the_path_of_what_is_there(invoke, tiny, tmp_path, monkeypa
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "t.gguf").write_bytes(content)
     path = str(tmp_path / "models" / "t.gguf")
-    assert invoke("models", "fetch", "t").stdout.strip() == path
-    assert json.loads(invoke("models", "fetch", "t", "--json").stdout) == {"name": "t", "path": path}
+    assert invoke("models", "pull", "t").stdout.strip() == path
+    assert json.loads(invoke("models", "pull", "t", "--json").stdout) == {"name": "t", "path": path}
     assert json.loads(invoke("models", "--json").stdout)[0]["fetched"]
     assert f"in {path}" in invoke("models").stdout
 
@@ -275,15 +275,15 @@ def test_run_prints_only_the_answer(tiny):
     assert done.returncode == 0, done.err
     assert done.out.endswith("\n") and len(done.out.strip()) >= 10
     assert kv_lines(done.err) and "tokens seen" not in done.out
-    assert "rows per head" in done.err and "MiB" in done.err and "x smaller than f16" in done.err
+    assert "rows per head" in done.err and "MiB" in done.err
 
 
 def test_the_line_about_the_cache_says_what_was_compressed(tiny):
     """Rows of a head, not of all of them; and nothing of compression before there is any."""
     short, long = (program("run", tiny, "a" * n, "--max-tokens", "4", *SETTINGS).err for n in (40, 700))
-    assert "| 0 of 256 rows per head |" in short and "nothing compressed yet" in short
+    assert "| 0 of 256 rows per head |" in short and "nothing compressed yet" in short and "smaller" not in short
     used = int(re.search(r"(\d+) of 256 rows per head", long)[1])
-    assert 0 < used <= 256 and "nothing compressed yet" not in long
+    assert 0 < used <= 256 and "nothing compressed yet" not in long and "x smaller than f16" in long
 
 
 def test_run_as_json_is_the_same_answer(tiny):
@@ -343,6 +343,13 @@ def test_run_sampling_options(tiny):
     first, again, other = (program(*args, "--seed", seed).out for seed in ("1", "1", "2"))
     assert first == again != other
     assert len(program(*args[:-2], "--max-tokens", "3").out.strip()) <= 3 < len(first.strip())
+    greedy = program(*args[:-2]).out
+    for narrow in (["--top-k", "1"], ["--top-p", "0"], ["--min-p", "1"]):
+        assert program(*args, *narrow).out == greedy, narrow
+    assert program(*args, "--seed", "1", "--repeat-penalty", "3").out != first
+    end = first.strip()[3]
+    stopped = program(*args, "--seed", "1", "--stop", "no such text", "--stop", end)
+    assert stopped.out.strip() == first.strip()[: first.strip().index(end)].strip()
 
 
 def test_run_into_a_closed_pipe(tiny):
@@ -415,6 +422,19 @@ def test_profile_that_is_there(tiny, tmp_path, monkeypatch):
     assert other.returncode == 1 and "--force replaces it" in other.err
     forced = program("profile", tiny, "--threads", "1", "--text", str(text), "--force")
     assert forced.returncode == 0 and Path(first.out.strip()).read_text().splitlines()[2] == "n_text 1"
+
+
+def test_profile_that_came_with_the_package(tmp_path, monkeypatch, invoke):
+    monkeypatch.setenv("LLAMA_SEMANTICACHE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(profile, "SHIPPED", tmp_path)
+    model = tiny_models.write_tiny(tmp_path / "m.gguf", "llama")
+    shipped = tmp_path / f"{profile.model_id(model)}.profile"
+    shipped.write_bytes(profile.HEADER + b"of the package")
+    done = invoke("profile", str(model))
+    assert done.stdout.strip() == str(shipped) and "came with the package; --force" in done.stderr
+    copy = tmp_path / "copy.profile"
+    done = invoke("profile", str(model), "--out", str(copy))
+    assert done.stdout.strip() == str(copy) and copy.read_bytes() == shipped.read_bytes()
 
 
 def test_profile_of_other_texts(tiny, tmp_path):
@@ -525,9 +545,9 @@ def test_a_chat_is_of_the_ratio_that_the_default_stands_for(tiny, tmp_path):
     default = [arg for arg in SETTINGS if arg not in ("--kv-ratio", "0.25")]
     first = program("chat", tiny, *default, "--max-tokens", "4", stdin=f"hello\n/save {file}\n")
     assert first.returncode == 0 and "saved 2 messages" in first.err
-    for ratio, said in (("0.25", "loaded 2 messages"), ("1", "saved with kv_ratio 1.0")):
+    for ratio, again in (("0.25", False), ("1", True)):
         done = program("chat", tiny, *default, "--kv-ratio", ratio, stdin=f"/load {file}\n")
-        assert said in done.err, done.err
+        assert "loaded 2 messages" in done.err and ("read again" in done.err) == again, done.err
 
 
 def test_chat_saves_over_its_own_files_only(tiny, tmp_path):
@@ -545,19 +565,24 @@ def test_chat_saves_over_its_own_files_only(tiny, tmp_path):
 @pytest.mark.parametrize(
     "change", [["--n-ctx", "2048"], ["--kv-ratio", "0.5"], ["--kv-compress", "none"], "model"], ids=str
 )
-def test_chat_refuses_the_file_of_other_settings(tiny, tmp_path, change):
-    file = tmp_path / "talk.zip"
+def test_chat_reads_the_messages_of_other_settings_again(tiny, tmp_path, change):
+    file, saved = tmp_path / "talk.zip", tmp_path / "more.zip"
     assert talk(tiny, "hello", f"/save {file}").returncode == 0
     model, options = tiny, ("--max-tokens", "12")
     if change == "model":
         model = str(tiny_models.write_tiny(tmp_path / "other.gguf", "llama", seed=1))
     else:
         options = (*options, *change)
-    done = talk(model, f"/load {file}", "hello", options=options)
+    done = talk(model, f"/load {file}", "and then?", f"/save {saved}", options=options)
     assert done.returncode == 0
     name = {"--n-ctx": "n_ctx", "--kv-ratio": "kv_ratio", "--kv-compress": "kv_compress"}.get(change[0], "model_id")
-    assert re.search(rf"Error: expected a chat saved with .*{name} ", done.err)
-    assert done.out == talk(model, "hello", options=options).out
+    assert re.search(rf"saved with .*{name} .*, here .*read again", done.err), done.err
+    messages = saved_messages(saved)
+    assert messages[:2] == saved_messages(file) and messages[2]["content"] == "and then?" and len(messages) == 4
+    assert f"user: hello\nassistant: {messages[1]['content']}"[:20] in done.err
+    tokens = [int(n.replace(",", "")) for n in kv_lines(done.err)]
+    fresh = [int(n.replace(",", "")) for n in kv_lines(talk(model, "and then?", options=options).err)]
+    assert tokens[0] >= fresh[0] + len(messages[0]["content"] + messages[1]["content"])
 
 
 def test_chat_refuses_damaged_files(tiny, tmp_path):
@@ -738,3 +763,68 @@ def test_chat_answers_once_more_and_with_another_system_message(tiny, tmp_path):
     assert [message["role"] for message in saved_messages(saved)] == ["user", "assistant"] * 2
     done = talk(tiny, "/system be brief", "hello", f"/save {saved}")
     assert saved_messages(saved)[0] == {"role": "system", "content": "be brief"}
+
+
+def test_chat_edits_the_last_message(tiny, tmp_path):
+    saved = tmp_path / "talk.zip"
+    done = talk(tiny, "/edit", "hello", "more", "/edit", "/edit what else?", f"/save {saved}")
+    assert done.returncode == 0 and "there is no answer yet" in done.err and "/edit needs a text" in done.err
+    asked = [message["content"] for message in saved_messages(saved) if message["role"] == "user"]
+    assert asked == ["hello", "what else?"]
+
+
+@posix
+def test_chat_edits_at_the_terminal(live, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv(models.CACHE_VARIABLE, str(tmp_path))
+    file = tmp_path / "talk.zip"
+    process = live("chat", tiny, *SETTINGS, "--max-tokens", "8", terminal=True)
+    process.wait_for(PROMPT)
+    process.send("hello\r")
+    process.wait_for(r"tokens seen.*\n(.*\n)*.*" + PROMPT)
+    process.send("/edit\r")
+    process.wait_for(PROMPT + r"[^>]*hello")
+    process.send(" there\r")
+    process.wait_for(r"tokens seen.*\n(.*\n)*.*" + PROMPT)
+    process.send(f"/save {file}\r")
+    process.wait_for("saved 2 messages")
+    assert saved_messages(file)[0]["content"] == "hello there"
+
+
+def test_chat_sets_how_tokens_are_chosen(tiny):
+    done = talk(tiny, "/set", "/set temp 3", "/set seed 1", "hello", "/regen", "/set temp", "/set top-k 1", "/regen")
+    assert done.returncode == 0 and "temp 0.0\n" in done.err and "temp 3.0\n" in done.err and "temp 0.2\n" in done.err
+    wild, again, narrow = done.out.splitlines()
+    assert wild == again != narrow == talk(tiny, "hello").out.strip("\n")
+    done = talk(tiny, "/set temp hot", "/set heat 3", "/set max-tokens 2", "/set stop", "hello")
+    assert "Error: temp: 'hot' is not a valid float" in done.err
+    assert "Error: expected one of max-tokens, temp" in done.err and "stop (none)" in done.err
+    assert "cut off by max-tokens" in done.err and len(done.out.strip("\n")) <= 2
+
+
+def test_a_full_context_is_no_dead_end(tiny, tmp_path):
+    """What is advised helps: forget old messages here, or go on with a larger context."""
+    file = tmp_path / "talk.zip"
+    long = "word " * 80
+    lines = [long + "1", long + "2", long + "3"]
+    done = talk(tiny, *lines, "/drop 1", lines[2], "/drop x", "/drop 9", f"/save {file}")
+    assert done.returncode == 0
+    refused, left = done.err.index("forget old ones with /drop"), done.err.index("(1 of 2 messages are left")
+    assert done.err.index("Error: ") < refused < left and "(0 of 2 messages are left" in done.err
+    assert "Error: /drop: expected a number" in done.err and len(done.out.splitlines()) == 3
+    done = talk(tiny, *lines[:2], f"/save {file}")
+    larger = talk(tiny, f"/load {file}", lines[2], options=("--n-ctx", "2048", "--max-tokens", "12"))
+    assert "read again" in larger.err and "Error" not in larger.err and larger.out.strip()
+    full = talk(tiny, lines[0], options=())
+    assert "the context is full: shorten the message, forget" in full.err
+
+
+def test_markdown_is_shown_as_it_comes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "# Title\n\nA *word*.\n\n```python\na = 1\n\nb = 2\n```\n\n- one\n- two"
+    with terminal.MarkdownStream() as shown:
+        for letter in text:
+            shown.write(letter)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [line for line in lines if "Title" not in line] == ["A word.", "a = 1", "b = 2", "\u2022 one", "\u2022 two"]
+    assert terminal.finished_blocks("a\n\nb") == ("a\n\n", "b")
+    assert terminal.finished_blocks("```\na\n\nb") == ("", "```\na\n\nb")

@@ -192,6 +192,7 @@ def test_an_unknown_argument_is_refused_with_the_nearest_name(name, meant, tiny,
         load(tiny("llama"), **{name: 1})
     with pytest.raises(ArgumentError, match="got zzz; check the spelling"):
         load(tiny("llama"), zzz=1)
+    load(tiny("llama"), n_ctx=1024, f16_kv=True, n_parts=-1)  # LangChain still passes what llama_cpp had once
 
 
 def test_the_package_shows_what_it_has_and_its_types():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import tiny_models
 from conftest import SMALL
 from llama_semanticache import ArgumentError, Llama, ProfileError, _native, models, profile
+from llama_semanticache.model_file import ModelFile
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python" / "llama_semanticache"
 
@@ -65,6 +69,30 @@ def test_calibration_is_kept(tiny, cache, tmp_path):
     out = tmp_path / "deep" / "other.profile"
     assert profile.calibrate(tiny("llama"), texts=TEXTS[:1], n_ctx=1024, progress=False, n_threads=1, out=out) == out
     assert ref.read_profile(out).n_text == 1
+
+
+def test_a_second_process_waits_for_the_first(tiny, cache, capfd):
+    """And takes what the first has written: not bytes of its own."""
+    model = ModelFile.of(tiny("llama"))
+    path = profile.profile_path(model.id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    waiting = threading.Thread(target=lambda: results.append(profile.calibrate(model, texts=TEXTS, n_ctx=1024)))
+    results = []
+    with FileLock(path.with_suffix(".lock")):
+        waiting.start()
+        while "waiting for another process" not in capfd.readouterr().err:
+            time.sleep(0.01)
+        path.write_bytes(profile.HEADER + b"of the first")
+    waiting.join()
+    assert results == [path] and path.read_bytes() == profile.HEADER + b"of the first"
+
+
+def test_what_came_with_the_package_is_not_measured_again(tiny, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "SHIPPED", tmp_path)
+    monkeypatch.setattr(profile, "_measure", None)  # calling it would fail
+    shipped = tmp_path / f"{profile.model_id(tiny('llama'))}.profile"
+    shipped.write_bytes(profile.HEADER)
+    assert profile.calibrate(tiny("llama"), progress=False) == shipped
 
 
 def test_auto_calibrates_once(tiny, cache, load, monkeypatch, capfd):

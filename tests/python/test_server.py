@@ -84,18 +84,59 @@ def test_a_prompt_that_is_too_long_is_an_error_with_the_numbers(client):
     assert client.completions.create(model="tiny", prompt="a", max_tokens=2).usage.completion_tokens == 2
 
 
-def test_an_answer_of_a_schema(client):
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    answer = client.chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": "a number"}],
-        response_format={"type": "json_object", "schema": schema},
-        max_tokens=200,
-        temperature=0,
-        logit_bias={},
-    )
-    text = answer.choices[0].message.content
-    assert text.startswith("{") and (answer.choices[0].finish_reason == "length" or "n" in json.loads(text))
+SCHEMA = {
+    "type": "object",
+    "properties": {"place": {"enum": ["here", "there"]}, "open": {"type": "boolean"}},
+    "required": ["place", "open"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_object", "schema": SCHEMA},
+        {"type": "json_schema", "json_schema": {"name": "where", "schema": SCHEMA, "strict": True}},
+    ],
+    ids=["json_object", "json_schema"],
+)
+def test_an_answer_of_a_schema(client, form):
+    ask = dict(model="tiny", messages=[{"role": "user", "content": LONG}], temperature=0, response_format=form)
+    answer = client.chat.completions.create(**ask)
+    got = json.loads(answer.choices[0].message.content)
+    assert got["place"] in ("here", "there") and got["open"] in (True, False) and len(got) == 2
+    streamed = client.chat.completions.create(**ask, stream=True)
+    assert json.loads("".join(chunk.choices[0].delta.content or "" for chunk in streamed)) == got
+
+
+TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": SCHEMA}}
+
+
+def test_tools(tiny):
+    """As docs/command-line.md says, with a chat format for tools; a random model calls one only where it must."""
+    with serving(tiny("llama"), "--chat-format", "chatml-function-calling") as address:
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        ask = dict(
+            model="tiny",
+            messages=[{"role": "user", "content": "Is it open?"}],
+            tools=[TOOL],
+            tool_choice={"type": "function", "function": {"name": "look"}},
+            temperature=0,
+        )
+        (call,) = client.chat.completions.create(**ask).choices[0].message.tool_calls
+        assert call.function.name == "look" and set(json.loads(call.function.arguments)) == {"place", "open"}
+        deltas = [c.choices[0].delta for c in client.chat.completions.create(**ask, stream=True)]
+        text = "".join(d.tool_calls[0].function.arguments or "" for d in deltas if d.tool_calls)
+        assert json.loads(text) == json.loads(call.function.arguments)
+        model = langchain_openai.ChatOpenAI(base_url=address, api_key="none", model="tiny", temperature=0)
+        (chained,) = model.bind_tools([TOOL], tool_choice="look").invoke("Is it open?").tool_calls
+        assert chained["name"] == "look" and set(chained["args"]) == {"place", "open"}
+
+
+def test_langchain_gives_an_answer_of_a_schema(address):
+    model = langchain_openai.ChatOpenAI(base_url=address, api_key=KEY, model="tiny", temperature=0)
+    answer = model.with_structured_output({"title": "where", **SCHEMA}, method="json_schema").invoke(LONG)
+    assert answer["place"] in ("here", "there") and answer["open"] in (True, False)
 
 
 def test_a_client_that_goes_away_leaves_the_server_to_the_next(client):

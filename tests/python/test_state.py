@@ -154,7 +154,7 @@ def test_a_saved_chat_takes_the_bytes_of_its_cache(tiny, load, tmp_path):
     n_bytes = save_session(tmp_path / "a.chat", llm, {}, [])
     assert n_bytes < llm.save_state().llama_state_size + 4 * len(TOKENS) + 1000
     other = load(tiny("llama"), **SMALL)
-    assert load_session(tmp_path / "a.chat", other, {}) == []
+    assert load_session(tmp_path / "a.chat", other, {}) == ([], [])
     np.testing.assert_array_equal(continue_with(other, MORE), continue_with(reload(llm), MORE))
 
 

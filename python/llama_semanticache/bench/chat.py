@@ -19,6 +19,8 @@ from typing import Any
 import click
 
 from .. import models
+from .._progress import progress
+from ..cli.common import model_argument
 from ..errors import ArgumentError
 from ..llama import Llama
 from ..memory import estimate
@@ -28,7 +30,7 @@ from .harness import Snapshot, continue_greedily, render
 from .options import gpu_layers_option, json_option, text_option, threads_option, without_base_option
 from .runs import Run
 from .settings import BASE, check_settings, context_options, llama_options, profiles_of, with_base
-from .tables import print_table
+from .tables import count, print_table
 
 SYSTEM = "You are a helpful assistant who remembers what the user says."
 REQUESTS = ("Tell me a story.", "Go on, please.", "What happened then?", "I like it, tell me more.", "And after that?")
@@ -152,7 +154,7 @@ def chat_options(setting: str, shape: ModelShape, n_ctx: int) -> tuple[dict[str,
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @text_option("Text that the assistant's answers are pieces of.")
 @click.option("--turns", "n_turns", type=click.IntRange(min=6), default=30, show_default=True)
 @click.option(
@@ -198,8 +200,6 @@ def chat(
     json_path,
 ) -> None:
     """Facts of a conversation's first turns, asked for in its last, also against llama.cpp's context shift."""
-    from tqdm import tqdm
-
     model_file = models.open_model(model)
     settings = with_base(
         settings or ("semanticache:0.25", "semanticache:0.125", "streaming:0.3", "shift:0.25"), without_base
@@ -227,17 +227,19 @@ def chat(
     )
     text = models.read_text(text_path)
     numbers = range(first_chat, first_chat + n_chats)
-    with tqdm(total=len(settings) * n_chats, unit="chat") as bar:
+    with progress("measuring", len(settings) * n_chats, "chats") as bar:
         for setting in settings:
             names = [f"chat|{setting}|{i}" for i in numbers]
             if all(name in run.records for name in names):
-                bar.update(n_chats)
+                bar.advance(n_chats)
                 continue
             arguments, n = options[setting]
             with closing(Llama(model_file, **context_options(n, threads, n_gpu_layers), **arguments)) as llm:
                 chats = [conversation(llm, text, i, n_turns, n_facts, n_answer) for i in numbers]
                 for name, (messages, facts) in zip(names, chats, strict=True):
-                    bar.set_postfix_str(setting)
+                    bar.say(setting)
                     run.record(name, partial(measure_chat, llm, messages, facts, setting.startswith("shift:")))
-                    bar.update()
-    print_table(f"{model_file.name}, {n_chats} conversations of {n_turns} turns, n_ctx {n_ctx}", *chat_table(run.data))
+                    bar.advance()
+    print_table(
+        f"{model_file.name}, {count(n_chats, 'conversation')} of {n_turns} turns, n_ctx {n_ctx}", *chat_table(run.data)
+    )

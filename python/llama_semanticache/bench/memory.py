@@ -19,6 +19,8 @@ from typing import Any
 import click
 
 from .. import models
+from .._progress import progress
+from ..cli.common import model_argument
 from ..config import OURS
 from ..memory import largest_n_ctx
 from ..shape import ModelShape
@@ -166,7 +168,7 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "--n-ctx",
     "sizes",
@@ -199,8 +201,6 @@ def memory_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 @json_option
 def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_path) -> None:
     """KV bytes as allocated, resident size of a process that fills its cache, and the largest context that fits."""
-    from tqdm import tqdm
-
     model_file = models.open_model(model)
     shape = model_file.shape
     settings = with_base(settings or DEFAULT_SETTINGS)
@@ -222,11 +222,15 @@ def memory(model, sizes, settings, fraction, gibs, n_gpu_layers, threads, json_p
         },
         [model_file, *profiles],
     )
-    for n_ctx, setting in tqdm([(n, s) for n in sizes for s in settings], unit="run"):
-        llama = {
-            "model_path": str(model_file.path),
-            **context_options(n_ctx, threads, n_gpu_layers),
-            **options[setting],
-        }
-        run.record(f"memory|{setting}|{n_ctx}", partial(measure, llama, fraction, setting, shape, gibs))
+    runs = [(n, s) for n in sizes for s in settings]
+    with progress("measuring", len(runs), "runs") as bar:
+        for n_ctx, setting in runs:
+            bar.say(f"{setting}, n_ctx {n_ctx}")
+            llama = {
+                "model_path": str(model_file.path),
+                **context_options(n_ctx, threads, n_gpu_layers),
+                **options[setting],
+            }
+            run.record(f"memory|{setting}|{n_ctx}", partial(measure, llama, fraction, setting, shape, gibs))
+            bar.advance()
     print_table(f"{model_file.name}, {fraction:.0%} of the context read", *memory_table(run.data))

@@ -16,6 +16,8 @@ import click
 import numpy as np
 
 from .. import models
+from .._progress import progress
+from ..cli.common import model_argument
 from ..errors import ArgumentError
 from ..llama import Llama
 from ..model_file import ModelFile
@@ -37,7 +39,7 @@ from .settings import (
     profiles_of,
     with_base,
 )
-from .tables import print_table
+from .tables import count, print_table
 
 KVPRESS_VARIABLE = "LLAMA_SEMANTICACHE_KVPRESS_PYTHON"
 
@@ -135,7 +137,6 @@ def measure_texts(
     peers: Peers,
 ) -> None:
     """Records "text|SETTING|LENGTH|CASE" for the cases of these numbers, all cases of a setting one after the other."""
-    from tqdm import tqdm
 
     def name_of(setting: str, key: tuple[int, int]) -> str:
         return f"text|{setting}|{key[0]}|{key[1]}"
@@ -164,10 +165,10 @@ def measure_texts(
         record["heads"] = [head[:3] for head in llm.kv_rows()]
         return record
 
-    with tqdm(total=len(missing), unit="case") as bar:
+    with progress("measuring", len(missing), "cases") as bar:
         for setting in settings:
             for key in keys:
-                bar.set_postfix_str(f"{setting}, {key[0]} tokens")
+                bar.say(f"{setting}, {key[0]} tokens")
                 if (setting, key) in missing:
                     if is_peer(setting):
                         load.close()  # its memory is wanted
@@ -177,7 +178,7 @@ def measure_texts(
                         )
                     else:
                         run.record(name_of(setting, key), partial(measure, setting, key))
-                    bar.update()
+                    bar.advance()
                 elif setting == BASE and any((s, key) in missing for s in settings if not is_peer(s)):
                     read_in(load(BASE), cases[key].tokens)
                     references[key] = follow(load(BASE), cases[key])
@@ -263,7 +264,7 @@ ROOM = 192
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @text_option("Text to read from: facts in it, and what follows it.")
 @click.option(
     "--n-tokens",
@@ -372,6 +373,6 @@ def quality(
             peers,
         )
     print_table(
-        f"{model_file.name}, {text_path.name}, n_ctx {n_ctx}, {n_cases} cases each, facts: {suite}",
+        f"{model_file.name}, {text_path.name}, n_ctx {n_ctx}, {count(n_cases, 'case')} each, facts: {suite}",
         *text_table(run.data),
     )

@@ -25,6 +25,7 @@ from .quality import text_rows, text_table
 from .runs import read
 from .settings import BASE
 from .speed import ratios, speed_records, speed_table
+from .tables import count
 from .tasks import task_table
 
 TABLES: dict[str, Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]] = {
@@ -40,7 +41,7 @@ def short(setting: str) -> str:
     """A cache's name without what goes without saying."""
     for long, brief in (
         ("stock:", "llama.cpp "),
-        ("semanticache:", "ours "),
+        ("semanticache:", "semanticache "),
         (":type_k=f16:type_v=f16", " f16"),
         (":merge=0", " unmerged"),
     ):
@@ -72,7 +73,7 @@ def scatter(
     axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
     axes.margins(0.12)
-    names = []
+    names, xs, ys = [], [], []
     for name, x, (y, least, most) in points:
         kind = "stock" if name.startswith("stock") else "ours" if name.startswith("semanticache") else "others"
         look: dict[str, Any] = {
@@ -88,9 +89,19 @@ def scatter(
             **look,
         )
         names.append(axes.text(x, y, short(name), fontsize=7, **look))
+        xs += [x] * 3
+        ys += [least, y, most]
         if name in earlier:
             axes.set_xlabel(f"{x_label} (pale: an earlier build)")
-    adjust_text(names, ax=axes, iter_lim=300, arrowprops={"arrowstyle": "-", "color": "gray", "lw": 0.5})
+    adjust_text(
+        names,
+        x=xs,
+        y=ys,
+        ax=axes,
+        expand=(1.1, 1.6),
+        iter_lim=300,
+        arrowprops={"arrowstyle": "-", "color": "gray", "lw": 0.5},
+    )
     return figure
 
 
@@ -300,11 +311,11 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>llama-semanticache: measurements</title><style>
 body { font: 15px/1.5 sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; font-size: 13px; }
-code { font-size: 12px; } svg { max-width: 100%; height: auto; }
+code { font-size: 12px; } svg { max-width: 100%; height: auto; } .wide { overflow-x: auto; }
 </style></head><body><h1>Measurements</h1>
 {% for subject in subjects %}<h2>{{ subject.title }}</h2>
 {% for run in subject.runs %}<p>{{ run.where }}{% if run.command %}<br><code>{{ run.command }}</code>{% endif %}</p>
-{{ run.html }}
+<div class="wide">{{ run.html }}</div>
 {% endfor %}{% for plot in subject.plots %}{{ plot }}{% endfor %}
 {% endfor %}</body></html>
 """
@@ -407,4 +418,4 @@ def report(folder: Path) -> None:
     (folder / "report.html").write_text(
         jinja2.Environment(autoescape=True).from_string(PAGE).render(subjects=subjects), encoding="utf-8"
     )
-    click.echo(f"{len(files)} runs: {folder / 'report.md'}, {folder / 'report.html'}")
+    click.echo(f"{count(len(files), 'run')}: {folder / 'report.md'}, {folder / 'report.html'}")

@@ -19,6 +19,8 @@ from typing import Any
 import click
 
 from .. import _native, models
+from .._progress import progress
+from ..cli.common import model_argument
 from ..errors import ArgumentError
 from ..model_file import ModelFile
 from .options import gpu_layers_option, json_option, setting_option, text_option, threads_option
@@ -68,8 +70,6 @@ def measure(
     """Records "speed|SETTING|DEPTH|ROUND": prefill_s, decode_s, kv_bytes, resident_bytes and for ours pass_s and
     decode_pass_s (of prefill and of decoding), rows_used.
     """
-    from tqdm import tqdm
-
     stock_bytes = {s: estimated(model.shape, common["n_ctx"], s).kv_bytes for s in settings if s in STOCK}
     names = [(d, i, s, f"speed|{s}|{d}|{i}") for d in depths for i in range(rounds) for s in settings]
     missing = [name for *_, name in names if name not in run.records]
@@ -77,7 +77,7 @@ def measure(
         return
     with (
         Workers({s: load_options(s, model.path, common) for s in settings}, stock_lib) as workers,
-        tqdm(total=len(names), initial=len(names) - len(missing), unit="run") as bar,
+        progress("measuring", len(names), "runs", done=len(names) - len(missing)) as bar,
     ):
         tokens = workers.ask(BASE, tokenize=text)["tokens"]
         if len(tokens) < max(depths) + n_decode:
@@ -88,10 +88,10 @@ def measure(
         for depth, _, setting, name in names:
             if name not in missing:
                 continue
-            bar.set_postfix_str(f"{setting} at {depth}")
+            bar.say(f"{setting} at {depth}")
             order = dict(warm_up=tokens[:32], prompt=tokens[:depth], decode=tokens[depth : depth + n_decode])
             run.record(name, partial(_ask, workers, setting, order, stock_bytes.get(setting)))
-            bar.update()
+            bar.advance()
 
 
 def _ask(workers: Workers, setting: str, order: dict[str, Any], kv_bytes: int | None) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def speed_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @text_option("Text to read from.")
 @click.option(
     "--depth",

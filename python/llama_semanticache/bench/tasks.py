@@ -28,6 +28,8 @@ import click
 import numpy as np
 
 from .. import models
+from .._progress import progress
+from ..cli.common import model_argument
 from ..errors import ArgumentError
 from .harness import Loader, continue_greedily, read_in, render
 from .options import gpu_layers_option, json_option, setting_option, threads_option, without_base_option
@@ -261,8 +263,6 @@ def measure(
     """Records "task|SETTING|TASK|ID" of items and their prompts, all settings of an item one after the other; `jobs` at
     a time.
     """
-    from tqdm import tqdm
-
     names = {
         f"task|{setting}|{item['task']}|{item['id']}": (setting, item, tokens)
         for item, tokens in prompts
@@ -272,15 +272,15 @@ def measure(
     with (
         ThreadPoolExecutor(jobs) as threads,
         Answerers(path, common) as answerers,
-        tqdm(total=len(names), initial=len(names) - len(missing), unit="item") as bar,
+        progress("measuring", len(names), "items", done=len(names) - len(missing)) as bar,
     ):
         answers = {threads.submit(answerers.answer, *order): name for name, order in missing.items()}
         try:
             for answer in as_completed(answers):
                 record = answer.result()
-                bar.set_postfix_str(f"{answers[answer]}, {record['tokens']} tokens")
+                bar.say(f"{answers[answer]}, {record['tokens']} tokens")
                 run.record(answers[answer], partial(dict, record))
-                bar.update()
+                bar.advance()
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -357,7 +357,7 @@ def of_base(items: Sequence[dict[str, dict[str, Any]]], setting: str) -> str:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "--tasks",
     "tasks_path",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -116,15 +116,17 @@ class Answer:
     interrupted: bool = False
 
 
-def explain(error: Exception) -> str:
-    """Message of an error, with the next step where llama_cpp's own does not name one."""
-    if "exceed context window" in str(error):
-        return f"{error}; shorten the text or start with a larger --n-ctx"
-    return str(error)
+def explain(error: Exception, remedy: str = "shorten the text or start with a larger --n-ctx") -> str:
+    """Message of an error, with what to do where a prompt does not fit and llama_cpp's own does not say."""
+    return f"{error}; {remedy}" if "exceed context window" in str(error) else str(error)
 
 
-def stream_answer(chunks: Any, answer: Answer) -> None:
-    """Write a stream of completion or chat completion chunks to stdout and into `answer`, valid even if this raises.
+def _echo(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+def stream_answer(chunks: Any, answer: Answer, write: Callable[[str], None] = _echo) -> None:
+    """Write a stream of completion or chat completion chunks out and into `answer`, valid even if this raises.
 
     Parameters
     ----------
@@ -132,6 +134,8 @@ def stream_answer(chunks: Any, answer: Answer) -> None:
         What create_completion or create_chat_completion returned with stream=True.
     answer : Answer
         Filled as the text comes.
+    write : function
+        Shows a piece of text; on stdout by default.
     """
     try:
         for chunk in chunks:
@@ -140,7 +144,7 @@ def stream_answer(chunks: Any, answer: Answer) -> None:
             answer.finish_reason = choice["finish_reason"] or answer.finish_reason
             if text:
                 answer.text += text
-                click.echo(text, nl=False)
+                write(text)
     except KeyboardInterrupt:
         answer.interrupted = True
         answer.finish_reason = None

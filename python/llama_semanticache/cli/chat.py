@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,42 +13,63 @@ import click
 from ..config import KVConfig
 from ..errors import SemanticCacheError
 from .answer import Answer, TokenMeter, explain, reading, stream_answer
-from .common import LoadOptions, SamplingOptions, kv_line, llama_options, load_llama, note, sampling_options, stats_dict
+from .common import (
+    LoadOptions,
+    SamplingOptions,
+    kv_line,
+    llama_options,
+    load_llama,
+    model_argument,
+    note,
+    sampling_options,
+    stats_dict,
+)
 
 if TYPE_CHECKING:
     from ..llama import Llama
     from ..model_file import ModelFile
 
 HELP = """\
-/read FILE   put a text before the next message
-/regen       another answer to the last message
-/system TEXT the system message; without TEXT: none
-/stats       everything about the KV cache
-/reset       forget the conversation
-/save FILE   write the conversation and the cache to a file
-/load FILE   go on with a conversation that was saved
-/help        this text
-/quit        leave; so do /exit, /bye and Ctrl-D. Ctrl-C stops an answer.
+/read FILE       put a text before the next message
+/regen           another answer to the last message
+/edit TEXT       another last message; without TEXT: change it
+/system TEXT     the system message; without TEXT: none
+/set NAME VALUE  how tokens are chosen, as in /set temp 0; without NAME: show
+/stats           everything about the KV cache
+/drop N          forget the first N messages and their answers (1)
+/reset           forget the conversation, but for the system message
+/save FILE       write the conversation and the cache to a file
+/load FILE       go on with a conversation that was saved, of another model or n_ctx too
+/help            this text
+/quit            leave; so do /exit, /bye and Ctrl-D. Ctrl-C stops an answer.
 A message may have several lines: paste them, or begin a new one with Alt-Enter."""
 
-COMMANDS = ("/help", "/stats", "/reset", "/regen", "/system", "/quit", "/exit", "/bye")
+COMMANDS = ("/help", "/stats", "/drop", "/reset", "/regen", "/edit", "/system", "/set", "/quit", "/exit", "/bye")
 FILE_COMMANDS = ("/read", "/save", "/load")
+NO_ROOM = (
+    "shorten the message, forget old ones with /drop, or /save FILE, start with a larger --n-ctx and go on with "
+    "/load FILE"
+)
+N_SHOWN = 300  # letters of a message, where the end of a conversation is shown
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option("--system", help="System message that the conversation begins with.")
+@click.option("--plain", is_flag=True, help="Show answers as the model writes them, not as Markdown.")
 @sampling_options
 @llama_options
-def chat(model: str, system: str | None, sampling: SamplingOptions, load: LoadOptions) -> None:
+def chat(model: str, system: str | None, plain: bool, sampling: SamplingOptions, load: LoadOptions) -> None:
     """Talk with MODEL. Type /help for the commands."""
     llm, model_file = load_llama(model, load)
-    conversation = Conversation(llm, model_file, load, sampling, system)
-    ask: Callable[[], str] | None = None
+    ask: Callable[[str], str] | None = None
     if sys.stdin.isatty():
         from .terminal import message_reader
 
         ask = message_reader(COMMANDS, FILE_COMMANDS)
+    markdown = not plain and sys.stdout.isatty()
+    conversation = Conversation(llm, model_file, load, sampling, system, ask, markdown)
+    if ask is not None:
         note(f"{model_file.name}, {llm.n_ctx():,} tokens of context. /help lists the commands.", style="dim")
     at_prompt = True
     while True:
@@ -61,12 +83,12 @@ def chat(model: str, system: str | None, sampling: SamplingOptions, load: LoadOp
             note("\n(Ctrl-D or /quit leaves)" if at_prompt else "(stopped)", style="dim")
 
 
-def _read_line(ask: Callable[[], str] | None) -> str | None:
+def _read_line(ask: Callable[[str], str] | None) -> str | None:
     """One message from the terminal, or one line of stdin; None at its end."""
     if ask is None:
         return sys.stdin.readline() or None
     try:
-        return ask()
+        return ask("")
     except EOFError:
         return None
 
@@ -83,10 +105,25 @@ class Conversation:
     sampling : SamplingOptions
     system : str or None
         First message.
+    ask : function, optional
+        Asks for a message at a terminal, given a text to begin with.
+    markdown : bool
+        Show answers as Markdown.
     """
 
-    def __init__(self, llm: Llama, model: ModelFile, load: LoadOptions, sampling: SamplingOptions, system: str | None):
+    def __init__(
+        self,
+        llm: Llama,
+        model: ModelFile,
+        load: LoadOptions,
+        sampling: SamplingOptions,
+        system: str | None,
+        ask: Callable[[str], str] | None = None,
+        markdown: bool = False,
+    ):
         self.llm = llm
+        self.ask = ask
+        self.markdown = markdown
         self.model = model
         self.load = load
         self.sampling = sampling
@@ -107,12 +144,13 @@ class Conversation:
         if name in ("/quit", "/exit", "/bye"):
             return False
         commands = {"/help": self.help, "/stats": self.stats, "/reset": self.reset, "/regen": self.regenerate}
+        with_text = {"/system": self.instruct, "/set": self.set, "/edit": self.edit, "/drop": self.drop}
         file_commands = {"/read": self.read, "/save": self.save, "/load": self.restore}
         try:
             if name in commands:
                 commands[name]()
-            elif name == "/system":
-                self.instruct(argument)
+            elif name in with_text:
+                with_text[name](argument)
             elif name in file_commands and argument:
                 file_commands[name](Path(argument).expanduser())
             elif name in file_commands:
@@ -129,7 +167,7 @@ class Conversation:
             import traceback
 
             note("".join(traceback.format_exception(type(error), error, error.__traceback__)))
-        note(f"Error: {explain(error)}", style="red")
+        note(f"Error: {explain(error, NO_ROOM)}", style="red")
 
     def answer(self, text: str) -> bool:
         """Stream the answer to a message. The history keeps both, as far as the answer got; whether it does.
@@ -145,12 +183,12 @@ class Conversation:
             with meter, reading(self.llm):
                 messages: list[Any] = [*self.messages, message]
                 chunks = self.llm.create_chat_completion(messages, stream=True, **self.sampling.arguments())
-                stream_answer(chunks, answer)
+                self._show(chunks, answer)
         except KeyboardInterrupt:
             answer.interrupted = True
         except (SemanticCacheError, ValueError, RuntimeError) as error:
             failed = error
-        if answer.text:
+        if answer.text and not self.markdown:
             click.echo()
         kept = bool(answer.text) or (failed is None and not answer.interrupted)
         if kept:
@@ -162,9 +200,19 @@ class Conversation:
         elif answer.interrupted:
             note("(stopped)", style="dim")
         elif answer.finish_reason == "length":
-            note("(cut off: --max-tokens or the end of the context)", style="dim")
+            full = self.llm.n_tokens >= self.llm.n_ctx() - 1
+            note(f"(the context is full: {NO_ROOM})" if full else "(cut off by max-tokens, see /set)", style="dim")
         note(kv_line(self.llm.kv_stats(), meter.tokens_per_s), style="dim")
         return kept
+
+    def _show(self, chunks: Any, answer: Answer) -> None:
+        if not self.markdown:
+            stream_answer(chunks, answer)
+            return
+        from .terminal import MarkdownStream
+
+        with MarkdownStream() as shown:
+            stream_answer(chunks, answer, shown.write)
 
     def help(self) -> None:
         """List the commands."""
@@ -182,13 +230,58 @@ class Conversation:
 
     def regenerate(self) -> None:
         """Answer the last message once more."""
+        if self.has_answer():
+            self._answer_instead(self.messages[-2]["content"])
+
+    def edit(self, text: str) -> None:
+        """Answer another message instead of the last one; without a text, one that is typed now."""
+        if not self.has_answer():
+            return
+        if not text and self.ask is None:
+            note("/edit needs a text: /edit TEXT", style="red")
+            return
+        if not text and self.ask is not None:
+            try:
+                text = self.ask(self.messages[-2]["content"]).strip()
+            except (EOFError, KeyboardInterrupt):
+                text = ""
+        if text:
+            self._answer_instead(text)
+
+    def has_answer(self) -> bool:
+        """Whether anything was answered yet; says so if not."""
         if len(self.messages) <= len(self.first):
             note("there is no answer yet", style="red")
-            return
-        question, last = self.messages[-2:]
+            return False
+        return True
+
+    def _answer_instead(self, text: str) -> None:
+        """Replace the last message and its answer."""
+        last = self.messages[-2:]
         del self.messages[-2:]
-        if not self.answer(question["content"]):
-            self.messages += [question, last]
+        if not self.answer(text):
+            self.messages += last
+
+    def drop(self, argument: str) -> None:
+        """Forget the first messages and their answers."""
+        n_first = len(self.first)
+        n_there = (len(self.messages) - n_first) // 2
+        if not self.has_answer():
+            return
+        if argument and not argument.isdecimal():
+            raise ValueError(f"/drop: expected a number of messages, got {argument!r}")
+        n = min(int(argument or 1), n_there)
+        del self.messages[n_first : n_first + 2 * n]
+        note(f"({n_there - n} of {n_there} messages are left; they are read again with your next message)", style="dim")
+
+    def set(self, argument: str) -> None:
+        """Change how tokens are chosen, or show it."""
+        name, _, value = argument.partition(" ")
+        if name:
+            self.sampling = self.sampling.changed(name, value.strip())
+        for option, is_set in asdict(self.sampling).items():
+            if not name or option == name.removeprefix("--").replace("-", "_"):
+                note(f"{option.replace('_', '-')} {is_set if is_set not in (None, ()) else '(none)'}", style="dim")
 
     def instruct(self, text: str) -> None:
         """Begin the conversation with another system message."""
@@ -245,8 +338,14 @@ class Conversation:
         """Go on with a saved conversation."""
         from .session import load_session
 
-        self.messages = load_session(file, self.llm, self.settings())
+        self.messages, different = load_session(file, self.llm, self.settings())
         self.first = [message for message in self.messages[:1] if message["role"] == "system"]
         self.texts.clear()
         note(f"(loaded {len(self.messages)} messages)", style="dim")
-        note(kv_line(self.llm.kv_stats(), None), style="dim")
+        for message in self.messages[len(self.first) :][-2:]:
+            text = message["content"]
+            note(f"{message['role']}: {text[:N_SHOWN]}{'...' if len(text) > N_SHOWN else ''}", style="dim")
+        if different:
+            note(f"(saved with {'; '.join(different)}: the messages are read again with your next one)", style="dim")
+        else:
+            note(kv_line(self.llm.kv_stats(), None), style="dim")

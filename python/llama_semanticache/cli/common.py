@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..config import METHODS, OURS, ROW_TYPES, STAGE_TYPES, KVConfig
-from ..errors import SemanticCacheError
+from ..errors import ArgumentError, SemanticCacheError
 from ..models import open_model
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from ..llama import KVStats, Llama
     from ..model_file import ModelFile
 
@@ -78,11 +80,45 @@ class SamplingOptions:
 
     max_tokens: int | None
     temp: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repeat_penalty: float
+    stop: tuple[str, ...]
     seed: int | None
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of create_completion and create_chat_completion."""
-        return {"max_tokens": self.max_tokens, "temperature": self.temp, "seed": self.seed}
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temp,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repeat_penalty": self.repeat_penalty,
+            "stop": list(self.stop),
+            "seed": self.seed,
+        }
+
+    def changed(self, name: str, text: str) -> SamplingOptions:
+        """With one option as `text` says, as it would be on the command line; its default if `text` is empty.
+
+        Raises
+        ------
+        ArgumentError
+            No option has this name, or the text is no value of it.
+        """
+        field = name.removeprefix("--").replace("-", "_")
+        if field not in _SAMPLE:
+            names = ", ".join(n.replace("_", "-") for n in _SAMPLE)
+            raise ArgumentError(f"expected one of {names}, got {name!r}")
+        kind, default, _ = _SAMPLE[field]
+        try:
+            value: Any = kind.convert(text, None, None) if text else default
+        except click.BadParameter as error:
+            raise ArgumentError(f"{name}: {error.message}") from error
+        change: dict[str, Any] = {field: (value,) if field == "stop" and text else value}
+        return replace(self, **change)
 
 
 def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
@@ -105,6 +141,28 @@ def _check_profile(_ctx: click.Context, _param: click.Parameter, value: str) -> 
 traceback_option = click.option(
     "--verbose", is_flag=True, expose_value=False, callback=_set_verbose, help="Show a traceback if something fails."
 )
+
+
+class _Model(click.ParamType[str]):
+    """A model; the shell completes its name, or the path of a file."""
+
+    name = "model"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        from .. import hub
+        from ..models import manifest
+
+        names = [*manifest(), *(str(file.name) for file in hub.fetched())]
+        files = CompletionItem(incomplete, type="file")  # first: it makes the shell forget what came before
+        return [files, *(CompletionItem(name) for name in names if name.startswith(incomplete))]
+
+
+model_argument = click.argument("model", type=_Model())
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -186,18 +244,27 @@ _LOAD: tuple[Callable[..., Any], ...] = (
     ),
 )
 
-_SAMPLING = (
+# Type, default, help. The defaults are llama_cpp's.
+_SAMPLE: dict[str, tuple[click.ParamType[Any], Any, str]] = {
+    "max_tokens": (click.IntRange(min=1), None, "Longest answer, tokens.  [default: until the context is full]"),
+    "temp": (click.FloatRange(min=0), 0.2, "Temperature; 0 takes the likeliest token."),
+    "top_p": (click.FloatRange(0, 1), 0.95, "Choose among the likeliest tokens that make up this probability."),
+    "top_k": (click.IntRange(min=0), 40, "Choose among so many of the likeliest tokens; 0: all."),
+    "min_p": (click.FloatRange(0, 1), 0.05, "Leave out tokens less likely than this share of the likeliest."),
+    "repeat_penalty": (click.FloatRange(min=0, min_open=True), 1.0, "Above 1: tokens that were there are less likely."),
+    "stop": (click.STRING, (), "Text at which an answer ends; repeatable."),
+    "seed": (click.IntRange(0, 2**32 - 1), None, "Makes an answer repeatable.  [default: random]"),
+}
+_SAMPLING = tuple(
     click.option(
-        "--max-tokens", type=click.IntRange(min=1), help="Longest answer, tokens.  [default: until the context is full]"
-    ),
-    click.option(
-        "--temp",
-        type=click.FloatRange(min=0),
-        default=0.2,
-        show_default=True,
-        help="Temperature; 0 takes the likeliest token.",
-    ),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Makes an answer repeatable.  [default: random]"),
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        default=default,
+        multiple=name == "stop",
+        show_default=default not in (None, ()),
+        help=text,
+    )
+    for name, (kind, default, text) in _SAMPLE.items()
 )
 
 
@@ -273,9 +340,11 @@ def kv_line(stats: KVStats, tokens_per_s: float | None) -> str:
     else:
         used, allocated = (n / stats.n_head_kv for n in (stats.rows_used, stats.rows_allocated))
         parts.append(f"{used:,.0f} of {allocated:,.0f} rows per head")
-        parts.append(f"KV {stats.total_bytes / 2**20:.1f} MiB, {stats.compression_factor:.1f}x smaller than f16")
-        if not stats.rows_used:
-            parts.append("nothing compressed yet")
+        size = f"KV {stats.total_bytes / 2**20:.1f} MiB"
+        if stats.rows_used:
+            parts.append(f"{size}, {stats.compression_factor:.1f}x smaller than f16")
+        else:
+            parts += [size, "nothing compressed yet"]
     if tokens_per_s is not None:
         parts.append(f"{tokens_per_s:.1f} tokens/s")
     return " | ".join(parts)

@@ -11,7 +11,7 @@ import click
 from ..config import OURS
 from ..memory import N_CTX_MEASURED
 from ..models import open_model
-from .common import DEFAULT_N_CTX, json_option, kv_sizes, traceback_option
+from .common import DEFAULT_N_CTX, json_option, kv_sizes, model_argument, traceback_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "--n-ctx",
     type=click.IntRange(min=1),

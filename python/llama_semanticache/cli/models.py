@@ -1,4 +1,4 @@
-"""llama-semanticache models: models that are known by name."""
+"""llama-semanticache models: models that are known by name, and those that were fetched."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import asdict
 
 import click
 
+from .. import hub
+from ..errors import ModelFileError
 from ..models import default_name, find, is_fetched, manifest, resolve
-from .common import json_option, traceback_option
+from .common import json_option, model_argument, note, traceback_option
 
 
 @click.group(invoke_without_command=True)
@@ -16,9 +18,20 @@ from .common import json_option, traceback_option
 @traceback_option
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:
+    """List, fetch and remove models. A model is named as `list` shows it, or owner/repo[:quant] as on Hugging Face."""
+    if ctx.invoked_subcommand is None:
+        _list(as_json)
+
+
+@models.command("list")
+@json_option
+@traceback_option
+def list_models(as_json: bool) -> None:
     """List the models that can be given by name."""
-    if ctx.invoked_subcommand is not None:
-        return
+    _list(as_json)
+
+
+def _list(as_json: bool) -> None:
     entries = [
         {
             **asdict(entry),
@@ -28,21 +41,46 @@ def models(ctx: click.Context, as_json: bool) -> None:
         }
         for entry in manifest().values()
     ]
+    files = hub.fetched()
     if as_json:
+        entries += [
+            {"name": str(file.name), "size_bytes": file.size_bytes, "path": str(file.path), "fetched": True}
+            for file in files
+        ]
         click.echo(json.dumps(entries, ensure_ascii=False, indent=2))
         return
     for entry in entries:
         where = f"in {entry['path']}" if entry["fetched"] else "not fetched yet"
         size = entry["size_bytes"] / 2**20
         click.echo(f"{entry['name']}: {entry['description']}; {size:.0f} MiB, {entry['licence']}; {where}")
+    for file in files:
+        click.echo(f"{file.name}: from Hugging Face; {file.size_bytes / 2**20:.0f} MiB; in {file.path}")
 
 
 @models.command()
-@click.argument("name")
+@model_argument
 @json_option
 @traceback_option
-def fetch(name: str, as_json: bool) -> None:
-    """Download the model NAME, unless it is there, and print its path."""
-    find(name)  # a path is no name
-    path = resolve(name, progress=not as_json)
-    click.echo(json.dumps({"name": name, "path": str(path)}, ensure_ascii=False) if as_json else path)
+def pull(model: str, as_json: bool) -> None:
+    """Download MODEL, unless it is there, and print its path."""
+    name = hub.parse(model)
+    if name is None:
+        find(model)  # a path is no name
+    path = hub.fetch(name, update=True) if name else resolve(model, progress=not as_json)
+    click.echo(json.dumps({"name": model, "path": str(path)}, ensure_ascii=False) if as_json else path)
+
+
+@models.command()
+@model_argument
+@traceback_option
+def rm(model: str) -> None:
+    """Delete a MODEL that was fetched."""
+    if name := hub.parse(model):
+        n_bytes = hub.remove(name)
+    else:
+        path = find(model).path
+        if not path.is_file():
+            raise ModelFileError(f"expected a model that was fetched, got {model}; see 'llama-semanticache models'")
+        n_bytes = path.stat().st_size
+        path.unlink()
+    note(f"{n_bytes / 2**20:.0f} MiB are free again")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import click
 
-from ..models import open_model
-from ..profile import N_TEXT_TOKENS, calibrate, measured, read_texts
-from .common import json_option, note, traceback_option
+from ..models import cache_dir, open_model
+from ..profile import N_TEXT_TOKENS, calibrate, find, read_texts
+from .common import json_option, model_argument, note, traceback_option
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "--out", type=click.Path(dir_okay=False, writable=True), help="File to write.  [default: the user's cache]"
 )
@@ -43,16 +44,21 @@ def profile(
     model_file = open_model(model, progress=not as_json)
     if out and Path(out).exists() and not force:
         raise click.ClickException(f"expected the name of a new file, got {out}, which is there; --force replaces it")
-    there = None if out or force else measured(model_file.id)
-    if there and (texts or n_ctx != N_TEXT_TOKENS):
+    own_measure = bool(texts) or n_ctx != N_TEXT_TOKENS
+    there = None if force else find(model_file)
+    if there and own_measure and not out:
         raise click.ClickException(
             f"expected a model that was not measured before, got one with {there}; --force replaces it, --out FILE "
             "writes another"
         )
-    if there:
-        note("measured before; --force measures it again")
+    if there and not own_measure:
+        came = "measured before" if there.is_relative_to(cache_dir()) else "came with the package"
+        note(f"{came}; --force measures it again")
+        if out:
+            shutil.copyfile(there, out)
+            there = Path(out)
     begin = time.perf_counter()
-    file = calibrate(
+    file = (not own_measure and there) or calibrate(
         model_file,
         texts=read_texts(texts) if texts else None,
         n_ctx=n_ctx,

@@ -18,6 +18,7 @@ from .common import (
     kv_line,
     llama_options,
     load_llama,
+    model_argument,
     note,
     sampling_options,
     stats_dict,
@@ -30,7 +31,7 @@ EXIT_INTERRUPTED = 130
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("question", required=False, metavar="[PROMPT]")
 @click.option("--prompt", help="The prompt.")
 @click.option(

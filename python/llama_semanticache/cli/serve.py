@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from .common import LoadOptions, kv_line, llama_options, load_llama, note
+from .common import LoadOptions, kv_line, llama_options, load_llama, model_argument, note
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--api-key", envvar="LLAMA_SEMANTICACHE_API_KEY", show_envvar=True, help="What clients have to send.")

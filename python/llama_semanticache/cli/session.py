@@ -78,17 +78,24 @@ def save_session(path: Path, llm: Llama, settings: Mapping[str, Any], messages: 
     return path.stat().st_size
 
 
-def load_session(path: Path, llm: Llama, settings: Mapping[str, Any]) -> Messages:
-    """Read a chat into `llm` and return its messages.
+def load_session(path: Path, llm: Llama, settings: Mapping[str, Any]) -> tuple[Messages, list[str]]:
+    """Read a chat into `llm`.
+
+    Returns
+    -------
+    messages, differences
+        What was said, and the settings that are not those of the file, model included. If there are any, the cache of
+        the file is of no use here, and that of `llm` is left as it is: the messages have to be read again.
 
     Raises
     ------
     StateError
-        Not a saved chat, a damaged one, or one of another model or other settings; `llm` is then unchanged, or empty if
-        llama.cpp refused the state.
+        Not a saved chat, or a damaged one; `llm` is then unchanged, or empty if llama.cpp refused the state.
     """
     head, input_ids, llama_state = _read(path)
-    _check_settings(path, head["settings"], settings)
+    saved = head["settings"]
+    if different := [f"{n} {saved.get(n)}, here {settings[n]}" for n in settings if saved.get(n) != settings[n]]:
+        return head["messages"], different
 
     import numpy as np
     from llama_cpp import LlamaState
@@ -110,7 +117,7 @@ def load_session(path: Path, llm: Llama, settings: Mapping[str, Any]) -> Message
         if isinstance(error, StateError) or not isinstance(error, Exception):
             raise
         raise StateError(f"expected a state that llama.cpp takes, got: {error}; the cache is empty now") from error
-    return head["messages"]
+    return head["messages"], []
 
 
 def _is_session(path: Path) -> bool:
@@ -138,14 +145,3 @@ def _read(path: Path) -> tuple[dict[str, Any], Any, bytes]:
         raise StateError(f"expected a readable file, got: {error}; check the path") from error
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
         raise StateError(f"expected a chat written by /save, got {path} ({error}); give another file") from error
-
-
-def _check_settings(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    different = [name for name in here if saved.get(name) != here[name]]
-    if different:
-        of_file = ", ".join(f"{name} {saved.get(name)}" for name in different)
-        of_chat = ", ".join(f"{name} {here[name]}" for name in different)
-        raise StateError(
-            f"expected a chat saved with {of_chat}, got {path} with {of_file}; start the program with the settings of "
-            "the file"
-        )

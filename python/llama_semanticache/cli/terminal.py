@@ -1,4 +1,4 @@
-"""Messages typed at a terminal: pasted ones of several lines, history, completion."""
+"""A conversation at a terminal: messages of several lines, history, completion; answers in Markdown."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from prompt_toolkit.document import Document
 
 
-def message_reader(commands: Iterable[str], file_commands: Iterable[str]) -> Callable[[], str]:
-    """A function that asks for one message, which may have several lines: a paste is one message, and Alt-Enter begins
-    a new line. What is typed is kept for the next time in a file of the user's cache folder that nobody else can read.
-    The function raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
+def message_reader(commands: Iterable[str], file_commands: Iterable[str]) -> Callable[[str], str]:
+    """A function that asks for one message, given a text to begin with. The message may have several lines: a paste is
+    one message, and Alt-Enter begins a new line. What is typed is kept for the next time in a file of the user's cache
+    folder that nobody else can read. The function raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C.
 
     Parameters
     ----------
@@ -25,6 +25,7 @@ def message_reader(commands: Iterable[str], file_commands: Iterable[str]) -> Cal
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer, PathCompleter
     from prompt_toolkit.document import Document as Text
+    from prompt_toolkit.formatted_text import HTML
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
@@ -56,11 +57,72 @@ def message_reader(commands: Iterable[str], file_commands: Iterable[str]) -> Cal
     except OSError:  # nowhere to write to
         history = InMemoryHistory()
     session: PromptSession[str] = PromptSession(
-        "> ",
+        HTML("<b><ansicyan>&gt; </ansicyan></b>"),  # told apart from answers
         history=history,
         completer=Commands(),
         complete_while_typing=False,
         key_bindings=keys,
         prompt_continuation="  ",
     )
-    return session.prompt
+    return lambda text: session.prompt(default=text)
+
+
+class MarkdownStream:
+    """Context that shows Markdown on stdout while it comes: what is finished stays, what is not is drawn anew."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(highlight=False)
+        self.live = Live(console=self.console, transient=True, refresh_per_second=10)
+        self.rest = ""  # not finished yet
+        self.n_blocks = 0
+
+    def __enter__(self) -> MarkdownStream:
+        self.live.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.live.update("")
+        self.live.stop()
+        self._print(self.rest)
+
+    def write(self, text: str) -> None:
+        """More of it."""
+        from rich.markdown import Markdown
+        from rich.text import Text
+
+        finished, self.rest = finished_blocks(self.rest + text)
+        self._print(finished)
+        lines = self.rest.splitlines()
+        room = self.console.height - 3
+        # rich would cut off the end, which is what one wants to see
+        self.live.update(Markdown(self.rest) if len(lines) <= room else Text("\n".join(lines[-room:])))
+
+    def _print(self, text: str) -> None:
+        from rich.markdown import Markdown
+
+        if text.strip():
+            if self.n_blocks:
+                self.console.print()
+            self.console.print(Markdown(text))
+            self.n_blocks += 1
+
+
+def finished_blocks(text: str) -> tuple[str, str]:
+    """A Markdown text in two: up to its last empty line outside of code, behind which nothing changes what is before,
+    and the rest.
+    """
+    end = position = 0
+    fence = ""
+    for line in text.splitlines(keepends=True):
+        position += len(line)
+        mark = line.strip()[:3]
+        if fence:
+            fence = "" if mark == fence else fence
+        elif mark in ("```", "~~~"):
+            fence = mark
+        elif line == "\n":
+            end = position
+    return text[:end], text[end:]

@@ -109,7 +109,8 @@ vulkan: build
 	    $(BIN)/python tools/gpu-check --part op --part model --no-passes --backend $(abspath $(VULKAN))/bin/libggml-vulkan.so:ggml_backend_vk_reg
 
 # A wheel for any Linux of that processor since 2018 and glibc 2.28, with kernels for every instruction set; beside it one of
-# llama-cpp-python without libraries, since the index has its source alone. WHEEL_ARCH=aarch64 compiles for that.
+# llama-cpp-python without libraries, since the index has its source alone. WHEEL_ARCH=aarch64 compiles for that processor;
+# what auditwheel would look for, too new a glibc or foreign libraries, zig's target leaves no room for.
 wheel: $(VENV)/.wheel $(VENV)/.llama-cpp-python
 	rm -rf $(WHEEL)/dist dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEEL)/dist \
@@ -122,9 +123,14 @@ wheel: $(VENV)/.wheel $(VENV)/.llama-cpp-python
 	    --config-settings=cmake.define.GGML_OPENMP=OFF .
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --no-cache-dir --wheel-dir $(WHEEL)/dist \
 	    --config-settings=cmake.define.LLAMA_BUILD=OFF $(SDIST)
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat manylinux_2_28_$(WHEEL_ARCH) --wheel-dir dist $(WHEEL)/dist/llama_semanticache-*.whl
 	$(BIN)/python -m wheel tags --remove --platform-tag any $(WHEEL)/dist/llama_cpp_python-*.whl
-	mv $(WHEEL)/dist/llama_cpp_python-*-any.whl dist
+	mkdir -p dist && mv $(WHEEL)/dist/llama_cpp_python-*-any.whl dist
+ifeq ($(WHEEL_ARCH),$(shell uname -m))
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat manylinux_2_28_$(WHEEL_ARCH) --wheel-dir dist $(WHEEL)/dist/llama_semanticache-*.whl
+else
+	$(BIN)/python -m wheel tags --remove --platform-tag manylinux_2_28_$(WHEEL_ARCH) $(WHEEL)/dist/llama_semanticache-*.whl
+	mv $(WHEEL)/dist/llama_semanticache-*.whl dist
+endif
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 	$(BIN)/twine check --strict dist/*
 

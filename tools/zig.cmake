@@ -17,15 +17,23 @@ else()
 endif()
 
 # Programs of their own, since ccache and CMake want a compiler to be one file; named so that ccache knows the options.
+# zig names the instruction sets of ARM otherwise: generic+v8_2a+fullfp16 is armv8.2-a+fp16.
 set(zig_bin ${CMAKE_BINARY_DIR}/zig)
+set(zig_arm [=[
+for a in "$@"; do
+    shift
+    case "$a" in -march=armv*)
+        a=$(echo "$a" | sed -E 's/^-march=armv([0-9]+)(\.([0-9]+))?-a/-mcpu=generic+v\1_\3a/; s/_a/a/; s/\+fp16/+fullfp16/; s/\+no/-/')
+    esac
+    set -- "$@" "$a"
+done
+]=])
 foreach(pair "clang:cc -target ${ZIG_TARGET}" "clang++:c++ -target ${ZIG_TARGET}" "ar:ar" "ranlib:ranlib")
-    string(FIND "${pair}" ":" colon)
-    string(SUBSTRING "${pair}" 0 ${colon} name)
-    math(EXPR colon "${colon} + 1")
-    string(SUBSTRING "${pair}" ${colon} -1 arguments)
-    if(NOT EXISTS ${zig_bin}/${name})
-        file(WRITE ${zig_bin}/${name} "#!/bin/sh\nexec \"${ZIG}\" ${arguments} \"$@\"\n")
-        file(CHMOD ${zig_bin}/${name} PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE)
+    string(REGEX MATCH "^([^:]+):(.*)$" _ "${pair}")
+    set(zig_program ${zig_bin}/${CMAKE_MATCH_1})
+    if(NOT EXISTS ${zig_program})
+        file(WRITE ${zig_program} "#!/bin/sh\n${zig_arm}exec \"${ZIG}\" ${CMAKE_MATCH_2} \"$@\"\n")
+        file(CHMOD ${zig_program} PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE)
     endif()
 endforeach()
 set(CMAKE_C_COMPILER   ${zig_bin}/clang)

@@ -14,6 +14,14 @@ __global__ void __launch_bounds__(SC_THREADS)
 
 template <int D>
 __global__ void __launch_bounds__(SC_THREADS)
+    many_kernel(const prop_attn_args a, const prop_attn_src x, float * work) {
+    extern __shared__ __align__(16) uchar sh[];
+    const sc_tid t = { threadIdx.x, threadIdx.x % SC_WARP, threadIdx.x / SC_WARP, blockIdx.x, blockIdx.y };
+    prop_attn_many_part<D>(t, a, x, work, sh);
+}
+
+template <int D>
+__global__ void __launch_bounds__(SC_THREADS)
     reduce_kernel(const prop_attn_args a, const prop_attn_src x, const float * work, float * dst) {
     const sc_tid t = { threadIdx.x, threadIdx.x % SC_WARP, threadIdx.x / SC_WARP, blockIdx.x, blockIdx.y };
     prop_attn_reduce<D>(t, a, x.rows, x.sinks, work, dst);
@@ -24,8 +32,10 @@ class cuda_device {
 public:
     explicit cuda_device(ggml_backend_cuda_context & ctx) : ctx(ctx), memory(ctx.pool()) {}
 
-    // Four blocks fit the registers of a multiprocessor.
-    int n_block() const { return 4 * ggml_cuda_info().devices[ctx.device].nsm; }
+    // Four blocks fit the registers of a multiprocessor, two those of many queries.
+    int n_block(bool many) const { return (many ? 2 : 4) * ggml_cuda_info().devices[ctx.device].nsm; }
+
+    bool has_mma() const { return turing_mma_available(ggml_cuda_info().devices[ctx.device].cc); }
 
     float * attn_work(size_t n) { return memory.alloc(n); }
 
@@ -33,6 +43,14 @@ public:
     void attn_part(int n_part, int n_group, const prop_attn_args & a, const prop_attn_src & x, float * work) {
         constexpr int shared = prop_attn_shared<D, NQ>::SIZE;
         part_kernel<D, NQ><<<dim3(n_part, n_group), SC_THREADS, shared, ctx.stream()>>>(a, x, work);
+        CUDA_CHECK(cudaGetLastError());
+    }
+
+    template <int D>
+    void attn_many_part(int n_part, int n_group, const prop_attn_args & a, const prop_attn_src & x, float * work) {
+        constexpr int shared = prop_attn_many_shared<D>::SIZE; // more than a kernel has without asking, for large heads
+        CUDA_CHECK(cudaFuncSetAttribute(many_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        many_kernel<D><<<dim3(n_part, n_group), SC_THREADS, shared, ctx.stream()>>>(a, x, work);
         CUDA_CHECK(cudaGetLastError());
     }
 

@@ -157,11 +157,11 @@ SC_DEVICE void prop_attn_attend(SC_THREAD const sc_tid & t, SC_CONST const prop_
     }
     for (int c = 0; c < s.n; c += SC_TILE(D)) {
         const int n = s.n - c < SC_TILE(D) ? s.n - c : SC_TILE(D);
-        sc_load_tile<D>(t, s.k_type, s.k + c * s.k_stride, s.k_stride, n, nl, tile);
+        sc_load_tile<D, SC_TILE_LD(D)>(t, s.k_type, s.k + c * s.k_stride, s.k_stride, n, nl, tile);
         sc_sync(t);
         prop_attn_logits<D, NQ>(t, a, src, s, c, n, r0, n_query, sh);
         sc_sync(t);
-        sc_load_tile<D>(t, s.v_type, s.v + c * s.v_stride, s.v_stride, n, nl, tile);
+        sc_load_tile<D, SC_TILE_LD(D)>(t, s.v_type, s.v + c * s.v_stride, s.v_stride, n, nl, tile);
         prop_attn_soft_max<D, NQ>(t, sh);
         sc_sync(t);
         for (int i = (int) t.id; i < NQ * D; i += SC_THREADS) {
@@ -205,52 +205,126 @@ SC_DEVICE void prop_attn_attend(SC_THREAD const sc_tid & t, SC_CONST const prop_
     }
 }
 
-// The block's queries of kv head h, as they are and as they meet the cores; ends with a barrier.
-template <int D, int NQ>
-SC_DEVICE void prop_attn_queries(SC_THREAD const sc_tid & t, SC_CONST const prop_attn_args & a,
-    SC_THREAD const prop_attn_src & src, int h, int r0, int n_query, bool cores, SC_SHARED uchar * sh) {
-    typedef prop_attn_shared<D, NQ> at;
+// Queries r0.. of kv head h times the scale, x [n, D]; those behind n_query are 0.
+template <int D>
+SC_DEVICE void prop_attn_load_queries(SC_THREAD const sc_tid & t, SC_CONST const prop_attn_args & a,
+    SC_THREAD const prop_attn_src & src, int h, int r0, int n_query, int n, SC_SHARED float * x) {
     const int n_gqa = a.n_head / a.n_head_kv;
-    SC_SHARED float *q = (SC_SHARED float *) (sh + at::Q), *q_core = (SC_SHARED float *) (sh + at::Q_CORE),
-                    *o = (SC_SHARED float *) (sh + at::O);
-    for (int i = (int) t.id; i < NQ * D; i += SC_THREADS) {
+    for (int i = (int) t.id; i < n * D; i += SC_THREADS) {
         const int r = i / D, row = r0 + r;
-        float y = 0.0f;
-        if (r < n_query) {
-            y = src.q[(h * n_gqa + row % n_gqa) * a.q_head + row / n_gqa * a.q_token + i % D] * a.scale;
-        }
-        q[i] = q_core[i] = y;
-        o[i] = 0.0f;
+        x[i] = r < n_query ? src.q[(h * n_gqa + row % n_gqa) * a.q_head + row / n_gqa * a.q_token + i % D] * a.scale
+                           : 0.0f;
     }
-    for (int i = (int) t.id; i < NQ; i += SC_THREADS) {
-        ((SC_SHARED float *) (sh + at::MAX))[i] = SC_MASKED;
-        ((SC_SHARED float *) (sh + at::SUM))[i] = 0.0f;
-        ((SC_SHARED float *) (sh + at::SHIFT))[i] = 0.0f;
-    }
-    sc_sync(t);
-    if (!cores) {
-        return;
-    }
+}
+
+// Queries x [n, D] as they meet the cores; shift [n]: what the mean of the cores' keys adds to their logits. Ends with
+// a barrier, and wants one before.
+template <int D>
+SC_DEVICE void prop_attn_meet_cores(SC_THREAD const sc_tid & t, SC_CONST const prop_attn_args & a,
+    SC_THREAD const prop_attn_src & src, int h, int n, SC_SHARED float * x, SC_SHARED float * shift) {
     if (a.k_rotated) {
-        sc_rotate(t, q_core, NQ, D, 0);
+        sc_rotate(t, x, n, D, 0);
     }
     if (a.k_type == SC_F16) {
         return;
     }
     SC_GLOBAL const sc_half *mean = src.heads + h * (sc_i64) (2 * D + 2 * D * a.n_sink), *scale = mean + D;
-    for (int r = (int) t.warp; r < NQ; r += SC_THREADS / SC_WARP) {
+    for (int r = (int) t.warp; r < n; r += SC_THREADS / SC_WARP) {
         float y = 0.0f;
         for (int e = (int) t.lane; e < D; e += SC_WARP) {
-            y += q_core[r * D + e] * sc_h2f(mean[e]);
-            q_core[r * D + e] *= sc_h2f(scale[e]);
+            y += x[r * D + e] * sc_h2f(mean[e]);
+            x[r * D + e] *= sc_h2f(scale[e]);
         }
         y = sc_warp_sum(t, y);
         if (t.lane == 0) {
-            ((SC_SHARED float *) (sh + at::SHIFT))[r] = y;
+            shift[r] = y;
         }
     }
     sc_sync(t);
-    sc_rotate(t, q_core, NQ, D, 0);
+    sc_rotate(t, x, n, D, 0);
+}
+
+// The block's queries of kv head h, as they are and as they meet the cores; ends with a barrier.
+template <int D, int NQ>
+SC_DEVICE void prop_attn_queries(SC_THREAD const sc_tid & t, SC_CONST const prop_attn_args & a,
+    SC_THREAD const prop_attn_src & src, int h, int r0, int n_query, bool cores, SC_SHARED uchar * sh) {
+    typedef prop_attn_shared<D, NQ> at;
+    SC_SHARED float *q = (SC_SHARED float *) (sh + at::Q), *q_core = (SC_SHARED float *) (sh + at::Q_CORE),
+                    *o = (SC_SHARED float *) (sh + at::O), *shift = (SC_SHARED float *) (sh + at::SHIFT);
+    prop_attn_load_queries<D>(t, a, src, h, r0, n_query, NQ, q);
+    for (int i = (int) t.id; i < NQ * D; i += SC_THREADS) {
+        q_core[i] = q[i];
+        o[i] = 0.0f;
+    }
+    for (int i = (int) t.id; i < NQ; i += SC_THREADS) {
+        ((SC_SHARED float *) (sh + at::MAX))[i] = SC_MASKED;
+        ((SC_SHARED float *) (sh + at::SUM))[i] = shift[i] = 0.0f;
+    }
+    sc_sync(t);
+    if (cores) {
+        prop_attn_meet_cores<D>(t, a, src, h, NQ, q_core, shift);
+    }
+}
+
+// A part: rows [lo, hi) of the line of all heads' rows.
+struct prop_attn_line {
+    sc_i64 lo, hi, first; // first: where the next head's rows begin
+};
+
+SC_DEVICE prop_attn_line prop_attn_part_at(SC_CONST const prop_attn_args & a, SC_GLOBAL const int * rows, uint part) {
+    sc_i64 total = 0;
+    for (int h = 0; h < a.n_head_kv; ++h) {
+        total += rows[a.n_head_kv + h] + a.n_kv;
+    }
+    return { total * part / a.n_part, total * (part + 1) / a.n_part, 0 };
+}
+
+// What of a head lies in a part: sinks [begin, sinks_end), cores up to cores_end, cells up to end.
+struct prop_attn_cut {
+    int n_used, begin, sinks_end, cores_end, end;
+};
+
+SC_DEVICE prop_attn_cut prop_attn_next_head(
+    SC_CONST const prop_attn_args & a, SC_GLOBAL const int * rows, int h, SC_THREAD prop_attn_line & line) {
+    const int n_used = rows[a.n_head_kv + h], n = n_used + a.n_kv, n_sink = n_used < a.n_sink ? n_used : a.n_sink;
+    const int begin = line.lo > line.first ? (int) (line.lo - line.first < n ? line.lo - line.first : n) : 0;
+    const int end = line.hi < line.first + n ? (int) (line.hi > line.first ? line.hi - line.first : 0) : n;
+    const int sinks_end = end < n_sink ? end : begin > n_sink ? begin : n_sink;
+    const int cores_end = end < n_used ? end : sinks_end > n_used ? sinks_end : n_used;
+    line.first += n;
+    return { n_used, begin, sinks_end, cores_end, end };
+}
+
+template <int D>
+SC_DEVICE prop_attn_span prop_attn_cores(
+    SC_CONST const prop_attn_args & a, SC_THREAD const prop_attn_src & src, int h, SC_THREAD const prop_attn_cut & c) {
+    const sc_i64 k_size = sc_row_size(a.k_type, D), v_size = sc_row_size(a.v_type, D);
+    const sc_i64 row = src.rows[h] + c.sinks_end;
+    return { c.cores_end - c.sinks_end, a.k_type, a.v_type, src.core_k + row * k_size, src.core_v + row * v_size,
+        k_size, v_size, (int) row, -1 };
+}
+
+template <int D>
+SC_DEVICE prop_attn_span prop_attn_sinks(
+    SC_CONST const prop_attn_args & a, SC_THREAD const prop_attn_src & src, int h, SC_THREAD const prop_attn_cut & c) {
+    SC_GLOBAL const uchar * k =
+        (SC_GLOBAL const uchar *) (src.heads + h * (sc_i64) (2 * D + 2 * D * a.n_sink)) + 2 * (2 * D + c.begin * D);
+    return { c.sinks_end - c.begin, SC_F16, SC_F16, k, k + 2 * a.n_sink * D, 2 * D, 2 * D, -1, -1 };
+}
+
+SC_DEVICE prop_attn_span prop_attn_cells(
+    SC_CONST const prop_attn_args & a, SC_THREAD const prop_attn_src & src, int h, SC_THREAD const prop_attn_cut & c) {
+    const int cell = c.cores_end - c.n_used;
+    return { c.end - c.cores_end, a.k_cell_type, a.v_cell_type, src.k + h * a.k_head + cell * a.k_cell,
+        src.v + h * a.v_head + cell * a.v_cell, a.k_cell, a.v_cell, -1, cell };
+}
+
+// Where a part's sums of a query row of kv head h go: [D] values, their maximum, the sum of the shares.
+template <int D>
+SC_DEVICE SC_GLOBAL float * prop_attn_slot(
+    SC_CONST const prop_attn_args & a, SC_GLOBAL float * work, uint part, int h, int row) {
+    const int n_gqa = a.n_head / a.n_head_kv;
+    return work + (((sc_i64) part * a.n_tokens + row / n_gqa) * a.n_head + h * n_gqa + row % n_gqa) * (D + 2);
 }
 
 // Block t.x: a part; t.y: NQ query rows of every kv head's group. work [n_part, n_tokens, n_head, D + 2]
@@ -260,57 +334,35 @@ SC_DEVICE void prop_attn_part(SC_THREAD const sc_tid & t, SC_CONST const prop_at
     typedef prop_attn_shared<D, NQ> at;
     SC_SHARED float *o = (SC_SHARED float *) (sh + at::O), *max = (SC_SHARED float *) (sh + at::MAX),
                     *sum = (SC_SHARED float *) (sh + at::SUM);
-    const int n_gqa = a.n_head / a.n_head_kv, n_row = n_gqa * a.n_tokens, r0 = (int) t.y * NQ;
+    const int n_row = a.n_head / a.n_head_kv * a.n_tokens, r0 = (int) t.y * NQ;
     const int n_query = n_row - r0 < NQ ? n_row - r0 : NQ;
     sc_iq4_nl_table(t, (SC_SHARED float *) (sh + at::NL));
-
-    sc_i64 total = 0;
+    prop_attn_line line = prop_attn_part_at(a, src.rows, t.x);
     for (int h = 0; h < a.n_head_kv; ++h) {
-        total += src.rows[a.n_head_kv + h] + a.n_kv;
-    }
-    const sc_i64 lo = total * t.x / a.n_part, hi = total * (t.x + 1) / a.n_part;
-    sc_i64 first = 0;
-    for (int h = 0; h < a.n_head_kv; ++h) {
-        const int n_used = src.rows[a.n_head_kv + h], n = n_used + a.n_kv,
-                  n_sink = n_used < a.n_sink ? n_used : a.n_sink;
-        const int begin = lo > first ? (int) (lo - first < n ? lo - first : n) : 0;
-        const int end = hi < first + n ? (int) (hi > first ? hi - first : 0) : n;
-        first += n;
-        if (begin >= end) {
+        const prop_attn_cut c = prop_attn_next_head(a, src.rows, h, line);
+        if (c.begin >= c.end) {
             continue;
         }
-        const int sinks_end = end < n_sink ? end : begin > n_sink ? begin : n_sink;
-        const int cores_end = end < n_used ? end : sinks_end > n_used ? sinks_end : n_used;
-        prop_attn_queries<D, NQ>(t, a, src, h, r0, n_query, cores_end > sinks_end, sh);
-        if (cores_end > sinks_end) {
-            const sc_i64 k_size = sc_row_size(a.k_type, D), v_size = sc_row_size(a.v_type, D);
-            const sc_i64 row = src.rows[h] + sinks_end;
-            const prop_attn_span s = { cores_end - sinks_end, a.k_type, a.v_type, src.core_k + row * k_size,
-                src.core_v + row * v_size, k_size, v_size, (int) row, -1 };
+        const bool cores = c.cores_end > c.sinks_end;
+        prop_attn_queries<D, NQ>(t, a, src, h, r0, n_query, cores, sh);
+        if (cores) {
+            const prop_attn_span s = prop_attn_cores<D>(a, src, h, c);
             prop_attn_attend<D, NQ>(t, a, src, s, r0, n_query, sh);
             if (a.v_type != SC_F16) { // what the cores gave is a sum of rotated values
                 sc_rotate(t, o, NQ, D, 0);
             }
         }
-        if (begin < sinks_end) {
-            SC_GLOBAL const uchar * k =
-                (SC_GLOBAL const uchar *) (src.heads + h * (sc_i64) (2 * D + 2 * D * a.n_sink)) +
-                2 * (2 * D + begin * D);
-            const prop_attn_span s = { sinks_end - begin, SC_F16, SC_F16, k, k + 2 * a.n_sink * D, 2 * D, 2 * D, -1,
-                -1 };
+        if (c.begin < c.sinks_end) {
+            const prop_attn_span s = prop_attn_sinks<D>(a, src, h, c);
             prop_attn_attend<D, NQ>(t, a, src, s, r0, n_query, sh);
         }
-        if (cores_end < end) {
-            const int cell = cores_end - n_used;
-            const prop_attn_span s = { end - cores_end, a.k_cell_type, a.v_cell_type,
-                src.k + h * a.k_head + cell * a.k_cell, src.v + h * a.v_head + cell * a.v_cell, a.k_cell, a.v_cell, -1,
-                cell };
+        if (c.cores_end < c.end) {
+            const prop_attn_span s = prop_attn_cells(a, src, h, c);
             prop_attn_attend<D, NQ>(t, a, src, s, r0, n_query, sh);
         }
         for (int i = (int) t.id; i < n_query * (D + 2); i += SC_THREADS) {
-            const int r = i / (D + 2), e = i % (D + 2), row = r0 + r;
-            const sc_i64 slot = ((sc_i64) t.x * a.n_tokens + row / n_gqa) * a.n_head + h * n_gqa + row % n_gqa;
-            work[slot * (D + 2) + e] = e < D ? o[r * D + e] : e == D ? max[r] : sum[r];
+            const int r = i / (D + 2), e = i % (D + 2);
+            prop_attn_slot<D>(a, work, t.x, h, r0 + r)[e] = e < D ? o[r * D + e] : e == D ? max[r] : sum[r];
         }
         sc_sync(t);
     }

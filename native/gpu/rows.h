@@ -85,15 +85,15 @@ SC_DEVICE void sc_decode(
     }
 }
 
-// n rows of D values of a type, `stride` bytes apart, into a tile; the last block of f16 rows may be cut short.
-template <int D>
+// n rows of D values of a type, `stride` bytes apart, into a tile, LD apart; the last block of f16 rows may be cut
+// short.
+template <int D, int LD>
 SC_DEVICE void sc_load_tile(SC_THREAD const sc_tid & t, int type, SC_GLOBAL const uchar * from, sc_i64 stride, int n,
     SC_SHARED const float * nl, SC_SHARED sc_half * tile) {
     const int n_share = D / 8;
     for (int i = (int) t.id; i < n * n_share; i += SC_THREADS) {
         const int r = i / n_share, s = i % n_share, block = s / 4;
-        sc_decode(type, from + r * stride + block * sc_block_size(type), s % 4, nl,
-            tile + r * SC_TILE_LD(D) + block * SC_Q_BLOCK);
+        sc_decode(type, from + r * stride + block * sc_block_size(type), s % 4, nl, tile + r * LD + block * SC_Q_BLOCK);
     }
 }
 

@@ -2,17 +2,18 @@
 //
 // A device D has besides, see run-pass.h:
 //
-//     n_block()               blocks that it runs at once, about
+//     n_block(many)           blocks that it runs at once, about; many: of attn_many_part
 //     attn_work(n)            n floats of its memory until the operation is over
 //     attn_part<D, NQ>(n_part, n_group, a, x, work)
 //     attn_reduce<D>(n, a, x, work, dst)      launch kernels of prop-attn.h
+//     attn_many_part<D>(n_part, n_group, a, x, work)   of prop-attn-many.h, where it has_mma()
 
 #pragma once
 
 #include "attn-dims.h"
 #include "ggml-prop-attn-args.h"
 #include "pass/task.h"
-#include "prop-attn.h"
+#include "prop-attn-many.h"
 
 #include <type_traits>
 
@@ -56,16 +57,25 @@ inline bool device_supports(const ggml_tensor * op) {
     }
 }
 
+// Query rows of a kv head's group beyond which matrix units are used: fewer would leave most of a block without work.
+// Not tuned: no card was at hand.
+constexpr int MANY_LEAST = 32;
+
 template <typename D> void device_attend(D & dev, const ggml_tensor * dst) {
     const attn_args host = attn_args_of(dst);
     const prop_attn_src x = { host.q, host.k, host.v, (const uchar *) host.mask, host.k_core, host.v_core,
         (const sc_half *) host.bias, (const sc_half *) host.heads, host.row_first, host.sinks };
     const int n_query = host.n_head / host.n_head_kv * host.n_tokens;
+    const bool many = n_query > MANY_LEAST && dev.has_mma();
     device_head(host.n_embd_head_k, n_query, [&](auto d, auto nq) {
-        const int n_group = (n_query + nq - 1) / nq;
-        const prop_attn_args a = device_attn_args(host, device_parts(dev.n_block(), n_group));
+        const int n_row = many ? SC_MANY_ROWS : (int) nq, n_group = (n_query + n_row - 1) / n_row;
+        const prop_attn_args a = device_attn_args(host, device_parts(dev.n_block(many), n_group));
         float * work = dev.attn_work((size_t) a.n_part * a.n_tokens * a.n_head * (d + 2));
-        dev.template attn_part<d, nq>(a.n_part, n_group, a, x, work);
+        if (many) {
+            dev.template attn_many_part<d>(a.n_part, n_group, a, x, work);
+        } else {
+            dev.template attn_part<d, nq>(a.n_part, n_group, a, x, work);
+        }
         dev.template attn_reduce<d>(a.n_head * a.n_tokens, a, x, work, (float *) dst->data);
     });
 }

@@ -71,10 +71,11 @@ struct fiber {
 };
 
 struct block {
-    static constexpr size_t STACK = 128 * 1024;
+    static constexpr size_t STACK = 128 * 1024, PARCEL = 16;
     std::vector<fiber> f;
     std::vector<meeting> warps;
     std::vector<float> slot;
+    std::vector<char> parcel; // of every thread, twice: the next exchange uses the other half
     meeting all;
     ucontext_t main;
     void *main_fake = nullptr, *main_tsan = nullptr, *end = nullptr;
@@ -193,6 +194,7 @@ template <typename K> void launch(uint grid_x, uint grid_y, uint n, size_t share
         b.f.resize(n);
         b.warps.resize((n + 31) / 32);
         b.slot.resize(2 * n);
+        b.parcel.resize(2 * n * block::PARCEL);
         b.body = [&](int i) {
             kernel(sc_tid{ (uint) i, (uint) i % 32, (uint) i / 32, at % grid_x, at / grid_x }, sh.get());
         };
@@ -246,6 +248,26 @@ SC_DEVICE float sc_xor(const sc_tid & t, float x, ushort mask) {
     sc_cpu::meet(b, w, 32);
     return slot[t.id ^ mask];
 }
+
+namespace sc_cpu {
+
+// Calls f(lane, its x) for every lane of the warp.
+template <typename T, typename F> void exchange(const sc_tid & t, const T & x, F && f) {
+    static_assert(sizeof(T) <= block::PARCEL);
+    quiet q;
+    block & b = *now();
+    meeting & w = b.warps[t.warp];
+    char * of_warp = b.parcel.data() + ((w.gen & 1) * b.f.size() + t.warp * 32) * block::PARCEL;
+    memcpy(of_warp + t.lane * block::PARCEL, &x, sizeof(T));
+    meet(b, w, 32);
+    for (int lane = 0; lane < 32; ++lane) {
+        T y;
+        memcpy(&y, of_warp + lane * block::PARCEL, sizeof(T));
+        f(lane, y);
+    }
+}
+
+} // namespace sc_cpu
 
 SC_DEVICE float sc_h2f(sc_half x) { return semcache::f16_to_f32(x); }
 SC_DEVICE sc_half sc_f2h(float x) { return semcache::f32_to_f16(x); }

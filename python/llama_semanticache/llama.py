@@ -145,6 +145,22 @@ class Llama(llama_cpp.Llama):
     kv_budget : number or str, optional
         Bytes of the whole cache, "512MiB" or a number, instead of ``kv_ratio``: as many rows as fit beside the stage,
         the queries and the sliding windows. The recurrent state of a hybrid model comes on top.
+    n_ctx : int
+        Context size, tokens; at least ``kv_stage``. 0: what the model was trained for.
+    n_batch : int
+        Tokens of a prompt that are given to llama.cpp at a time.
+    n_gpu_layers : int
+        Layers that lie on a card, weights and cache; -1: all.
+    n_threads, n_threads_batch : int, optional
+        CPU threads for one token and for many; upstream's choice is half of the processors and all of them.
+    seed : int
+        Of the sampler, unless a call names one.
+    chat_format : str, optional
+        Name of llama_cpp's chat format instead of the model's own template.
+    verbose : bool, optional
+        Show llama.cpp's log. Measuring a model on first use shows its progress unless this is False.
+    **kwargs
+        All other arguments of llama_cpp.Llama.
 
     Raises
     ------
@@ -170,6 +186,14 @@ class Llama(llama_cpp.Llama):
         kv_profile: str | os.PathLike[str] | None = KVConfig.kv_profile,
         kv_params: Mapping[str, int] | None = KVConfig.kv_params,
         kv_budget: float | str | None = KVConfig.kv_budget,
+        n_ctx: int = _UPSTREAM.parameters["n_ctx"].default,
+        n_batch: int = _UPSTREAM.parameters["n_batch"].default,
+        n_gpu_layers: int = _UPSTREAM.parameters["n_gpu_layers"].default,
+        n_threads: int | None = _UPSTREAM.parameters["n_threads"].default,
+        n_threads_batch: int | None = _UPSTREAM.parameters["n_threads_batch"].default,
+        seed: int = _UPSTREAM.parameters["seed"].default,
+        chat_format: str | None = _UPSTREAM.parameters["chat_format"].default,
+        verbose: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self._gate = Gate()
@@ -189,11 +213,20 @@ class Llama(llama_cpp.Llama):
         self.kv_compress = kv_compress
         self._why_uncompressed: str | None = None
         _check_names(kwargs)
-        self._shows_progress = kwargs.get("verbose", True)  # of measuring a model
-        kwargs.setdefault("verbose", False)
-        for name in ("n_threads", "n_threads_batch"):
-            if isinstance(kwargs.get(name), int):
-                _cpu.warn_of_threads(kwargs[name], stacklevel=3)
+        self._shows_progress = verbose is None or verbose  # of measuring a model
+        kwargs.update(
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_gpu_layers=n_gpu_layers,
+            n_threads=n_threads,
+            n_threads_batch=n_threads_batch,
+            seed=seed,
+            chat_format=chat_format,
+            verbose=bool(verbose),
+        )
+        for threads in (n_threads, n_threads_batch):
+            if isinstance(threads, int):
+                _cpu.warn_of_threads(threads, stacklevel=3)
         if kv_compress == AUTO:
             self._load_where_it_pays(model_path, kwargs)
             return
@@ -241,7 +274,7 @@ class Llama(llama_cpp.Llama):
         model = ModelFile.of(model_path)
         config = self._within_budget(model, kwargs)
         config = replace(config, kv_ratio=config.ratio(model.shape.n_head_kv))
-        file = profile.ensure(model, self._shows_progress, kwargs.get("n_threads_batch"), config=config)
+        file = profile.ensure(model, self._shows_progress, kwargs["n_threads_batch"], config=config)
         with _native.compressed(config, file, model.id if file else ""):
             self._load(model_path, kwargs)
         stats = self._native_stats()
@@ -545,7 +578,7 @@ def _why_not(config: KVConfig, model: ModelFile, kwargs: dict[str, Any]) -> str 
     """Why a cache cannot be compressed, or would not get smaller; None: nothing speaks against it."""
     if model.shape.refused:
         return model.shape.refused
-    n_ctx = kwargs.get("n_ctx", _UPSTREAM.parameters["n_ctx"].default) or model.shape.n_ctx_train
+    n_ctx = kwargs["n_ctx"] or model.shape.n_ctx_train
     if n_ctx < config.kv_stage:
         return f"n_ctx = {n_ctx} tokens fit the stage of {config.kv_stage}"
     try:
@@ -561,7 +594,7 @@ def _why_not(config: KVConfig, model: ModelFile, kwargs: dict[str, Any]) -> str 
 
 def _check_others(config: KVConfig, kwargs: dict[str, Any]) -> None:
     """Check what upstream's arguments allow with compression, before the model is read."""
-    config.check_n_ctx(kwargs.get("n_ctx", _UPSTREAM.parameters["n_ctx"].default))
+    config.check_n_ctx(kwargs["n_ctx"])
     if kwargs.get("embedding"):
         raise UnsupportedModelError(
             "expected text generation, got embedding=True; leave kv_compress out for embeddings"

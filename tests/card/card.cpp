@@ -117,10 +117,14 @@ ggml_backend_buffer_type buffer_type = { { buft_name, buft_alloc, buft_alignment
 
 // ---- computing
 
+bool has_matrix_units = false;
+
 // As run-attn.h wants it: few blocks, since each is a hundred fibers.
 class card_device : public sc_test::shim_device {
 public:
-    int n_block() const { return 4; }
+    int n_block(bool) const { return 4; }
+
+    bool has_mma() const { return has_matrix_units; }
 
     float * attn_work(size_t n) {
         work.assign(n, NAN);
@@ -131,6 +135,12 @@ public:
     void attn_part(int n_part, int n_group, const prop_attn_args & a, const prop_attn_src & x, float * w) {
         sc_cpu::launch(n_part, n_group, SC_THREADS, prop_attn_shared<D, NQ>::SIZE,
             [&](const sc_tid & t, uchar * sh) { prop_attn_part<D, NQ>(t, a, x, w, sh); });
+    }
+
+    template <int D>
+    void attn_many_part(int n_part, int n_group, const prop_attn_args & a, const prop_attn_src & x, float * w) {
+        sc_cpu::launch(n_part, n_group, SC_THREADS, prop_attn_many_shared<D>::SIZE,
+            [&](const sc_tid & t, uchar * sh) { prop_attn_many_part<D>(t, a, x, w, sh); });
     }
 
     template <int D>
@@ -249,10 +259,11 @@ extern "C" {
 // As other backends: names itself, to be registered before a model is loaded.
 ggml_backend_reg_t card_reg() { return &reg; }
 
-// So many bytes, and kernels for passes or not.
-void card_set(size_t n_bytes, bool with_passes) {
+// So many bytes, and kernels for passes and matrix units or not.
+void card_set(size_t n_bytes, bool with_passes, bool with_matrix_units) {
     card_memory.most = n_bytes;
     computes_passes = with_passes;
+    has_matrix_units = with_matrix_units;
 }
 
 size_t card_allocated() { return card_memory.n_bytes; }

@@ -7,6 +7,7 @@
 #include "sc-test.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace sc_test {
 
@@ -34,6 +35,7 @@ struct spec {
     bool biased = false;                                     // the mask holds other values than 0 and -inf
     int32_t blind = -1;                                      // a token that sees no cell
     bool f16_tile = false;                                   // what is decoded is rounded to f16, as devices do
+    bool f16_units = false;                                  // queries and shares too, as matrix units want them
     uint64_t seed = 1;
 };
 
@@ -293,9 +295,9 @@ inline void reference(tensors & x, int32_t t, int32_t head, std::vector<double> 
     const int32_t h = head / x.s.n_gqa;
     std::vector<double> logit;
     std::vector<std::vector<double>> value;
-    double biggest = 0.0, largest = 0.0;
-    std::vector<double> size;                  // of the values, where they are rotated
-    std::vector<float> query(a.n_embd_head_k); // as cores see it
+    double biggest = 0.0, largest = 0.0, rounded = 0.0; // rounded: what f16 queries may make of a logit, in 2^-11
+    std::vector<double> size;                           // of the values, where they are rotated
+    std::vector<float> query(a.n_embd_head_k);          // as cores see it
     for (int32_t e = 0; e < a.n_embd_head_k; ++e) {
         query[e] = x.q_at(t, head, e);
     }
@@ -303,12 +305,13 @@ inline void reference(tensors & x, int32_t t, int32_t head, std::vector<double> 
         hadamard(query.data(), a.n_embd_head_k);
     }
     auto add = [&](const std::vector<float> & key, const std::vector<float> & val, double b, bool is_core) {
-        double y = 0.0, mag = 0.0, qq = 0.0, kk = 0.0, vv = 0.0;
+        double y = 0.0, mag = 0.0, qq = 0.0, kk = 0.0, vv = 0.0, qk = 0.0;
         for (int32_t e = 0; e < a.n_embd_head_k; ++e) {
             const double q = (double) a.scale * (is_core ? query[e] : x.q_at(t, head, e)), k = key[e];
             const double mean = f16_to_f32(x.parts(h).mean[e]), in_frame = f16_to_f32(x.parts(h).scale[e]);
             y += q * k;
             mag += std::fabs(q * k);
+            qk += q * k * q * k;
             qq += q * q * in_frame * in_frame;
             kk += (k - mean) * (k - mean) / (in_frame * in_frame);
             if (is_core) {
@@ -324,6 +327,8 @@ inline void reference(tensors & x, int32_t t, int32_t head, std::vector<double> 
         }
         size.push_back(is_core && a.v_type != row_type::f16 ? std::sqrt(vv) : 0.0);
         biggest = std::max(biggest, mag);
+        const bool in_frame = is_core && a.k_type != row_type::f16;
+        rounded = std::max(rounded, std::sqrt(in_frame ? qq * kk / a.n_embd_head_k : qk));
         largest = std::max(largest, std::fabs(y + b));
     };
     for (int32_t i = 0; i < x.row_count[h]; ++i) {
@@ -348,15 +353,19 @@ inline void reference(tensors & x, int32_t t, int32_t head, std::vector<double> 
     const double dx = U * (std::sqrt((double) a.n_embd_head_k) * biggest + 2.0 * (largest + a.softcap));
     out.assign(a.n_embd_head_v, 0.0);
     tol.assign(a.n_embd_head_v, 0.0);
+    std::vector<double> plain = tol;
     for (size_t i = 0; i < logit.size(); ++i) {
         const double p = std::exp(logit[i] - top) / sum;
         for (int32_t e = 0; e < a.n_embd_head_v; ++e) {
             out[e] += p * value[i][e];
+            plain[e] += p * std::fabs(value[i][e]);
             tol[e] += p * std::max(std::fabs(value[i][e]), size[i]);
         }
     }
-    for (double & e : tol) {
-        e = e * (2.0 * dx + 3.0 * 3e-7 + std::sqrt(n) * U) + 1e-37;
+    const double rough = x.s.f16_units ? 0x1p-11 * (4.0 * rounded + 2.0) : 0.0;                   // of the shares too
+    const double mean_plain = std::accumulate(plain.begin(), plain.end(), 0.0) / a.n_embd_head_v; // where rotated
+    for (size_t e = 0; e < tol.size(); ++e) {
+        tol[e] = tol[e] * (2.0 * dx + 3.0 * 3e-7 + std::sqrt(n) * U) + rough * std::max(plain[e], mean_plain) + 1e-37;
     }
 }
 

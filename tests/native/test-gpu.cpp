@@ -2,7 +2,7 @@
 
 #include "attn-case.h"
 #include "gpu/attn-dims.h"
-#include "gpu/prop-attn.h"
+#include "gpu/prop-attn-many.h"
 
 using namespace sc_test;
 
@@ -10,6 +10,9 @@ static_assert((int) row_type::f16 == SC_F16 && (int) row_type::q8_0 == SC_Q8_0 &
               (int) row_type::q4_0 == SC_Q4_0 && (int) row_type::iq4_nl == SC_IQ4_NL);
 
 namespace {
+
+// NQ: query rows of a block; MANY: on matrix units.
+constexpr int MANY = SC_MANY_ROWS;
 
 template <int D, int NQ> std::vector<float> run(const tensors & x, int n_part) {
     const attn_args & a = x.a;
@@ -20,8 +23,14 @@ template <int D, int NQ> std::vector<float> run(const tensors & x, int n_part) {
         a.sinks };
     std::vector<float> work((size_t) n_part * a.n_tokens * a.n_head * (D + 2), NAN), out(x.n_out(), NAN);
     const int n_row = a.n_head / a.n_head_kv * a.n_tokens;
-    sc_cpu::launch(n_part, (n_row + NQ - 1) / NQ, SC_THREADS, prop_attn_shared<D, NQ>::SIZE,
-        [&](const sc_tid & t, uchar * sh) { prop_attn_part<D, NQ>(t, g, src, work.data(), sh); });
+    constexpr int shared = NQ == MANY ? (int) prop_attn_many_shared<D>::SIZE : (int) prop_attn_shared<D, NQ>::SIZE;
+    sc_cpu::launch(n_part, (n_row + NQ - 1) / NQ, SC_THREADS, shared, [&](const sc_tid & t, uchar * sh) {
+        if constexpr (NQ == MANY) {
+            prop_attn_many_part<D>(t, g, src, work.data(), sh);
+        } else {
+            prop_attn_part<D, NQ>(t, g, src, work.data(), sh);
+        }
+    });
     sc_cpu::launch(a.n_head * a.n_tokens, 1, SC_THREADS, 0,
         [&](const sc_tid & t, uchar *) { prop_attn_reduce<D>(t, g, rows.data(), a.sinks, work.data(), out.data()); });
     return out;
@@ -30,6 +39,7 @@ template <int D, int NQ> std::vector<float> run(const tensors & x, int n_part) {
 template <int D, int NQ> void check(spec s, int n_part) {
     s.d_k = s.d_v = D;
     s.f16_tile = true;
+    s.f16_units = NQ == MANY;
     CASE("d " + std::to_string(D) + ", " + std::to_string(NQ) + " queries a block, gqa " + std::to_string(s.n_gqa) +
          ", tokens " + std::to_string(s.n_tokens) + ", types " + std::to_string((int) s.k_type) + " " +
          std::to_string((int) s.v_type) + ", seed " + std::to_string(s.seed));
@@ -54,6 +64,7 @@ void test_all() {
     s.cell_type = row_type::q8_0;
     s.n_tokens = 3;
     check<128, 4>(s, 4);
+    check<64, MANY>(s, 4);
 }
 
 #else
@@ -68,6 +79,7 @@ void test_types() {
             s.rotated = s.seed % 2;
             s.cell_type = s.seed % 3 ? row_type::q8_0 : row_type::f16;
             check<64, 4>(s, 5);
+            check<64, MANY>(s, 5);
         }
     }
 }
@@ -84,6 +96,7 @@ void test_properties() {
         change(t);
         t.seed = ++s.seed;
         check<64, 4>(t, 6);
+        check<64, MANY>(t, 6);
     };
     with([](spec & t) { t.softcap = 5.0f; });
     with([](spec & t) { t.sinks = true; });
@@ -105,6 +118,7 @@ void test_properties() {
 void test_head_sizes() {
     spec s = small();
     check<80, 4>(s, 3); // rows of f16, no whole number of blocks
+    check<80, MANY>(s, 3);
     s.k_type = s.v_type = row_type::iq4_nl;
     s.rotated = true;
     check<96, 4>(s, 3);
@@ -112,6 +126,11 @@ void test_head_sizes() {
     check<128, 8>(s, 3);
     check<192, 4>(s, 3);
     check<256, 4>(s, 3);
+    s.n_tokens = 30; // rows for two blocks, the second of which is not full
+    check<64, MANY>(s, 3);
+    check<96, MANY>(s, 2);
+    check<128, MANY>(s, 3);
+    check<256, MANY>(s, 2);
     s.n_gqa = s.n_tokens = 1;
     check<64, 1>(s, 3);
     check<128, 1>(s, 3);

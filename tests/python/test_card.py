@@ -25,12 +25,12 @@ TOKENS = random_tokens(300)
 
 
 class Card:
-    def __init__(self, n_bytes: int = GB, with_passes: bool = True) -> None:
+    def __init__(self, n_bytes: int = GB, with_passes: bool = True, with_matrix_units: bool = False) -> None:
         self.lib = ctypes.CDLL(os.environ["LLAMA_SEMANTICACHE_CARD"])
         for name in ("card_allocated", "card_attended", "card_passed"):
             getattr(self.lib, name).restype = ctypes.c_int64
-        self.lib.card_set.argtypes = [ctypes.c_size_t, ctypes.c_bool]
-        self.lib.card_set(n_bytes, with_passes)
+        self.lib.card_set.argtypes = [ctypes.c_size_t, ctypes.c_bool, ctypes.c_bool]
+        self.lib.card_set(n_bytes, with_passes, with_matrix_units)
         register_backend(self.lib, "card_reg")
 
     @property
@@ -89,6 +89,18 @@ def quantized_rows_are_nearly_the_cpus(folder: Path) -> None:
     divergence = kl(want, got)
     assert divergence.mean() < 5e-3, divergence.mean()
     llm.close()  # says whether memory was moved
+
+
+def matrix_units_are_nearly_the_cpus(folder: Path) -> None:
+    """Queries and shares in f16: other choices where rows are worth about as much, the same predictions."""
+    path, card = model(folder), Card(with_matrix_units=True)
+    for options in ({}, EXACT):
+        _, want = read(path, **options)
+        llm, got = read(path, **options, n_gpu_layers=-1)
+        assert llm.kv_stats().n_pass >= 3 and card.attended > 0
+        assert not np.array_equal(got, read(path, **options, n_gpu_layers=-1, n_ubatch=8)[1])  # few queries: float32
+        divergence = kl(want, got)
+        assert divergence.mean() < 5e-3, divergence.mean()
 
 
 def a_state_is_the_same_on_the_card(folder: Path) -> None:
@@ -177,6 +189,7 @@ def a_card_that_is_full_is_an_error(folder: Path) -> None:
 CHECKS = [
     exact_rows_are_the_cpus,
     quantized_rows_are_nearly_the_cpus,
+    matrix_units_are_nearly_the_cpus,
     a_state_is_the_same_on_the_card,
     layers_lie_where_they_are_computed,
     a_card_without_passes_has_them_computed,

@@ -42,11 +42,12 @@ def objects(tmp_path_factory):
     return sorted(folder.glob("*.o"))
 
 
-def run_planted(folder: Path, objects, program: str, change, sanitizer: str | None) -> subprocess.CompletedProcess:
-    """The quick case of test-gpu or test-gpu-pass with its kernels changed."""
+def run_planted(folder: Path, objects, file: str, change, sanitizer: str | None) -> subprocess.CompletedProcess:
+    """The quick case of test-gpu or test-gpu-pass with kernels of a file changed."""
     gpu = folder / "gpu"
     shutil.copytree(ROOT / "native" / "gpu", gpu)
-    kernels = gpu / ("pass.h" if program == "test-gpu-pass" else "prop-attn.h")
+    program = "test-gpu-pass" if file == "pass.h" else "test-gpu"
+    kernels = gpu / file
     source = kernels.read_text()
     changed = change(source)
     assert changed != source or change is same
@@ -79,10 +80,10 @@ def instead(old: str, new: str):
 
 
 @linux
-@pytest.mark.parametrize("program", ["test-gpu", "test-gpu-pass"])
+@pytest.mark.parametrize("file", ["prop-attn.h", "pass.h"])
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_no_fault_is_found_where_none_was_planted(sanitizer, program, tmp_path, objects):
-    done = run_planted(tmp_path, objects, program, same, sanitizer)
+def test_no_fault_is_found_where_none_was_planted(sanitizer, file, tmp_path, objects):
+    done = run_planted(tmp_path, objects, file, same, sanitizer)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -96,9 +97,9 @@ ATTENTION_FAULTS = {
     "values are used before the next tile": (without_barrier("prop_attn_attend", 4), "thread", RACE),
     "groups take turns": (without_barrier("prop_attn_attend", 5), "thread", RACE),
     "queries are there before the mean is added": (without_barrier("prop_attn_queries", 1), "thread", RACE),
-    "scaled before rotated": (without_barrier("prop_attn_queries", 2), "thread", RACE),
+    "scaled before rotated": (without_barrier("prop_attn_meet_cores", 1), "thread", RACE),
     "blocks write to places of their own": (
-        instead("e = i % (D + 2), row = r0 + r;", "e = i % (D + 2), row = r;"),
+        instead("prop_attn_slot<D>(a, work, t.x, h, r0 + r)[e]", "prop_attn_slot<D>(a, work, t.x, h, r)[e]"),
         "thread",
         RACE,
     ),
@@ -126,6 +127,32 @@ ATTENTION_FAULTS = {
 }
 
 
+MANY_FAULTS = {
+    "queries are there before they are converted": (without_barrier("prop_attn_many_queries", 1), "thread", RACE),
+    "they are converted before the next come": (without_barrier("prop_attn_many_queries", 2), "thread", RACE),
+    "keys are there before logits": (without_barrier("prop_attn_many_attend", 1), "thread", RACE),
+    "keys are used before values come": (without_barrier("prop_attn_many_attend", 2), "thread", RACE),
+    "values are there before they are summed": (without_barrier("prop_attn_many_attend", 3), "thread", RACE),
+    "values are used before the next keys come": (without_barrier("prop_attn_many_attend", 4), "thread", RACE),
+    "sums are there before they are rotated": (without_barrier("prop_attn_many_rotate", 1), "thread", RACE),
+    "warps take turns": (without_barrier("prop_attn_many_rotate", 2), "thread", RACE),
+    "the tile is large enough": (instead("2 * TILE * LD,", "2 * (TILE - 1) * LD,"), "address", OVERFLOW),
+    "the mean of the keys counts": (instead("(s.bias < 0 ? 0.0f : shift[r])", "0.0f"), None, WRONG),
+    "the mask counts": (instead("b > SC_MASKED_LO ? z + b : SC_MASKED", "z"), None, WRONG),
+    "values are rotated back": (instead("if (a.v_type != SC_F16)", "if (false)"), None, WRONG),
+    "sums are rescaled": (instead("m.o[j].x[2 * i] *= factor;", ""), None, WRONG),
+    "rows behind the last are 0": (instead("tile[i] = sc_f2h(0.0f);", ""), None, WRONG),
+    "shares of all lanes are added": (instead("l += sc_xor(t, l, 2);", ""), None, WRONG),
+}
+
+MMA_FAULTS = {
+    "values lie where the units look for them": (
+        instead("+ (int) (t.lane / 4);\n    return { {", "+ 1;\n    return { {"),
+        None,
+        WRONG,
+    ),
+}
+
 PASS_FAULTS = {
     "rows are there before they are rotated": (without_barrier("pass_load_values", 1), "thread", RACE),
     "tiles are there before they are multiplied": (without_barrier("sc_gemm", 1), "thread", RACE),
@@ -149,13 +176,22 @@ PASS_FAULTS = {
 
 @linux
 @pytest.mark.parametrize(
-    ("program", "fault"),
-    [("test-gpu", fault) for fault in ATTENTION_FAULTS.items()] + [("test-gpu-pass", f) for f in PASS_FAULTS.items()],
+    ("file", "fault"),
+    [
+        (file, fault)
+        for file, faults in (
+            ("prop-attn.h", ATTENTION_FAULTS),
+            ("prop-attn-many.h", MANY_FAULTS),
+            ("mma.h", MMA_FAULTS),
+            ("pass.h", PASS_FAULTS),
+        )
+        for fault in faults.items()
+    ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_planted_faults_are_found(program, fault, tmp_path, objects):
+def test_planted_faults_are_found(file, fault, tmp_path, objects):
     change, sanitizer, said = fault[1]
-    done = run_planted(tmp_path, objects, program, change, sanitizer)
+    done = run_planted(tmp_path, objects, file, change, sanitizer)
     assert done.returncode != 0 and re.search(said, done.stdout + done.stderr)
 
 
@@ -180,10 +216,14 @@ def test_nvcc_compiles_for_every_generation(tmp_path):
 
     generations = (75, 80, 86, 89, 90, 120)
     log = compiled("ggml-prop-attn-cuda.cu", *cards(*generations), "-DSC_COMMON_HEADS")
-    assert log.count("Used ") == 6 * 2 * 4
+    assert log.count("Used ") == 6 * 2 * 5
     log += compiled("ggml-prop-attn-cuda-pass.cu", *cards(75, 90))
-    assert log.count("Used ") == 6 * 2 * 4 + 2 * 27
-    assert max(int(n) for n in re.findall(r"Used (\d+) registers", log)) <= 128
+    used = [
+        (name, int(n)) for name, n in re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", log, re.S)
+    ]
+    assert len(used) == 6 * 2 * 5 + 2 * 27
+    assert max(n for name, n in used if "many_kernel" not in name) <= 128
+    assert max(n for name, n in used if "many_kernel" in name) <= 255  # two blocks
     assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)) <= 64
 
 

@@ -11,6 +11,7 @@ STOCK    := build/stock
 VULKAN   := build/vulkan
 WHEEL_ARCH ?= x86_64
 WHEEL    := build/wheel-$(WHEEL_ARCH)
+ZIG       = $(shell $(BIN)/python -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig
 ARCHS    := $(STOCK)/bin/test-llama-archs
 SDIST    := $(UPSTREAM)/llama_cpp_python-$(shell sed -n 's/^llama_cpp_python=//p' patches/UPSTREAM).tar.gz
 SOURCES  := $(shell find native python tests/native tests/card -type f -not -path '*/__pycache__/*' 2>/dev/null) \
@@ -116,7 +117,7 @@ wheel: $(VENV)/.wheel $(VENV)/.llama-cpp-python
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEEL)/dist \
 	    --config-settings=build-dir=$(WHEEL) \
 	    --config-settings=cmake.define.CMAKE_TOOLCHAIN_FILE=$(abspath tools/zig.cmake) \
-	    --config-settings=cmake.define.ZIG=$$($(BIN)/python -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig \
+	    --config-settings=cmake.define.ZIG=$(ZIG) \
 	    --config-settings=cmake.define.ZIG_TARGET=$(WHEEL_ARCH)-linux-gnu.2.28 \
 	    --config-settings=cmake.define.LLAMA_SEMANTICACHE_SOURCE=$(abspath $(SDIST)) \
 	    --config-settings=cmake.define.GGML_BACKEND_DL=ON --config-settings=cmake.define.GGML_CPU_ALL_VARIANTS=ON \
@@ -134,12 +135,18 @@ endif
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 	$(BIN)/twine check --strict dist/*
 
-# What a user gets: the wheels in an environment of their own, on the best kernels and on those of older processors.
+# What a user gets: the wheels in an environment of their own, on the best kernels and on those of older processors. Of
+# another processor the libraries alone, in an emulator: needs qemu-user and, for aarch64, libc6-arm64-cross.
+ifeq ($(WHEEL_ARCH),$(shell uname -m))
 wheel-test: wheel
 	rm -rf $(WHEEL)/venv
 	$(PYTHON) -m venv $(WHEEL)/venv
 	$(WHEEL)/venv/bin/python -m pip install --quiet --only-binary=:all: --find-links dist "llama-semanticache[test]"
-	$(BIN)/python tests/wheel.py $(WHEEL)/venv/bin/python
+	$(BIN)/python tests/wheel.py installed $(WHEEL)/venv/bin/python
+else
+wheel-test: wheel build
+	$(BIN)/python tests/wheel.py emulated $(WHEEL_ARCH) $(ZIG)
+endif
 
 # The kernels on NEON, in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(VENV)/.llama-cpp-python

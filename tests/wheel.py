@@ -1,4 +1,7 @@
-"""Runs tests of the package with a Python that has it from a wheel: `make wheel-test`.
+"""Tests of wheels: `make wheel-test`.
+
+    python tests/wheel.py installed PYTHON       # which has the package from a wheel
+    python tests/wheel.py emulated ARCH ZIG      # build/wheel-ARCH, in an emulator, against the package of this Python
 
 With the kernels that the wheel chooses here, all tests that need nothing which a compiler made; with those of older
 processors, what computes: a wheel holds them all, and a machine meets one of them only.
@@ -40,13 +43,13 @@ def run(python: str, files: list[str], **environment: str) -> None:
         )
 
 
-def main(python: str) -> None:
+def installed(python: str) -> None:
     # not resolved: it is a link, and means its environment
     python = os.path.abspath(python)
     code = "import json, llama_semanticache as p; print(json.dumps(p.__path__[0]))"
     with tempfile.TemporaryDirectory() as elsewhere:
-        installed = Path(json.loads(subprocess.check_output([python, "-c", code], cwd=elsewhere))) / "lib"
-    print(f"wheel-test: {installed}, with the kernels chosen here", flush=True)
+        there = Path(json.loads(subprocess.check_output([python, "-c", code], cwd=elsewhere))) / "lib"
+    print(f"wheel-test: {there}, with the kernels chosen here", flush=True)
     run(python, ALL + COMPUTING)
     features = set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split())
     for kernels, needed in NEEDED.items():
@@ -57,7 +60,7 @@ def main(python: str) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "lib"
-            shutil.copytree(installed, library)
+            shutil.copytree(there, library)
             for file in library.glob("libggml-cpu-*"):
                 if file.name != f"libggml-cpu-{kernels}.so":
                     file.unlink()
@@ -65,5 +68,44 @@ def main(python: str) -> None:
             run(python, COMPUTING, LLAMA_CPP_LIB_PATH=str(library), MTMD_CPP_LIB=str(library))
 
 
+def emulated(arch: str, zig: str) -> None:
+    """The libraries in an emulator, through their C API: the same predictions as here, passes among them."""
+    import numpy as np
+
+    sys.path.append(str(TESTS))
+    import tiny_models
+    from llama_semanticache import Llama
+
+    root = TESTS.parents[1]
+    build = root / f"build/wheel-{arch}"
+    tree = build / "llama.cpp"
+    tokens = [(i * 7919 + i * i * 31) % 97 for i in range(400)]
+    with tempfile.TemporaryDirectory() as folder:
+        shape = dict(n_layer=4, n_head=4, n_head_kv=2, n_embd_head=64)
+        model = str(tiny_models.write_tiny(Path(folder) / "tiny.gguf", "llama", **shape))
+        include = [f"-I{path}" for path in (tree / "include", tree / "ggml/include", root / "native/include")]
+        link = [f"-L{build / 'bin'}", "-lllama", "-lggml", "-lggml-base"]
+        target = ["-target", f"{arch}-linux-gnu.2.28"]
+        check = f"{folder}/check"
+        subprocess.run(
+            [zig, "c++", *target, "-O1", TESTS.parent / "wheel_check.cpp", *include, *link, "-o", check], check=True
+        )
+        libraries = ["-L", f"/usr/{arch}-linux-gnu", "-E", f"LD_LIBRARY_PATH={build / 'bin'}"]
+        said = subprocess.check_output([f"qemu-{arch}", *libraries, check, model, *map(str, tokens)], text=True)
+        n_pass, *logits = said.split()
+        options = dict(
+            n_ctx=1024, kv_compress="semanticache", kv_ratio=0.25, kv_stage=128, kv_window=32, kv_profile=None
+        )
+        llm = Llama(model, **options, n_threads=1, n_threads_batch=1, logits_all=True)
+        for i in range(0, len(tokens), 64):
+            llm.eval(tokens[i : i + 64])
+    here = llm.scores[len(tokens) - 1].astype(float)
+    log_p, log_q = (x - np.log(np.exp(x).sum()) for x in (here, np.array(logits, dtype=float)))
+    kl = float((np.exp(log_p) * (log_p - log_q)).sum())
+    print(f"wheel-test: {arch} in an emulator, {n_pass} passes, KL to this machine {kl:.5f}")
+    if int(n_pass) != llm.kv_stats().n_pass or not kl < 5e-3:
+        sys.exit(f"expected {llm.kv_stats().n_pass} passes and a KL below 0.005")
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"installed": installed, "emulated": emulated}[sys.argv[1]](*sys.argv[2:])

@@ -113,7 +113,7 @@ vulkan: build
 # llama-cpp-python without libraries, since the index has its source alone. WHEEL_ARCH=aarch64 compiles for that processor;
 # what auditwheel would look for, too new a glibc or foreign libraries, zig's target leaves no room for.
 wheel: $(VENV)/.wheel $(VENV)/.llama-cpp-python
-	rm -rf $(WHEEL)/dist dist
+	rm -rf $(WHEEL)/dist dist/llama_semanticache-*_$(WHEEL_ARCH).whl dist/*.tar.gz dist/llama_cpp_python-*
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEEL)/dist \
 	    --config-settings=build-dir=$(WHEEL) \
 	    --config-settings=cmake.define.CMAKE_TOOLCHAIN_FILE=$(abspath tools/zig.cmake) \

@@ -49,7 +49,7 @@ SC_DEVICE sc_frag_b sc_load_b(const sc_tid & t, const sc_half * m, int ld) {
         : "r"(at)
         : "memory");
     #else
-    b.x[0] = b.x[1] = at; // not called: see sc_has_mma
+    b.x[0] = b.x[1] = at; // not called: see has_mma() of the device
     #endif
     return b;
 }

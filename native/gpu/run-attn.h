@@ -61,6 +61,10 @@ inline bool device_supports(const ggml_tensor * op) {
 // Not tuned: no card was at hand.
 constexpr int MANY_LEAST = 32;
 
+// Bytes that the sums of all parts take at the most, unless one part takes more: they come from memory that nobody has
+// set aside. Not tuned either.
+constexpr int64_t ATTN_WORK = 64 << 20;
+
 template <typename D> void device_attend(D & dev, const ggml_tensor * dst) {
     const attn_args host = attn_args_of(dst);
     const prop_attn_src x = { host.q, host.k, host.v, (const uchar *) host.mask, host.k_core, host.v_core,
@@ -69,8 +73,10 @@ template <typename D> void device_attend(D & dev, const ggml_tensor * dst) {
     const bool many = n_query > MANY_LEAST && dev.has_mma();
     device_head(host.n_embd_head_k, n_query, [&](auto d, auto nq) {
         const int n_row = many ? SC_MANY_ROWS : (int) nq, n_group = (n_query + n_row - 1) / n_row;
-        const prop_attn_args a = device_attn_args(host, device_parts(dev.n_block(many), n_group));
-        float * work = dev.attn_work((size_t) a.n_part * a.n_tokens * a.n_head * (d + 2));
+        const int64_t part_size = (int64_t) host.n_tokens * host.n_head * (d + 2); // in floats
+        const int n_most = (int) std::max<int64_t>(1, ATTN_WORK / part_size / (int64_t) sizeof(float));
+        const prop_attn_args a = device_attn_args(host, std::min(n_most, device_parts(dev.n_block(many), n_group)));
+        float * work = dev.attn_work((size_t) (a.n_part * part_size));
         if (many) {
             dev.template attn_many_part<d>(a.n_part, n_group, a, x, work);
         } else {

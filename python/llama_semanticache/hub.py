@@ -14,7 +14,7 @@ from .errors import DownloadError, LibraryError, ModelFileError
 
 DEFAULT_QUANT = "Q4_K_M"
 
-_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<quant>[\w.-]+))?")
+_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?::(?P<quant>[\w.-]+))?")
 _QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP\d\w*|BF16|F16|F32))$", re.IGNORECASE)
 _PART = re.compile(r"-\d{5}-of-(\d{5})$")
 
@@ -41,13 +41,18 @@ class HubName:
 def parse(name: str) -> HubName | None:
     """A name of this kind, or None if it is another one."""
     match = _NAME.fullmatch(name)
-    return HubName(match["repo"], match["quant"]) if match and not match["repo"].endswith(".gguf") else None
+    return HubName(match["repo"], match["quant"]) if match and not match["repo"].lower().endswith(".gguf") else None
 
 
 def quant_of(file: str) -> str:
     """The quantization that a file's name ends with, in capitals, or "" if it names none."""
     match = _QUANT.search(_PART.sub("", Path(file).stem))
     return match[1].upper() if match else ""
+
+
+def _is_model(file: str) -> bool:
+    """Whether a file is a model, and not what a model sees pictures with."""
+    return file.lower().endswith(".gguf") and "mmproj" not in Path(file).name.lower()
 
 
 def choose(name: HubName, files: Iterable[str]) -> str:
@@ -58,7 +63,7 @@ def choose(name: HubName, files: Iterable[str]) -> str:
     ModelFileError
         There is none, more than one, or it is in several parts.
     """
-    models = sorted(f for f in files if f.lower().endswith(".gguf") and "mmproj" not in Path(f).name.lower())
+    models = sorted(filter(_is_model, files))
     if not models:
         raise ModelFileError(
             f"{name}: expected a repository with GGUF files, got one without; look for its name with GGUF"
@@ -106,28 +111,31 @@ def fetch(name: HubName, update: bool = False) -> Path:
         )
     import huggingface_hub
 
-    if not update:
-        for there in fetched():
-            if there.name.repo == name.repo and _is(name, there.path):
-                return there.path
+    there = _there(name)
+    if there and not update and (name.quant or quant_of(there[0].path.name) == DEFAULT_QUANT):
+        return there[0].path
     try:
         file = choose(name, huggingface_hub.list_repo_files(name.repo))
         return Path(huggingface_hub.hf_hub_download(name.repo, file))
     except ModelFileError:
         raise
     except Exception as error:  # of the network, of the repository, of the disk: its message says which
+        if there:
+            return there[0].path
         raise DownloadError(
             f"{name}: expected a repository that Hugging Face gives to everyone, got: {error}; check the name and the "
             "network; for models that ask for an account: hf auth login"
         ) from error
 
 
-def _is(name: HubName, path: Path) -> bool:
-    """Whether a file that is there is what a name stands for."""
+def _there(name: HubName) -> list[Fetched]:
+    """Of the files in the cache those that a name stands for, the newest first."""
+    of_repo = [file for file in fetched() if file.name.repo == name.repo]
     try:
-        return bool(choose(name, [path.name])) and (bool(name.quant) or quant_of(path.name) in (DEFAULT_QUANT, ""))
-    except ModelFileError:
-        return False
+        file = choose(name, {file.path.name for file in of_repo})
+    except ModelFileError:  # none, or several
+        return []
+    return [there for there in of_repo if there.path.name == file]
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ class Fetched:
 
 
 def fetched() -> list[Fetched]:
-    """GGUF files in huggingface_hub's cache, the newest first; none without the extra."""
+    """Models in huggingface_hub's cache, of all revisions, the newest first; none without the extra."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return []
     import huggingface_hub
@@ -164,7 +172,7 @@ def fetched() -> list[Fetched]:
         if repo.repo_type == "model"
         for revision in repo.revisions
         for file in revision.files
-        if file.file_name.lower().endswith(".gguf")
+        if _is_model(file.file_name) and not _PART.search(Path(file.file_name).stem)
     ]
     files.sort(key=lambda entry: -entry[0].blob_last_modified)
     return [
@@ -183,7 +191,7 @@ def remove(name: HubName) -> int:
     ModelFileError
         There is none.
     """
-    files = [there for there in fetched() if there.name.repo == name.repo and _is(name, there.path)]
+    files = _there(name)
     if not files:
         raise ModelFileError(f"expected a model that was fetched, got {name}; see 'llama-semanticache models'")
     for there in files:

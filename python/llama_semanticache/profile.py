@@ -88,7 +88,8 @@ def calibrate(
     out : path, optional
         File to write; by default the model's place in the user's cache directory.
     force : bool
-        Calibrate again although the model's profile is there, by whatever texts, or came with the package.
+        Calibrate again although the model was calibrated here, by whatever texts, or has a profile of the package and
+        no other texts are asked for.
     n_threads : int, optional
         As in Llama.
 
@@ -108,15 +109,20 @@ def calibrate(
         A text has too few tokens (773 at least), or the file could not be written.
     """
     model = ModelFile.of(model)
-    if out is None and not force and (there := find(model)):
-        return there
+    usual = texts is None and n_ctx == N_TEXT_TOKENS
+
+    def there() -> Path | None:  # of the package by the usual texts alone
+        return find(model) if usual else next(filter(_is_current, [profile_path(model.id)]), None)
+
+    if out is None and not force and (measured := there()):
+        return measured
     path = Path(out) if out is not None else profile_path(model.id)
     _make_room(path, replace=force or out is None)
     if out is not None:
         return _measure(model, texts, n_ctx, path, progress, n_threads)
     with _alone(path, progress):
-        if not force and (there := find(model)):  # by the process that was waited for
-            return there
+        if not force and (measured := there()):  # by the process that was waited for
+            return measured
         return _measure(model, texts, n_ctx, path, progress, n_threads)
 
 

@@ -61,7 +61,7 @@ def _renamed(body: bytes) -> bytes:
         request.setdefault("max_tokens", n)
     form = request.get("response_format")
     if isinstance(form, dict) and form.get("type") == "json_schema" and isinstance(form.get("json_schema"), dict):
-        request["response_format"] = {"type": "json_object", "schema": form["json_schema"].get("schema")}
+        request["response_format"] = {"type": "json_object", "schema": form["json_schema"].get("schema", {})}
     return json.dumps(request).encode()
 
 

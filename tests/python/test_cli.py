@@ -826,5 +826,35 @@ def test_markdown_is_shown_as_it_comes(capsys, monkeypatch):
             shown.write(letter)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert [line for line in lines if "Title" not in line] == ["A word.", "a = 1", "b = 2", "\u2022 one", "\u2022 two"]
-    assert terminal.finished_blocks("a\n\nb") == ("a\n\n", "b")
-    assert terminal.finished_blocks("```\na\n\nb") == ("", "```\na\n\nb")
+
+
+@pytest.mark.parametrize(
+    ("finished", "rest"),
+    [
+        ("a\n\n", "b"),
+        ("", "a\n\n"),  # what comes may belong to it
+        ("", "```\na\n\nb"),
+        ("```\na\n\nb\n```\n\n", "c"),
+        ("", "````\n```\n\nb"),  # a longer fence
+        ("", "1. one\n\n    ```python\n    x = 1\n    ```\n\n2. two"),
+        ("", "- a\n\n    - b\n\n- c"),
+        ("- a\n\n- b\n\n", "text"),
+    ],
+)
+def test_what_of_markdown_is_finished(finished, rest):
+    assert terminal.finished_blocks(finished + rest) == (finished, rest)
+
+
+def test_markdown_that_comes_is_what_it_would_be_at_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    steps = "1. First:\n\n    ```python\n    x = 1\n\n    y = 2\n    ```\n\n2. Second\n\n   with more\n\n"
+    text = f"Do this:\n\n{steps}Done.\n\n- a\n\n- b"
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console(highlight=False).print(Markdown(text))
+    want = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    with terminal.MarkdownStream() as shown:
+        for letter in text:
+            shown.write(letter)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()] == want

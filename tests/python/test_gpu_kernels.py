@@ -223,7 +223,7 @@ def test_nvcc_compiles_for_every_generation(tmp_path):
     ]
     assert len(used) == 6 * 2 * 5 + 2 * 27
     assert max(n for name, n in used if "many_kernel" not in name) <= 128
-    assert max(n for name, n in used if "many_kernel" in name) <= 255  # two blocks
+    assert max(n for name, n in used if "many_kernel" in name) <= 216  # two blocks and some room
     assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)) <= 64
 
 

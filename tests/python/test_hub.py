@@ -31,6 +31,9 @@ FILES = ["README.md", "tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf", "mmproj-tiny-f16.ggu
         ("a/b/c", None),
         ("smollm2-135m", None),
         ("/owner/repo", None),
+        ("./nosuch", None),
+        ("../model.bin", None),
+        ("models/tiny.GGUF", None),
     ],
 )
 def test_names(name, expected):
@@ -158,7 +161,11 @@ def test_a_model_by_name_is_fetched_once_listed_and_removed(program, site, model
     assert removed.returncode == 0 and "free again" in removed.stderr, removed.stderr
     names = [e["name"] for e in json.loads(program("models", "list", "--json").stdout)]
     assert f"{REPO}:Q4_K_M" not in names and f"{REPO}:Q8_0" in names
-    assert program("models", "rm", REPO).returncode == 1
+    assert f"expected a model that was fetched, got {REPO}:Q4_K_M" in program("models", "rm", f"{REPO}:Q4_K_M").stderr
+    # of what is left it is the only file: used where nobody can be asked, and removed by the plain name
+    offline = program("run", REPO, "hello", "--temp", "0", *settings, HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.returncode == 0 and offline.stdout == by_path.stdout, offline.stderr
+    assert program("models", "rm", REPO).returncode == 0 and REPO not in program("models").stdout
 
 
 def test_what_cannot_be_fetched(program):

@@ -259,8 +259,12 @@ class Conversation:
         """Replace the last message and its answer."""
         last = self.messages[-2:]
         del self.messages[-2:]
-        if not self.answer(text):
-            self.messages += last
+        n_before = len(self.messages)
+        try:
+            self.answer(text)
+        finally:  # whatever went wrong
+            if len(self.messages) == n_before:
+                self.messages += last
 
     def drop(self, argument: str) -> None:
         """Forget the first messages and their answers."""

@@ -143,7 +143,7 @@ traceback_option = click.option(
 )
 
 
-class _Model(click.ParamType[str]):
+class _Model(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
     """A model; the shell completes its name, or the path of a file."""
 
     name = "model"

@@ -41,7 +41,7 @@ def _list(as_json: bool) -> None:
         }
         for entry in manifest().values()
     ]
-    files = hub.fetched()
+    files = {str(file.name): file for file in reversed(hub.fetched())}.values()  # the newest of a name
     if as_json:
         entries += [
             {"name": str(file.name), "size_bytes": file.size_bytes, "path": str(file.path), "fetched": True}

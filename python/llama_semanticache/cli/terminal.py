@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -80,12 +81,12 @@ class MarkdownStream:
         self.n_blocks = 0
 
     def __enter__(self) -> MarkdownStream:
-        self.live.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.live.update("")
-        self.live.stop()
+        if self.live.is_started:
+            self.live.update("")
+            self.live.stop()
         self._print(self.rest)
 
     def write(self, text: str) -> None:
@@ -93,6 +94,8 @@ class MarkdownStream:
         from rich.markdown import Markdown
         from rich.text import Text
 
+        if not self.live.is_started:  # not before: the progress of a long text has the line until then
+            self.live.start()
         finished, self.rest = finished_blocks(self.rest + text)
         self._print(finished)
         lines = self.rest.splitlines()
@@ -111,18 +114,20 @@ class MarkdownStream:
 
 
 def finished_blocks(text: str) -> tuple[str, str]:
-    """A Markdown text in two: up to its last empty line outside of code, behind which nothing changes what is before,
-    and the rest.
+    """A Markdown text in two, of which the first is not changed by what comes: it ends with an empty line outside of
+    code, and what follows begins in the first column with something else than an item of a list.
     """
     end = position = 0
     fence = ""
+    empty = False  # the line before
     for line in text.splitlines(keepends=True):
-        position += len(line)
-        mark = line.strip()[:3]
+        mark = re.match(r" {0,3}(`{3,}|~{3,})", line)
         if fence:
-            fence = "" if mark == fence else fence
-        elif mark in ("```", "~~~"):
-            fence = mark
-        elif line == "\n":
-            end = position
+            fence = "" if mark and mark[1].startswith(fence) else fence
+        else:
+            if empty and re.match(r"[^\s\d*+-]", line):
+                end = position
+            fence = mark[1] if mark else ""
+        empty = not fence and line == "\n"
+        position += len(line)
     return text[:end], text[end:]

@@ -94,13 +94,13 @@ def quantized_rows_are_nearly_the_cpus(folder: Path) -> None:
 def matrix_units_are_nearly_the_cpus(folder: Path) -> None:
     """Queries and shares in f16: other choices where rows are worth about as much, the same predictions."""
     path, card = model(folder), Card(with_matrix_units=True)
-    for options in ({}, EXACT):
-        _, want = read(path, **options)
-        llm, got = read(path, **options, n_gpu_layers=-1)
-        assert llm.kv_stats().n_pass >= 3 and card.attended > 0
-        assert not np.array_equal(got, read(path, **options, n_gpu_layers=-1, n_ubatch=8)[1])  # few queries: float32
-        divergence = kl(want, got)
-        assert divergence.mean() < 5e-3, divergence.mean()
+    _, want = read(path)
+    llm, got = read(path, n_gpu_layers=-1)
+    assert llm.kv_stats().n_pass >= 3 and card.attended > 0
+    divergence = kl(want, got)
+    assert divergence.mean() < 5e-3, divergence.mean()
+    few = read(path, TOKENS[:40], n_gpu_layers=-1, n_ubatch=8)[1]  # of few queries: float32
+    assert not np.array_equal(got[:40], few)
 
 
 def a_state_is_the_same_on_the_card(folder: Path) -> None:

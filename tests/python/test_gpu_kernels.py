@@ -223,7 +223,9 @@ def test_nvcc_compiles_for_every_generation(tmp_path):
     ]
     assert len(used) == 6 * 2 * 5 + 2 * 27
     assert max(n for name, n in used if "many_kernel" not in name) <= 128
-    assert max(n for name, n in used if "many_kernel" in name) <= 216  # two blocks and some room
+    assert (
+        max(n for name, n in used if "many_kernel" in name) <= 232
+    )  # 223 for heads of 128 on one generation; from 256 on nothing is left but to spill
     assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)) <= 64
 
 

@@ -74,6 +74,7 @@ def emulated(arch: str, zig: str) -> None:
 
     sys.path.append(str(TESTS))
     import tiny_models
+    from conftest import kl
     from llama_semanticache import Llama
 
     root = TESTS.parents[1]
@@ -99,11 +100,9 @@ def emulated(arch: str, zig: str) -> None:
         llm = Llama(model, **options, n_threads=1, n_threads_batch=1, logits_all=True)
         for i in range(0, len(tokens), 64):
             llm.eval(tokens[i : i + 64])
-    here = llm.scores[len(tokens) - 1].astype(float)
-    log_p, log_q = (x - np.log(np.exp(x).sum()) for x in (here, np.array(logits, dtype=float)))
-    kl = float((np.exp(log_p) * (log_p - log_q)).sum())
-    print(f"wheel-test: {arch} in an emulator, {n_pass} passes, KL to this machine {kl:.5f}")
-    if int(n_pass) != llm.kv_stats().n_pass or not kl < 5e-3:
+    divergence = kl(llm.scores[len(tokens) - 1], np.array(logits, dtype=float))
+    print(f"wheel-test: {arch} in an emulator, {n_pass} passes, KL to this machine {divergence:.5f}")
+    if int(n_pass) != llm.kv_stats().n_pass or not divergence < 5e-3:
         sys.exit(f"expected {llm.kv_stats().n_pass} passes and a KL below 0.005")
 
 

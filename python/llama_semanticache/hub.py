@@ -120,7 +120,7 @@ def fetch(name: HubName, update: bool = False) -> Path:
     except ModelFileError:
         raise
     except Exception as error:  # of the network, of the repository, of the disk: its message says which
-        if there:
+        if there and not update:
             return there[0].path
         raise DownloadError(
             f"{name}: expected a repository that Hugging Face gives to everyone, got: {error}; check the name and the "

@@ -165,6 +165,8 @@ def test_a_model_by_name_is_fetched_once_listed_and_removed(program, site, model
     # of what is left it is the only file: used where nobody can be asked, and removed by the plain name
     offline = program("run", REPO, "hello", "--temp", "0", *settings, HF_ENDPOINT="http://127.0.0.1:9")
     assert offline.returncode == 0 and offline.stdout == by_path.stdout, offline.stderr
+    asked = program("models", "pull", REPO, HF_ENDPOINT="http://127.0.0.1:9")  # whether there is a newer one: not known
+    assert asked.returncode == 1 and "check the name and the network" in asked.stderr
     assert program("models", "rm", REPO).returncode == 0 and REPO not in program("models").stdout
 
 

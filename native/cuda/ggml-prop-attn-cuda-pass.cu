@@ -17,18 +17,9 @@ class cuda_device {
 public:
     explicit cuda_device(cudaStream_t stream) : stream(stream) {}
 
-    // From pageable memory: it has been read when this returns.
-    void put(void * to, const void * from, size_t n) {
-        CUDA_CHECK(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, stream));
-    }
-
-    void get(void * to, const void * from, size_t n) {
-        CUDA_CHECK(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToHost, stream));
-        CUDA_CHECK(cudaStreamSynchronize(stream));
-    }
-
     template <int STEP>
-    void pass_step(int n_piece, int n_head, int shared, const pass_dims & m, const pass_data & x, const pass_work & w) {
+    void pass_step(int n_piece, int n_head, int shared, const pass_dims & m, const semcache::pass_args &,
+        const pass_data & x, const pass_work & w) {
         step_kernel<STEP><<<dim3(n_piece, n_head), SC_THREADS, shared, stream>>>(m, x, w);
         CUDA_CHECK(cudaGetLastError());
     }

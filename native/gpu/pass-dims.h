@@ -1,7 +1,4 @@
 // pass-dims.h - what a device is told of a pass, from what the host knows, and the memory that it takes there
-//
-// The memory holds, each aligned: counts of every head, the plan's arrays, the tables of one layer, and the work of as
-// many heads of a layer as fit.
 
 #pragma once
 
@@ -62,17 +59,17 @@ template <typename T> int64_t device_size(int64_t n) {
     return ((int64_t) sizeof(T) * n + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
 }
 
-// Bytes of the plan's arrays, and of a layer's tables; for a pass that makes frames at the most.
-inline int64_t device_plan_size(const pass_plan & p) {
-    return 2 * device_size<int32_t>(p.n_token()) + device_size<int32_t>(p.n_new) + device_size<int32_t>(p.n_voter);
+// Bytes of a pass's plan, and of the tables of a RoPE; of a pass that makes frames, which has the most.
+inline int64_t device_plan_size(int32_t n_token, int32_t n_voter) {
+    return 3 * device_size<int32_t>(n_token) + device_size<int32_t>(n_voter);
 }
-inline int64_t device_table_size(const pass_args & a, const pass_plan & p) {
-    return device_size<float>((int64_t) p.n_voter * a.n_rot) + device_size<float>((int64_t) p.n_token() * a.n_rot) +
-           device_size<float>(a.n_rot) + device_size<float>((int64_t) a.n_q_layer * a.shape.n_embd_head_k);
+inline int64_t device_table_size(int32_t n_token, int32_t n_voter, int32_t n_rot) {
+    return device_size<float>((int64_t) n_voter * n_rot) + device_size<float>((int64_t) n_token * n_rot) +
+           device_size<float>(n_rot);
 }
 
-// The largest pass over a layer: n_alloc rows of its largest head are in use, there are n_token tokens in the stage,
-// n_leave of which leave it, and n_voter vote.
+// Bytes of the work of the largest pass over a layer: n_alloc rows of its largest head are in use, there are n_token
+// tokens in the stage, n_leave of which leave it, and n_voter vote.
 inline int64_t device_work_size(
     const pass_args & a, int32_t n_alloc, int32_t n_token, int32_t n_leave, int32_t n_voter) {
     pass_plan p = {};
@@ -86,7 +83,7 @@ inline int64_t device_work_size(
     m.n_head_work = 1;
     const int64_t one = pass_work_size(m);
     m.n_head_work = (int) std::clamp<int64_t>(DEVICE_WORK / one, 1, m.n_head_kv);
-    return device_plan_size(p) + device_table_size(a, p) + pass_work_size(m);
+    return pass_work_size(m);
 }
 
 } // namespace semcache

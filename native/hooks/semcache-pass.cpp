@@ -1,6 +1,7 @@
 // semcache-pass.cpp - passes and calibration, run as graphs where the rows are
 
 #include "ggml-prop-attn.h"
+#include "gpu/pass-layout.h"
 #include "llama-context.h"
 #include "llama-kv-cache.h"
 #include "pass/task.h"
@@ -133,7 +134,8 @@ private:
 // A pass over the layers whose rows are in one device's memory, or in the host's.
 class backend_pass {
 public:
-    backend_pass(ggml_backend_dev_t dev, ggml_backend_t backend, ggml_backend_buffer_t work, ggml_tensor * rows) :
+    // work: of a device's.
+    backend_pass(ggml_backend_dev_t dev, ggml_backend_t backend, ggml_tensor * work, ggml_tensor * rows) :
         dev(dev), backend(backend), work(work), rows(rows) {}
 
     const ggml_backend_dev_t dev; // NULL: the CPU's
@@ -148,22 +150,44 @@ public:
     void prepare(const semcache::pass_plan & plan, int32_t n_threads) {
         std::stable_sort(jobs.begin(), jobs.end(), [](const auto & a, const auto & b) { return a.n_used > b.n_used; });
         results.resize(jobs.size());
-        scratch = std::make_unique<thread_scratch>(jobs, plan, work ? 0 : n_threads);
-        task = { &plan, jobs.data(), (int32_t) jobs.size(), scratch->of.data(),
-            work ? (uint8_t *) ggml_backend_buffer_get_base(work) : nullptr,
-            work ? (int64_t) ggml_backend_buffer_get_size(work) : 0, results.data() };
+        task = { &plan, jobs.data(), (int32_t) jobs.size(), nullptr, results.data(), nullptr, 0, work };
+        if (!work) {
+            scratch = std::make_unique<thread_scratch>(jobs, plan, n_threads);
+            task.scratch = scratch->of.data();
+            return;
+        }
+        task.work = (uint8_t *) work->data;
+        task.n_work = (int64_t) ggml_nbytes(work);
+        layout = std::make_unique<semcache::pass_layout>(task);
+        if (layout->least_work() > task.n_work) {
+            throw semcache_error(SEMCACHE_ERR_STATE, "pass: expected work of at most " + std::to_string(task.n_work) +
+                                                         " bytes, got " + std::to_string(layout->least_work()) +
+                                                         "; please report it");
+        }
+        moved = layout->upload();
     }
 
-    void run(int64_t serial) const { compute(backend, GGML_PROP_ATTN_PASS, &task, rows, serial); }
+    void run(int64_t serial) {
+        if (work) {
+            ggml_backend_tensor_set(work, moved.data(), 0, moved.size());
+        }
+        compute(backend, GGML_PROP_ATTN_PASS, &task, rows, serial);
+        if (work) {
+            moved.resize(layout->counts_size());
+            ggml_backend_tensor_get(work, moved.data(), 0, moved.size());
+            layout->read_counts(moved, task);
+        }
+    }
 
     std::vector<semcache::pass_result> results;
 
 private:
     ggml_backend_t backend;
-    ggml_backend_buffer_t work;
-    ggml_tensor * rows;
+    ggml_tensor *work, *rows;
     std::vector<semcache::pass_job> jobs;
     std::unique_ptr<thread_scratch> scratch;
+    std::unique_ptr<semcache::pass_layout> layout;
+    std::vector<uint8_t> moved; // to and from a device
     semcache::pass_task task = {};
 };
 
@@ -193,7 +217,7 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
     std::list<semcache::pass_args> args;
     std::list<backend_pass> passes;
     for (const auto & l : store.layers) {
-        ggml_backend_buffer_t work = store.work(l);
+        ggml_tensor * work = store.work(l);
         const bool is_copy = !work && !store.in_host_memory(l);
         const semcache_store::layer & here = is_copy ? copies.emplace_back(l).l : l;
         semcache::pass_args & a = args.emplace_back(store.args(here, v_trans, k_rotated()));
@@ -203,7 +227,8 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
             a.back = backs[l.rope].data();
             a.mean_turn = means[l.rope].data();
         }
-        ggml_backend_dev_t dev = work ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(work)) : nullptr;
+        ggml_backend_dev_t dev =
+            work ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(work->buffer)) : nullptr;
         auto pass = std::find_if(passes.begin(), passes.end(), [&](const auto & p) { return p.dev == dev; });
         if (pass == passes.end()) {
             pass = passes.emplace(pass, dev, backend_of(lctx, dev, n_threads), work, here.rows);
@@ -214,7 +239,7 @@ void llama_semcache::parts::run_pass(int32_t n_room) {
         pass.prepare(next.plan, n_threads);
     }
 
-    for (const backend_pass & pass : passes) {
+    for (backend_pass & pass : passes) {
         pass.run(n_pass);
         for (const semcache::pass_result & r : pass.results) {
             rows_merged += r.n_merged;

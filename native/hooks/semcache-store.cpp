@@ -224,7 +224,12 @@ void semcache_store::allocate(const llama_semcache_scope & scope, int64_t n_vote
 
 // Now, so that no pass can fail for want of it.
 void semcache_store::allocate_work(ggml_backend_buffer_type_t buft, int64_t n_vote_row) {
-    int64_t n_head = 0, size = 0;
+    // see llama_semcache_scope: an ubatch is no larger than what leaves for it
+    const int32_t n_stage = params.n_stage, n_leave = n_stage - params.n_window, n_voter = (int32_t) n_vote_row;
+    int64_t n_head = 0, work = 0, size = semcache::device_plan_size(n_stage, n_voter);
+    for (const semcache::rope & r : ropes) {
+        size += semcache::device_table_size(n_stage, n_voter, 2 * (int32_t) r.inv_freq.size());
+    }
     for (const layer & l : layers) {
         if (ggml_backend_buffer_get_type(l.k->buffer) != buft) {
             continue;
@@ -234,24 +239,27 @@ void semcache_store::allocate_work(ggml_backend_buffer_type_t buft, int64_t n_vo
             n_alloc = std::max(n_alloc, l.n_alloc(ih));
         }
         n_head += l.n_head_kv();
-        // see llama_semcache_scope: an ubatch is no larger than what leaves for it
-        const int32_t n_leave = params.n_stage - params.n_window;
-        size = std::max(size,
-            semcache::device_work_size(args(l, false, false), n_alloc, params.n_stage, n_leave, (int32_t) n_vote_row));
+        size += semcache::device_size<float>((int64_t) l.n_q_layer() * l.shape.n_embd_head_k); // weights of queries
+        work =
+            std::max(work, semcache::device_work_size(args(l, false, false), n_alloc, n_stage, n_leave, n_voter));
     }
-    size += semcache::device_size<int32_t>(4 * n_head);
-    ggml_backend_buffer_t buf = ggml_backend_buft_alloc_buffer(buft, size);
-    if (!buf) {
+    size += work + semcache::device_size<int32_t>(4 * n_head);
+    device_work & w = works[buft];
+    w.ctx.reset(ggml_init({ ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
+    if (w.ctx) {
+        w.t = ggml_new_tensor_1d(w.ctx.get(), GGML_TYPE_I8, size);
+        w.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(w.ctx.get(), buft));
+    }
+    if (!w.buf) {
         throw semcache_error(SEMCACHE_ERR_MEMORY,
             "compressed KV cache: expected " + std::to_string(size / 1024 / 1024) + " MiB in " +
                 ggml_backend_buft_name(buft) + " for its passes to work in, got none; lower n_ctx or the ratio");
     }
-    works[buft].reset(buf);
 }
 
-ggml_backend_buffer_t semcache_store::work(const layer & l) const {
+ggml_tensor * semcache_store::work(const layer & l) const {
     const auto it = works.find(ggml_backend_buffer_get_type(l.k->buffer));
-    return it == works.end() ? nullptr : it->second.get();
+    return it == works.end() ? nullptr : it->second.t;
 }
 
 //
@@ -368,6 +376,7 @@ semcache::pass_args semcache_store::args(const layer & l, bool v_trans, bool k_r
     a.q_row = (int64_t) l.q->nb[1];
     a.n_rot = 2 * (int32_t) ropes[l.rope].inv_freq.size();
     a.neox = ropes[l.rope].neox;
+    a.tensors = { l.k, l.v, l.bias, l.s_use, l.heads, l.origin, l.rows, l.k_stage, l.v_stage, l.q, l.vote_p4, l.vote_p };
     return a;
 }
 
@@ -379,8 +388,8 @@ void semcache_store::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_
     for (const auto & [ctx, buf] : ctxs_bufs) {
         sizes[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
     }
-    for (const auto & [buft, buf] : works) {
-        sizes[buft] += ggml_backend_buffer_get_size(buf.get());
+    for (const auto & [buft, w] : works) {
+        sizes[buft] += ggml_backend_buffer_get_size(w.buf.get());
     }
 }
 
@@ -400,8 +409,8 @@ void semcache_store::stats(semcache_stats & s) const {
             s.meta_bytes += allocated(t);
         }
     }
-    for (const auto & [buft, buf] : works) {
-        s.work_bytes += ggml_backend_buffer_get_size(buf.get());
+    for (const auto & [buft, w] : works) {
+        s.work_bytes += ggml_backend_buffer_get_size(w.buf.get());
     }
     s.full_bytes = full_bytes;
 }

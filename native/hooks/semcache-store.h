@@ -90,7 +90,7 @@ public:
     // Whether a layer's rows are where the CPU can read them; and if not, where a device's passes over them work: NULL
     // if it computes none.
     bool in_host_memory(const layer & l) const { return ggml_backend_buffer_is_host(l.k->buffer); }
-    ggml_backend_buffer_t work(const layer & l) const;
+    ggml_tensor * work(const layer & l) const;
 
     // Takes away all cores of this chunk and behind it.
     void cut(int32_t chunk);
@@ -115,5 +115,11 @@ private:
 
     size_t full_bytes = 0;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
-    std::map<ggml_backend_buffer_type_t, ggml_backend_buffer_ptr> works; // of devices
+
+    struct device_work {
+        ggml_context_ptr ctx;
+        ggml_backend_buffer_ptr buf;
+        ggml_tensor * t; // I8 [n]
+    };
+    std::map<ggml_backend_buffer_type_t, device_work> works; // of devices
 };

@@ -7,7 +7,10 @@
 
 #include "sc-types.h"
 
+#include <array>
 #include <cstdint>
+
+struct ggml_tensor;
 
 namespace semcache {
 
@@ -51,6 +54,23 @@ struct pass_plan {
     const int32_t * voter_token; // [n_voter] place in the stage, ascending; read by the methods of others only
 
     int32_t n_token() const { return n_sink + n_new + n_window; }
+};
+
+// What pointers of pass_args point into.
+enum pass_tensor {
+    PASS_TENSOR_K,
+    PASS_TENSOR_V,
+    PASS_TENSOR_BIAS,
+    PASS_TENSOR_S_USE,
+    PASS_TENSOR_HEADS,
+    PASS_TENSOR_ORIGIN,
+    PASS_TENSOR_ROWS,
+    PASS_TENSOR_K_STAGE,
+    PASS_TENSOR_V_STAGE,
+    PASS_TENSOR_Q,
+    PASS_TENSOR_VOTE_P4,
+    PASS_TENSOR_VOTE_P,
+    N_PASS_TENSOR,
 };
 
 // One layer. Pointers of rows, stage and ring are to all heads; strides are in elements, those of the stage in bytes.
@@ -103,6 +123,9 @@ struct pass_args {
     // 0 [n_token, n_rot/2, 2] and the mean of the turns to all positions of the context [n_rot/2, 2].
     bool makes_frame;
     const float *back, *mean_turn;
+
+    // For backends whose memory has no addresses; never followed by others.
+    std::array<const ggml_tensor *, N_PASS_TENSOR> tensors;
 };
 
 // Counts over the candidates of a head.

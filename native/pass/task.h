@@ -21,9 +21,12 @@ struct pass_task {
     const pass_job * jobs; // [n_job] the largest first
     int32_t n_job;
     uint8_t * const * scratch; // [n_thread] for each thread's largest job; of the CPU's
-    uint8_t * work;            // [n_work] memory of a device, see gpu/pass-dims.h; of a device's
+    pass_result * results;     // [n_job] of the CPU's
+
+    // Of a device's: its memory [n_work] with what gpu/pass-layout.h lays there, and the tensor that it belongs to.
+    uint8_t * work;
     int64_t n_work;
-    pass_result * results; // [n_job]
+    const ggml_tensor * work_tensor;
 };
 
 struct calibrate_job {

@@ -17,12 +17,9 @@ public:
     explicit shim_device(int only_head = -1, bool in_one_piece = true) :
         only_head(only_head), in_one_piece(in_one_piece) {}
 
-    void put(void * to, const void * from, size_t n) { memcpy(to, from, n); }
-    void get(void * to, const void * from, size_t n) { memcpy(to, from, n); }
-
     template <int STEP>
-    void pass_step(
-        int n_piece, int n_head, int shared, const pass_dims & m, const pass_data & x, const pass_work & given) {
+    void pass_step(int n_piece, int n_head, int shared, const pass_dims & m, const semcache::pass_args &,
+        const pass_data & x, const pass_work & given) {
         CHECK(n_piece > 0 && n_head > 0); // a device refuses an empty grid
         if (STEP == PASS_LOAD && !in_one_piece) {
             parts.clear();

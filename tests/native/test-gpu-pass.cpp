@@ -26,14 +26,23 @@ pass_result run_on_device(pass_call & call, bool in_one_piece) {
         jobs.push_back({ &a, ih, is_it ? call.h.n_used : 0, is_it ? call.h.n_alloc : 0 });
     }
     std::vector<pass_result> results(jobs.size());
+    const pass_plan & p = call.plan;
     const int64_t n_work =
-        device_size<int32_t>(4 * a.n_head_kv) +
-        device_work_size(a, call.h.n_alloc, call.plan.n_token(), call.plan.n_sink + call.plan.n_new, call.plan.n_voter);
+        device_size<int32_t>(4 * a.n_head_kv) + device_plan_size(p.n_token(), p.n_voter) +
+        device_table_size(p.n_token(), p.n_voter, a.n_rot) + device_size<float>(a.shape.n_embd_head_k) +
+        device_work_size(a, call.h.n_alloc, p.n_token(), p.n_sink + p.n_new, p.n_voter);
     std::vector<uint64_t> work((n_work + sizeof(uint64_t) - 1) / sizeof(uint64_t), ~0ull);
-    const pass_task task = { &call.plan, jobs.data(), a.n_head_kv, nullptr, (uint8_t *) work.data(), n_work,
-        results.data() };
+    const pass_task task = { &p, jobs.data(), a.n_head_kv, nullptr, results.data(), (uint8_t *) work.data(), n_work,
+        nullptr };
+    const pass_layout layout(task);
+    const std::vector<uint8_t> upload = layout.upload();
+    CHECK(layout.least_work() <= n_work);
+    memcpy(work.data(), upload.data(), upload.size());
     shim_device dev(call.ih, in_one_piece);
     device_pass<shim_device>(dev, task).run();
+    std::vector<uint8_t> counts(layout.counts_size());
+    memcpy(counts.data(), work.data(), counts.size());
+    layout.read_counts(counts, task);
     call.row_count[call.ih] = a.row_count[call.ih];
     call.h.n_sink += call.plan.n_sink;
     call.h.n_used = call.row_count[call.ih];

@@ -14,7 +14,7 @@ WHEEL    := build/wheel-$(WHEEL_ARCH)
 ZIG       = $(shell $(BIN)/python -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig
 ARCHS    := $(STOCK)/bin/test-llama-archs
 SDIST    := $(UPSTREAM)/llama_cpp_python-$(shell sed -n 's/^llama_cpp_python=//p' patches/UPSTREAM).tar.gz
-SOURCES  := $(shell find native python tests/native tests/card -type f -not -path '*/__pycache__/*' 2>/dev/null) \
+SOURCES  := $(shell find native python tests/native tests/card tests/metal -type f -not -path '*/__pycache__/*' 2>/dev/null) \
             $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
             CMakeLists.txt pyproject.toml README.md
 
@@ -27,14 +27,15 @@ demo: build
 test: build stock
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
 	LLAMA_SEMANTICACHE_STOCK_LIB=$(abspath $(STOCK))/bin LLAMA_SEMANTICACHE_ARCHS=$(abspath $(ARCHS)) \
-	    LLAMA_SEMANTICACHE_CARD=$(abspath $(BUILD))/libcard.so $(BIN)/python -m pytest
+	    LLAMA_SEMANTICACHE_CARD=$(abspath $(BUILD))/libcard.so LLAMA_SEMANTICACHE_METAL=$(abspath $(BUILD))/libmetal.so \
+	    $(BIN)/python -m pytest
 
 # mypy reads the types of the packages that are installed, hence the build.
 lint: $(VENV)/.lint $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	files="$$(git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' 'tests/native/*.cpp' 'tests/native/*.h' 'tests/card/*.cpp')" && [ -n "$$files" ] && \
+	files="$$(git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' 'tests/native/*.cpp' 'tests/native/*.h' 'tests/card/*.cpp' 'tests/card/*.h' 'tests/metal/*.cpp')" && [ -n "$$files" ] && \
 	    $(BIN)/clang-format --dry-run --Werror $$files
 
 build: $(VENV)/.installed
@@ -107,7 +108,7 @@ vulkan: build
 	    "-DCMAKE_CXX_FLAGS=-include $(abspath tests/vulkan/layer-settings.hpp)" -DLLAMA_SEMANTICACHE_SOURCE=$(abspath $(SDIST))
 	$(BIN)/cmake --build $(VULKAN) --target ggml-vulkan
 	GGML_VK_VISIBLE_DEVICES=0 MESA_SHADER_CACHE_DIR=$(abspath $(VULKAN))/shaders \
-	    $(BIN)/python tools/gpu-check --part op --part model --no-passes --backend $(abspath $(VULKAN))/bin/libggml-vulkan.so:ggml_backend_vk_reg
+	    $(BIN)/python tools/gpu-check --part op --part model --backend $(abspath $(VULKAN))/bin/libggml-vulkan.so:ggml_backend_vk_reg
 
 # A wheel for any Linux of that processor since 2018 and glibc 2.28, with kernels for every instruction set; beside it one of
 # llama-cpp-python without libraries, since the index has its source alone. WHEEL_ARCH=aarch64 compiles for that processor;

@@ -1,6 +1,7 @@
 #include "ggml-prop-attn-cuda.cuh"
 
 #include "ggml-prop-attn.h"
+#include "gpu/pass.h"
 #include "gpu/run-pass.h"
 
 namespace {
@@ -18,7 +19,7 @@ public:
     explicit cuda_device(cudaStream_t stream) : stream(stream) {}
 
     template <int STEP>
-    void pass_step(int n_piece, int n_head, int shared, const pass_dims & m, const semcache::pass_args &,
+    void pass_step(int n_piece, int n_head, int shared, const pass_dims & m, const semcache::pass_layout::layer &,
         const pass_data & x, const pass_work & w) {
         step_kernel<STEP><<<dim3(n_piece, n_head), SC_THREADS, shared, stream>>>(m, x, w);
         CUDA_CHECK(cudaGetLastError());

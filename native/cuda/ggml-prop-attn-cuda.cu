@@ -1,20 +1,19 @@
 #include "ggml-prop-attn-cuda.cuh"
 
+#include "gpu/prop-attn-many.h"
 #include "gpu/run-attn.h"
 
 namespace {
 
 template <int D, int NQ>
-__global__ void __launch_bounds__(SC_THREADS)
-    part_kernel(const prop_attn_args a, const prop_attn_src x, float * work) {
+__global__ void __launch_bounds__(SC_THREADS) part_kernel(const prop_attn_args a, const prop_attn_src x, float * work) {
     extern __shared__ __align__(16) uchar sh[];
     const sc_tid t = { threadIdx.x, threadIdx.x % SC_WARP, threadIdx.x / SC_WARP, blockIdx.x, blockIdx.y };
     prop_attn_part<D, NQ>(t, a, x, work, sh);
 }
 
 template <int D>
-__global__ void __launch_bounds__(SC_THREADS)
-    many_kernel(const prop_attn_args a, const prop_attn_src x, float * work) {
+__global__ void __launch_bounds__(SC_THREADS) many_kernel(const prop_attn_args a, const prop_attn_src x, float * work) {
     extern __shared__ __align__(16) uchar sh[];
     const sc_tid t = { threadIdx.x, threadIdx.x % SC_WARP, threadIdx.x / SC_WARP, blockIdx.x, blockIdx.y };
     prop_attn_many_part<D>(t, a, x, work, sh);
@@ -35,6 +34,7 @@ public:
     // Four blocks fit the registers of a multiprocessor, two those of many queries.
     int n_block(bool many) const { return (many ? 2 : 4) * ggml_cuda_info().devices[ctx.device].nsm; }
 
+    static constexpr bool KNOWS_MMA = true;
     bool has_mma() const { return turing_mma_available(ggml_cuda_info().devices[ctx.device].cc); }
 
     float * attn_work(size_t n) { return memory.alloc(n); }

@@ -59,6 +59,12 @@ template <typename T> int64_t device_size(int64_t n) {
     return ((int64_t) sizeof(T) * n + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
 }
 
+// Bytes of what pass_layout says of a layer's work.
+#define FIELD(type, name, n) +1
+constexpr int64_t DEVICE_PARAMS_SIZE =
+    ((int64_t) sizeof(pass_dims) + 4 * (0 SC_PASS_WORK(FIELD)) + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
+#undef FIELD
+
 // Bytes of a pass's plan, and of the tables of a RoPE; of a pass that makes frames, which has the most.
 inline int64_t device_plan_size(int32_t n_token, int32_t n_voter) {
     return 3 * device_size<int32_t>(n_token) + device_size<int32_t>(n_voter);
@@ -68,22 +74,37 @@ inline int64_t device_table_size(int32_t n_token, int32_t n_voter, int32_t n_rot
            device_size<float>(n_rot);
 }
 
-// Bytes of the work of the largest pass over a layer: n_alloc rows of its largest head are in use, there are n_token
-// tokens in the stage, n_leave of which leave it, and n_voter vote.
-inline int64_t device_work_size(
-    const pass_args & a, int32_t n_alloc, int32_t n_token, int32_t n_leave, int32_t n_voter) {
+// Bytes of the work of the largest pass over a head, in which n_alloc rows are in use, there are n_token tokens in the
+// stage, n_leave of which leave it, and n_voter vote. m: without n_head_work, which is set to 1.
+inline int64_t device_head_size(
+    pass_dims & m, const pass_args & a, int32_t n_alloc, int32_t n_token, int32_t n_leave, int32_t n_voter) {
     pass_plan p = {};
     p.n_new = n_token;
     p.n_voter = n_voter;
-    pass_dims m = device_dims(a, p);
+    m = device_dims(a, p);
     const int n_fit = std::min(n_voter, N_FIT / m.n_gqa + 1); // fewer voters may have more that are fitted to
     m.stride = std::max(1, n_voter / std::max(1, n_fit));
     m.ld = n_alloc + n_token;
     m.n_merged = pass_n_merged(m.ld, n_leave);
     m.n_head_work = 1;
-    const int64_t one = pass_work_size(m);
+    return pass_work_size(m);
+}
+
+// The same of a layer, whose largest head it is.
+inline int64_t device_work_size(
+    const pass_args & a, int32_t n_alloc, int32_t n_token, int32_t n_leave, int32_t n_voter) {
+    pass_dims m;
+    const int64_t one = device_head_size(m, a, n_alloc, n_token, n_leave, n_voter);
     m.n_head_work = (int) std::clamp<int64_t>(DEVICE_WORK / one, 1, m.n_head_kv);
     return pass_work_size(m);
+}
+
+// No layer has a larger one whose heads have up to n_alloc rows.
+inline int64_t device_work_bound(
+    const pass_args & a, int32_t n_alloc, int32_t n_token, int32_t n_leave, int32_t n_voter) {
+    pass_dims m;
+    const int64_t one = device_head_size(m, a, n_alloc, n_token, n_leave, n_voter);
+    return std::max(one, std::min(DEVICE_WORK, a.n_head_kv * one));
 }
 
 } // namespace semcache

@@ -22,7 +22,8 @@ public:
         std::vector<int32_t> jobs; // [n_head_kv] of the task
         int64_t counts;            // I32 [4, n_head_kv] see N_MERGED
         int64_t turn, back, mean_turn, q_weight;
-        pass_dims m; // of all heads; first_head: 0
+        int64_t params; // pass_dims and, I32, the word where each part of the work begins, for kernels that are told so
+        pass_dims m;    // of all heads; first_head: 0
     };
 
     explicit pass_layout(const pass_task & task) {
@@ -30,7 +31,7 @@ public:
             const pass_job & j = task.jobs[i];
             auto l = std::find_if(layers.begin(), layers.end(), [&](const layer & l) { return l.a == j.layer; });
             if (l == layers.end()) {
-                l = layers.insert(l, { j.layer, std::vector<int32_t>(j.layer->n_head_kv), n_bytes, 0, 0, 0, 0, {} });
+                l = layers.insert(l, { j.layer, std::vector<int32_t>(j.layer->n_head_kv), n_bytes, 0, 0, 0, 0, 0, {} });
                 n_bytes += (int64_t) sizeof(int32_t) * 4 * j.layer->n_head_kv;
             }
             l->jobs[j.ih] = i;
@@ -49,6 +50,8 @@ public:
             l.back = put(a.back, a.makes_frame ? (int64_t) p.n_token() * a.n_rot : 0);
             l.mean_turn = put(a.mean_turn, a.makes_frame ? a.n_rot : 0);
             l.q_weight = put(a.q_weight, a.q_weight ? (int64_t) a.n_q_layer * a.shape.n_embd_head_k : 0);
+            l.params = n_bytes;
+            n_bytes += DEVICE_PARAMS_SIZE;
         }
         for (layer & l : layers) {
             l.m = dims_of(l, task);
@@ -76,6 +79,18 @@ public:
         std::vector<uint8_t> bytes(n_bytes);
         for (const piece & x : pieces) {
             memcpy(bytes.data() + x.at, x.from, x.n);
+        }
+        for (const layer & l : layers) {
+            std::vector<int32_t> parts;
+            sc_i64 at = n_bytes;
+#define FIELD(type, name, n)             \
+    parts.push_back((int32_t) (at / 4)); \
+    at = pass_work_behind<type>(l.m, at, (n));
+            const pass_dims & m = l.m;
+            SC_PASS_WORK(FIELD)
+#undef FIELD
+            memcpy(bytes.data() + l.params, &m, sizeof(m));
+            memcpy(bytes.data() + l.params + sizeof(m), parts.data(), parts.size() * sizeof(int32_t));
         }
         return bytes;
     }

@@ -84,12 +84,15 @@ SC_BOTH int pass_n_merged(int n_rows, int n_loser) { return n_loser < n_rows / 2
 
 #define SC_PASS_ALIGNMENT 16
 
+// Behind a part at `at`, of n values of a head; aligned.
+template <typename T> SC_BOTH sc_i64 pass_work_behind(SC_CONST const pass_dims & m, sc_i64 at, sc_i64 n) {
+    return (at + (sc_i64) sizeof(T) * m.n_head_work * n + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
+}
+
 // Bytes of all work.
 SC_BOTH sc_i64 pass_work_size(SC_CONST const pass_dims & m) {
     sc_i64 at = 0;
-#define FIELD(type, name, n)                           \
-    at += (sc_i64) sizeof(type) * m.n_head_work * (n); \
-    at = (at + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
+#define FIELD(type, name, n) at = pass_work_behind<type>(m, at, n);
     SC_PASS_WORK(FIELD)
 #undef FIELD
     return at;
@@ -98,10 +101,9 @@ SC_BOTH sc_i64 pass_work_size(SC_CONST const pass_dims & m) {
 // The work in one piece of memory, aligned.
 SC_BOTH void pass_work_at(SC_CONST const pass_dims & m, SC_GLOBAL uchar * base, SC_THREAD pass_work & w) {
     sc_i64 at = 0;
-#define FIELD(type, name, n)                           \
-    w.name = (SC_GLOBAL type *) (base + at);           \
-    at += (sc_i64) sizeof(type) * m.n_head_work * (n); \
-    at = (at + SC_PASS_ALIGNMENT - 1) & -SC_PASS_ALIGNMENT;
+#define FIELD(type, name, n)                 \
+    w.name = (SC_GLOBAL type *) (base + at); \
+    at = pass_work_behind<type>(m, at, n);
     SC_PASS_WORK(FIELD)
 #undef FIELD
 }

@@ -7,12 +7,11 @@
 
 #pragma once
 
-#include "pass-work.h"
+#include "pass-steps.h"
 #include "rows.h"
 
 enum { SC_DROPPED = -1 };
 
-#define SC_ROWS 16           // of a piece where rows are loaded or stored
 #define SC_FRAME_FLOOR 1e-3f // see pass/frame.h
 #define SC_FRAME_MIN 0.0009765625f
 #define SC_FRAME_MAX 32768.0f
@@ -112,11 +111,6 @@ SC_DEVICE void sc_turn(SC_SHARED float * x, SC_GLOBAL const float * cs, int n_ro
 
 // c [n_m, n_n] (+)= a b, where a is a [n_m, n_k] or, if ta, [n_k, n_m], and b [n_k, n_n] or, if tb, [n_n, n_k]; rows of
 // k with a count of 1, which stay alone, are left out, if there are counts. Tile t.x of 64 x 64, row by row of tiles.
-#define SC_GEMM 64
-#define SC_GEMM_K 16
-#define SC_GEMM_LD (SC_GEMM + 4)
-#define SC_GEMM_SHARED (2 * 4 * SC_GEMM_K * SC_GEMM_LD)
-
 SC_DEVICE void sc_gemm(SC_THREAD const sc_tid & t, SC_GLOBAL const float * a, int lda, bool ta,
     SC_GLOBAL const float * b, int ldb, bool tb, SC_GLOBAL float * c, int ldc, int n_m, int n_n, int n_k, bool add,
     SC_GLOBAL const int * count, SC_SHARED uchar * sh) {
@@ -177,17 +171,7 @@ SC_DEVICE void sc_gemm(SC_THREAD const sc_tid & t, SC_GLOBAL const float * a, in
     }
 }
 
-// Pieces of a product.
-SC_BOTH int sc_gemm_tiles(int n_m, int n_n) {
-    return ((n_m + SC_GEMM - 1) / SC_GEMM) * ((n_n + SC_GEMM - 1) / SC_GEMM);
-}
-
-// ---- load: pieces of SC_ROWS rows
-
-// Shared: x [SC_ROWS, d], flag [2, SC_ROWS], nl [16].
-SC_BOTH int pass_load_shared(SC_CONST const pass_dims & m) {
-    return 4 * (SC_ROWS * (m.d_k > m.d_v ? m.d_k : m.d_v) + 2 * SC_ROWS + 16);
-}
+// ---- load: pieces of SC_ROWS rows. Shared: x [SC_ROWS, d], flag [2, SC_ROWS], nl [16]
 
 SC_DEVICE void pass_load_values(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
     SC_THREAD const pass_kv & s, bool keys, int i0, int n, SC_SHARED const float * nl, SC_SHARED float * y,
@@ -262,12 +246,7 @@ SC_DEVICE void pass_load(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & 
     }
 }
 
-// ---- queries: a piece for every voter
-
-#define SC_QUERIES 8 // heads of a group that are in shared memory at once
-
-// Shared: x [SC_QUERIES, d_k], nl [16], flag [SC_QUERIES].
-SC_BOTH int pass_queries_shared(SC_CONST const pass_dims & m) { return 4 * (SC_QUERIES * m.d_k + 16 + SC_QUERIES); }
+// ---- queries: a piece for every voter. Shared: x [SC_QUERIES, d_k], nl [16], flag [SC_QUERIES]
 
 // Queries of a voter, those of the group's heads [g0, g0 + n), as they were before llama.cpp rotated them; ends with a
 // barrier.
@@ -320,10 +299,6 @@ SC_DEVICE void pass_queries(SC_THREAD const sc_tid & t, SC_CONST const pass_dims
 }
 
 // ---- frame: one piece, in the first pass over quantized rows
-
-SC_BOTH int pass_frame_shared(SC_CONST const pass_dims & m) {
-    return 4 * ((SC_QUERIES + 3) * m.d_k + 16 + SC_QUERIES + SC_THREADS);
-}
 
 // Sums of squares x [d] over n become roots of the means, the same for both channels of a pair, and none next to
 // nothing.
@@ -558,10 +533,6 @@ SC_DEVICE void pass_score(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
 
 // How far values are from their mean, in parts of the mean distance, and how little keys are like the others. One
 // piece. Shared: [SC_THREADS] and mean [d].
-SC_BOTH int pass_distances_shared(SC_CONST const pass_dims & m) {
-    return 4 * (SC_THREADS + (m.d_k > m.d_v ? m.d_k : m.d_v));
-}
-
 SC_DEVICE void pass_distances(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
     SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
     const int h = (int) t.y;
@@ -1225,36 +1196,6 @@ SC_DEVICE void pass_set_counts(SC_THREAD const sc_tid & t, SC_CONST const pass_d
 
 // ---- all of them, in order
 
-enum {
-    PASS_LOAD,
-    PASS_FRAME,
-    PASS_QUERIES,
-    PASS_LOGITS,
-    PASS_SHARES,
-    PASS_OUTPUTS,
-    PASS_SCORE,
-    PASS_DISTANCES,
-    PASS_CHOOSE,
-    PASS_METRIC,
-    PASS_KEY_METRIC,
-    PASS_ASSIGN,
-    PASS_COUNT,
-    PASS_MERGE,
-    PASS_MASS,
-    PASS_GONE,
-    PASS_MERGED_LOGITS,
-    PASS_FIT_BIAS,
-    PASS_EQUATIONS,
-    PASS_MISSING,
-    PASS_NORMAL,
-    PASS_MOVE,
-    PASS_SOLVE,
-    PASS_STORE_SINKS,
-    PASS_STORE,
-    PASS_REPLACE,
-    PASS_SET_COUNTS,
-};
-
 template <int STEP>
 SC_DEVICE void pass_step(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
     SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
@@ -1288,56 +1229,3 @@ SC_DEVICE void pass_step(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & 
         case PASS_SET_COUNTS: pass_set_counts(t, m, x, w); break;
     }
 }
-
-#if !defined(__METAL_VERSION__)
-
-// Calls launch(step as a constant, pieces, bytes of shared memory) for all that a pass needs; n_rows and n_cand: of the
-// largest head. For a method that is ours.
-template <int STEP> struct pass_step_id {
-    static constexpr int value = STEP;
-};
-
-template <typename L> void pass_steps(const pass_dims & m, int n_rows, int n_cand, L && launch_some) {
-    auto launch = [&](auto step, int n_piece, int shared) {
-        if (n_piece > 0) { // there may be no candidates, or none that merge
-            launch_some(step, n_piece, shared);
-        }
-    };
-    const int n_query = pass_n_query(m), n_fit = pass_n_fit(m), words = 4 * SC_THREADS;
-    auto pieces = [](int n, int of) { return (n + of - 1) / of; };
-    launch(pass_step_id<PASS_LOAD>(), pieces(n_rows, SC_ROWS), pass_load_shared(m));
-    if (m.makes_frame) {
-        launch(pass_step_id<PASS_FRAME>(), 1, pass_frame_shared(m));
-    }
-    if (n_query > 0) {
-        launch(pass_step_id<PASS_QUERIES>(), m.n_voter, pass_queries_shared(m));
-        launch(pass_step_id<PASS_LOGITS>(), sc_gemm_tiles(n_query, n_rows), SC_GEMM_SHARED);
-        launch(pass_step_id<PASS_SHARES>(), n_query, words);
-        launch(pass_step_id<PASS_OUTPUTS>(), sc_gemm_tiles(n_fit, m.d_v), SC_GEMM_SHARED);
-    }
-    launch(pass_step_id<PASS_SCORE>(), pieces(n_rows, SC_THREADS), 0);
-    launch(pass_step_id<PASS_DISTANCES>(), 1, pass_distances_shared(m));
-    launch(pass_step_id<PASS_CHOOSE>(), 1, words);
-    launch(pass_step_id<PASS_METRIC>(), sc_gemm_tiles(m.d_k, m.d_k), SC_GEMM_SHARED);
-    launch(pass_step_id<PASS_KEY_METRIC>(), sc_gemm_tiles(n_cand, m.d_k), SC_GEMM_SHARED);
-    launch(pass_step_id<PASS_ASSIGN>(), pieces(n_cand, SC_THREADS / SC_WARP), 0);
-    launch(pass_step_id<PASS_COUNT>(), 1, words);
-    launch(pass_step_id<PASS_MERGE>(), m.n_merged, 0);
-    if (n_query > 0) {
-        launch(pass_step_id<PASS_MASS>(), n_fit, words);
-        launch(pass_step_id<PASS_GONE>(), sc_gemm_tiles(n_fit, m.d_v), SC_GEMM_SHARED);
-        launch(pass_step_id<PASS_MERGED_LOGITS>(), sc_gemm_tiles(n_fit, m.n_merged), SC_GEMM_SHARED);
-        launch(pass_step_id<PASS_FIT_BIAS>(), pieces(m.n_merged, SC_THREADS), 0);
-        launch(pass_step_id<PASS_EQUATIONS>(), n_fit, words);
-        launch(pass_step_id<PASS_MISSING>(), sc_gemm_tiles(n_fit, m.d_v), SC_GEMM_SHARED);
-        launch(pass_step_id<PASS_NORMAL>(), sc_gemm_tiles(m.n_merged, m.n_merged), SC_GEMM_SHARED);
-        launch(pass_step_id<PASS_MOVE>(), sc_gemm_tiles(m.n_merged, m.d_v), SC_GEMM_SHARED);
-        launch(pass_step_id<PASS_SOLVE>(), 1, words);
-    }
-    launch(pass_step_id<PASS_STORE_SINKS>(), 1, pass_load_shared(m));
-    launch(pass_step_id<PASS_STORE>(), pieces(n_cand, SC_ROWS), pass_load_shared(m));
-    launch(pass_step_id<PASS_REPLACE>(), pieces(n_cand, SC_THREADS), 0);
-    launch(pass_step_id<PASS_SET_COUNTS>(), 1, 0);
-}
-
-#endif

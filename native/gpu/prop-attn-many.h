@@ -8,22 +8,6 @@
 #include "mma.h"
 #include "prop-attn.h"
 
-#define SC_MANY_ROWS 64 // query rows of a block: 16 of each warp
-
-template <int D> struct prop_attn_many_shared {
-    enum {
-        TILE = SC_TILE(D),
-        LD = D + 8, // rows begin at multiples of 16 bytes, neighbours in different banks
-        TILE_SIZE = 2 * TILE * LD,
-        FLOATS_SIZE = 4 * 16 * D,
-        NL = 0,                           // [16] what the codes of IQ4_NL stand for
-        SHIFT = NL + 4 * 16,              // [SC_MANY_ROWS] what the mean of the cores' keys adds to their logits
-        Q = SHIFT + 4 * SC_MANY_ROWS,     // [SC_MANY_ROWS, LD] queries, f16
-        ROWS = Q + 2 * SC_MANY_ROWS * LD, // [TILE, LD] f16, or a warp's queries or sums [16, D] to be rotated
-        SIZE = ROWS + (TILE_SIZE > FLOATS_SIZE ? TILE_SIZE : FLOATS_SIZE),
-    };
-};
-
 // What a lane keeps of its warp's query rows lane/4 and lane/4 + 8.
 template <int D> struct prop_attn_many {
     sc_frag_c o[D / 8];   // sums of values

@@ -13,34 +13,6 @@
 #include "attn-args.h"
 #include "rows.h"
 
-struct prop_attn_src {
-    SC_GLOBAL const float * q; // [D, n_head, n_tokens]
-    SC_GLOBAL const uchar *k, *v, *mask, *core_k, *core_v;
-    SC_GLOBAL const sc_half *bias, *heads; // [n_row]; see head_parts of core/sc-quant.h
-    SC_GLOBAL const int * rows;            // [2, n_head_kv] first row of each head, rows in use
-    SC_GLOBAL const float * sinks;         // [n_head]
-};
-
-// Rows of a tile: what a block shares stays below 32 KiB.
-#define SC_TILE(D) ((D) > 128 ? 32 : 64)
-
-// Shared memory of a block by offsets in bytes.
-template <int D, int NQ> struct prop_attn_shared {
-    enum {
-        NL = 0,                           // [16] what the codes of IQ4_NL stand for
-        Q = NL + 4 * 16,                  // [NQ, D] queries
-        Q_CORE = Q + 4 * NQ * D,          // [NQ, D] as they meet the cores
-        O = Q_CORE + 4 * NQ * D,          // [NQ, D] sums of values
-        X = O + 4 * NQ * D,               // [NQ, SC_TILE] a tile's shares
-        FACTOR = X + 4 * NQ * SC_TILE(D), // [NQ] what the sums so far are multiplied by
-        MAX = FACTOR + 4 * NQ,            // [NQ] of the logits so far
-        SUM = MAX + 4 * NQ,               // [NQ] of the shares so far
-        SHIFT = SUM + 4 * NQ,             // [NQ] what the mean of the cores' keys adds to their logits
-        TILE = SHIFT + 4 * NQ,            // [SC_TILE, SC_TILE_LD] f16
-        SIZE = TILE + 2 * SC_TILE(D) * SC_TILE_LD(D),
-    };
-};
-
 // Rows of one kind, n of them.
 struct prop_attn_span {
     int n, k_type, v_type;

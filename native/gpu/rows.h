@@ -5,9 +5,6 @@
 #include "row-size.h"
 #include "sc-gpu.h"
 
-// From one row of a tile to the next: neighbours begin in different banks.
-#define SC_TILE_LD(d) ((d) + 2)
-
 // What the codes of IQ4_NL stand for, nl [16]; a barrier has to follow.
 SC_DEVICE void sc_iq4_nl_table(SC_THREAD const sc_tid & t, SC_SHARED float * nl) {
     const int values[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };

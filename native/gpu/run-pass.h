@@ -2,14 +2,15 @@
 //
 // A device D runs in order what it is told, over memory that pass_layout::upload() lies in:
 //
-//     pass_step<STEP>(n_piece, n_head, shared, m, a, x, w)    launches a kernel of pass.h, see pass_steps(), for layer a
+//     pass_step<STEP>(n_piece, n_head, shared, m, l, x, w)    launches a kernel of pass.h, see pass_steps(), for layer
+//     l
 //
 // x and w are pointers into the tensors' memory, from the address that it says that it has.
 
 #pragma once
 
 #include "pass-layout.h"
-#include "pass.h"
+#include "pass-steps.h"
 
 #include <algorithm>
 
@@ -70,7 +71,7 @@ private:
                 most = std::max(most, at.n_cand(j, *task.plan));
             }
             pass_steps(m, n_rows, most, [&](auto step, int n_piece, int shared) {
-                dev.template pass_step<decltype(step)::value>(n_piece, n, shared, m, *l.a, x, w);
+                dev.template pass_step<decltype(step)::value>(n_piece, n, shared, m, l, x, w);
             });
         }
     }

@@ -2,6 +2,7 @@
 //
 //     SC_DEVICE, SC_BOTH                        a function that runs on the device, or on the host too
 //     SC_GLOBAL, SC_SHARED, SC_THREAD, SC_CONST address spaces of pointers and references
+//     SC_KERNEL(name, function)                 an instance of a kernel of native/metal
 
 #pragma once
 
@@ -15,6 +16,9 @@ using namespace metal;
     #define SC_THREAD thread
     #define SC_CONST constant
     #define SC_UNROLL _Pragma("clang loop unroll(full)")
+    #if !defined(SC_KERNEL)
+        #define SC_KERNEL(name, ...) template [[host_name(#name)]] kernel decltype(__VA_ARGS__) __VA_ARGS__;
+    #endif
 typedef half sc_half;
 typedef long sc_i64;
 
@@ -40,3 +44,5 @@ typedef __half sc_half;
 typedef unsigned short sc_half;
     #endif
 #endif
+
+#define SC_WARP 32 // threads

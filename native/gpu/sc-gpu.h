@@ -55,8 +55,6 @@ SC_DEVICE uint sc_float_bits(float x) { return __float_as_uint(x); }
     #include "sc-gpu-cpu.h"
 #endif
 
-#define SC_WARP 32
-
 SC_DEVICE float sc_warp_sum(SC_THREAD const sc_tid & t, float x) {
     for (int m = SC_WARP / 2; m > 0; m /= 2) {
         x += sc_xor(t, x, (ushort) m);

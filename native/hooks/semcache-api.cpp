@@ -1,8 +1,11 @@
 // semcache-api.cpp - the C API of semcache.h
 
+#include "ggml-row-type.h"
+#include "gpu/pass-dims.h"
 #include "llama-context.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "semcache-device.h"
 #include "semcache-parts.h"
 
 #include <algorithm>
@@ -196,6 +199,48 @@ int32_t semcache_calibrate_write(llama_context * ctx, const char * path, const c
             throw semcache_error(SEMCACHE_ERR_IO, error);
         }
     });
+}
+
+int64_t semcache_work_bytes(const semcache_params * params, int32_t n_ctx, int32_t n_layer, int32_t n_head_kv,
+    int32_t n_gqa, int32_t n_embd_head_k, int32_t n_embd_head_v) {
+    return counted([&] {
+        expect(params, "params", "parameters", "NULL");
+        for (int32_t n : { n_ctx, n_layer, n_head_kv, n_gqa, n_embd_head_k, n_embd_head_v }) {
+            expect(n > 0, "shape", "numbers above 0", std::to_string(n));
+        }
+        const auto & p = *params;
+        auto type = [&](int32_t t) {
+            const bool fills = n_embd_head_k % 32 == 0 && n_embd_head_v % 32 == 0;
+            const ggml_type best = fills ? GGML_TYPE_IQ4_NL : GGML_TYPE_F16;
+            return semcache::row_type_of(t == SEMCACHE_TYPE_AUTO ? best : (ggml_type) t);
+        };
+        semcache::pass_args a = {};
+        a.shape = { n_embd_head_k, n_embd_head_v, n_gqa, 1.0f, 0.0f };
+        a.n_head_kv = n_head_kv;
+        a.k_type = type(p.type_k);
+        a.v_type = type(p.type_v);
+        const int32_t n_leave = p.n_stage - p.n_window;
+        const int32_t n_voter = (n_leave + semcache::VOTE_EVERY - 1) / semcache::VOTE_EVERY + 1;
+        const int32_t n_table = 2; // RoPEs that a model has, at the most that are known
+        return semcache::device_plan_size(p.n_stage, n_voter) +
+               n_table * semcache::device_table_size(p.n_stage, n_voter, n_embd_head_k) +
+               n_layer *
+                   (semcache::DEVICE_PARAMS_SIZE + semcache::device_size<float>((int64_t) n_gqa * n_embd_head_k)) +
+               semcache::device_size<int32_t>(4 * (int64_t) n_layer * n_head_kv) +
+               semcache::device_work_bound(a, n_ctx, p.n_stage, n_leave, n_voter);
+    });
+}
+
+int32_t semcache_passes_on_device(const semcache_params * params) {
+    for (size_t i = 0; params && i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        const auto kind = ggml_backend_dev_type(dev);
+        const bool is_card = kind == GGML_BACKEND_DEVICE_TYPE_GPU || kind == GGML_BACKEND_DEVICE_TYPE_IGPU;
+        if (is_card && semcache_device_passes(dev, *params)) {
+            return 1;
+        }
+    }
+    return 0;
 }
 
 const char * semcache_version(void) { return SEMCACHE_VERSION; }

@@ -239,9 +239,9 @@ void semcache_store::allocate_work(ggml_backend_buffer_type_t buft, int64_t n_vo
             n_alloc = std::max(n_alloc, l.n_alloc(ih));
         }
         n_head += l.n_head_kv();
-        size += semcache::device_size<float>((int64_t) l.n_q_layer() * l.shape.n_embd_head_k); // weights of queries
-        work =
-            std::max(work, semcache::device_work_size(args(l, false, false), n_alloc, n_stage, n_leave, n_voter));
+        size += semcache::DEVICE_PARAMS_SIZE +
+                semcache::device_size<float>((int64_t) l.n_q_layer() * l.shape.n_embd_head_k); // weights of queries
+        work = std::max(work, semcache::device_work_size(args(l, false, false), n_alloc, n_stage, n_leave, n_voter));
     }
     size += work + semcache::device_size<int32_t>(4 * n_head);
     device_work & w = works[buft];
@@ -376,7 +376,8 @@ semcache::pass_args semcache_store::args(const layer & l, bool v_trans, bool k_r
     a.q_row = (int64_t) l.q->nb[1];
     a.n_rot = 2 * (int32_t) ropes[l.rope].inv_freq.size();
     a.neox = ropes[l.rope].neox;
-    a.tensors = { l.k, l.v, l.bias, l.s_use, l.heads, l.origin, l.rows, l.k_stage, l.v_stage, l.q, l.vote_p4, l.vote_p };
+    a.tensors = { l.k, l.v, l.bias, l.s_use, l.heads, l.origin, l.rows, l.k_stage, l.v_stage, l.q, l.vote_p4,
+        l.vote_p };
     return a;
 }
 

@@ -170,6 +170,15 @@ SEMCACHE_API int32_t semcache_calibrate_write(struct llama_context * ctx, const 
 // the model: "ALiBi positions". NULL if there is nothing of the kind, or this llama.cpp does not know the architecture.
 SEMCACHE_API const char * semcache_arch_obstacle(const char * arch);
 
+// Bytes that passes work in on a device that computes them, at the most, whatever a profile gives to a head, in a model of
+// n_layer such layers: n_head_kv kv heads of n_gqa query heads each, those of layers that read their K and V included.
+// -semcache_status on failure.
+SEMCACHE_API int64_t semcache_work_bytes(const struct semcache_params * params, int32_t n_ctx, int32_t n_layer,
+    int32_t n_head_kv, int32_t n_gqa, int32_t n_embd_head_k, int32_t n_embd_head_v);
+
+// Whether a GPU that this build knows, and that is there, computes passes by the method that is set: 0 or 1.
+SEMCACHE_API int32_t semcache_passes_on_device(const struct semcache_params * params);
+
 SEMCACHE_API const char * semcache_version(void);         // of this package, "0.1.0"
 SEMCACHE_API const char * semcache_upstream_commit(void); // 40 hex digits of the llama.cpp commit that was patched
 

@@ -25,8 +25,9 @@ kernel void kernel_pass_step(
     device const int * chunk [[buffer(18)]],
     device const int * n_voted [[buffer(19)]],
     device const int * voter_row [[buffer(20)]],
-    device uchar * work [[buffer(21)]],
-    threadgroup uchar * sh [[threadgroup(0)]],
+    device int * counts [[buffer(21)]],
+    device uchar * work [[buffer(22)]],
+    SC_SHARED uchar * sh [[threadgroup(0)]],
     uint id [[thread_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]],
     ushort warp [[simdgroup_index_in_threadgroup]],
@@ -36,12 +37,11 @@ kernel void kernel_pass_step(
         back, mean_turn, cell, chunk, n_voted, voter_row };
     pass_work w;
     pass_work_at(m, work, w);
+    w.n = counts;
     pass_step<STEP>(t, m, x, w, sh);
 }
 
-#define SC_STEP(STEP)                                 \
-    template [[host_name("kernel_pass_step_" #STEP)]] \
-    kernel decltype(kernel_pass_step<STEP>) kernel_pass_step<STEP>;
+#define SC_STEP(STEP) SC_KERNEL(kernel_pass_step_##STEP, kernel_pass_step<STEP>)
 
 SC_STEP(0) SC_STEP(1) SC_STEP(2) SC_STEP(3) SC_STEP(4) SC_STEP(5) SC_STEP(6) SC_STEP(7) SC_STEP(8)
 SC_STEP(9) SC_STEP(10) SC_STEP(11) SC_STEP(12) SC_STEP(13) SC_STEP(14) SC_STEP(15) SC_STEP(16) SC_STEP(17)

@@ -14,25 +14,24 @@ kernel void kernel_prop_attn_part(
     device const half * bias [[buffer(7)]],
     device const half * heads [[buffer(8)]],
     device const int * rows [[buffer(9)]],
-    device const float * sinks [[buffer(10)]],
-    device float * work [[buffer(11)]],
-    threadgroup uchar * sh [[threadgroup(0)]],
+    device float * work [[buffer(10)]],
+    SC_SHARED uchar * sh [[threadgroup(0)]],
     uint id [[thread_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]],
     ushort warp [[simdgroup_index_in_threadgroup]],
     uint3 tg [[threadgroup_position_in_grid]]) {
     const sc_tid t = { id, lane, warp, tg.x, tg.y };
-    const prop_attn_src src = { q, k, v, mask, core_k, core_v, bias, heads, rows, sinks };
+    const prop_attn_src src = { q, k, v, mask, core_k, core_v, bias, heads, rows, nullptr };
     prop_attn_part<D, NQ>(t, a, src, work, sh);
 }
 
 template <int D>
 kernel void kernel_prop_attn_reduce(
     constant prop_attn_args & a [[buffer(0)]],
-    device const int * rows [[buffer(9)]],
-    device const float * sinks [[buffer(10)]],
-    device const float * work [[buffer(11)]],
-    device float * dst [[buffer(12)]],
+    device const int * rows [[buffer(1)]],
+    device const float * sinks [[buffer(2)]],
+    device const float * work [[buffer(3)]],
+    device float * dst [[buffer(4)]],
     uint id [[thread_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]],
     ushort warp [[simdgroup_index_in_threadgroup]],
@@ -41,20 +40,17 @@ kernel void kernel_prop_attn_reduce(
     prop_attn_reduce<D>(t, a, rows, sinks, work, dst);
 }
 
-// As in cuda/prop-attn.cu.
-#define SC_PART(D, NQ)                                            \
-    template [[host_name("kernel_prop_attn_part_d" #D "_q" #NQ)]] \
-    kernel decltype(kernel_prop_attn_part<D, NQ>) kernel_prop_attn_part<D, NQ>;
-#define SC_INSTANCES(D, NQ)                             \
-    SC_PART(D, NQ)                                      \
-    SC_PART(D, 1)                                       \
-    template [[host_name("kernel_prop_attn_reduce_d" #D)]] \
-    kernel decltype(kernel_prop_attn_reduce<D>) kernel_prop_attn_reduce<D>;
+// As device_query_rows() of gpu/run-attn.h asks for them.
+#define SC_INSTANCES(D, NQ, HALF)                                                   \
+    SC_KERNEL(kernel_prop_attn_part_d##D##_q##NQ, kernel_prop_attn_part<D, NQ>)     \
+    SC_KERNEL(kernel_prop_attn_part_d##D##_q##HALF, kernel_prop_attn_part<D, HALF>) \
+    SC_KERNEL(kernel_prop_attn_part_d##D##_q1, kernel_prop_attn_part<D, 1>)         \
+    SC_KERNEL(kernel_prop_attn_reduce_d##D, kernel_prop_attn_reduce<D>)
 
-SC_INSTANCES(64, 8)
-SC_INSTANCES(80, 8)
-SC_INSTANCES(96, 8)
-SC_INSTANCES(112, 8)
-SC_INSTANCES(128, 8)
-SC_INSTANCES(192, 4)
-SC_INSTANCES(256, 4)
+SC_INSTANCES(64, 8, 4)
+SC_INSTANCES(80, 8, 4)
+SC_INSTANCES(96, 8, 4)
+SC_INSTANCES(112, 8, 4)
+SC_INSTANCES(128, 8, 4)
+SC_INSTANCES(192, 4, 2)
+SC_INSTANCES(256, 4, 2)

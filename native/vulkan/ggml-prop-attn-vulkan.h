@@ -1,4 +1,4 @@
-// ggml-prop-attn-vulkan.h - what ggml-vulkan.cpp calls for GGML_OP_PROP_ATTN: attention, no passes
+// ggml-prop-attn-vulkan.h - what ggml-vulkan.cpp calls for GGML_OP_PROP_ATTN
 //
 // The bodies are in ggml-prop-attn-vulkan.inc, which that file includes at its end, since they use functions of its
 // own.

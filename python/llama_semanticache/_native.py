@@ -163,24 +163,8 @@ def last_error() -> SemanticCacheError | None:
     return kinds[status](ffi.string(lib.semcache_last_error()).decode("utf-8", "replace"))
 
 
-@contextmanager
-def compressed(config: KVConfig, profile: Path | None = None, model_id: str = "") -> Iterator[None]:
-    """The model that is loaded within, on this thread, gets a compressed cache.
-
-    Parameters
-    ----------
-    config : KVConfig
-        Checked before.
-    profile : Path, optional
-        File that says how many rows a head gets; without one all have the same.
-    model_id : str
-        What the profile must be of.
-
-    Raises
-    ------
-    SemanticCacheError
-        What the library finds wrong with the configuration, or with the model that is loaded.
-    """
+def _params(config: KVConfig) -> Any:
+    """The settings as the library knows them, but for the profile."""
     import llama_cpp
 
     ffi, lib = load()
@@ -200,6 +184,41 @@ def compressed(config: KVConfig, profile: Path | None = None, model_id: str = ""
             raise ArgumentError(
                 f"kv_params: expected an integer for {name}, got {value!r} ({error}); see semcache.h"
             ) from error
+    return params
+
+
+def work_bytes(config: KVConfig, n_ctx: int, n_layer: int, n_head_kv: int, n_gqa: int, d_k: int, d_v: int) -> int:
+    """See semcache_work_bytes in semcache.h."""
+    _, lib = load()
+    return count(lib.semcache_work_bytes(_params(config), n_ctx, n_layer, n_head_kv, n_gqa, d_k, d_v))
+
+
+def passes_on_device(config: KVConfig) -> bool:
+    """Whether a card that is there computes passes, and needs memory to do so."""
+    _, lib = load()
+    return bool(lib.semcache_passes_on_device(_params(config)))
+
+
+@contextmanager
+def compressed(config: KVConfig, profile: Path | None = None, model_id: str = "") -> Iterator[None]:
+    """The model that is loaded within, on this thread, gets a compressed cache.
+
+    Parameters
+    ----------
+    config : KVConfig
+        Checked before.
+    profile : Path, optional
+        File that says how many rows a head gets; without one all have the same.
+    model_id : str
+        What the profile must be of.
+
+    Raises
+    ------
+    SemanticCacheError
+        What the library finds wrong with the configuration, or with the model that is loaded.
+    """
+    ffi, lib = load()
+    params = _params(config)
     keep = []  # the strings that params points to
     if profile is not None:
         keep = [ffi.new("char[]", os.fsencode(profile)), ffi.new("char[]", model_id.encode())]

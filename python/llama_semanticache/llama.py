@@ -306,7 +306,8 @@ class Llama(llama_cpp.Llama):
         config = self._kv
         if config.kv_type_stage == "auto" and not kwargs["flash_attn"]:
             config = replace(config, kv_type_stage="f16")
-        return within_budget(config, shape, n_ctx, n_ubatch=n_ubatch, swa_full=kwargs["swa_full"])
+        options = dict(n_ubatch=n_ubatch, swa_full=kwargs["swa_full"], on_card=_is_on_card(kwargs))
+        return within_budget(config, shape, n_ctx, **options)
 
     def _native_stats(self) -> Any:
         stats = _ffi.new("struct semcache_stats *")
@@ -574,6 +575,12 @@ def _check_names(kwargs: dict[str, Any]) -> None:
         )
 
 
+def _is_on_card(kwargs: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp puts a part of the cache on a card, if there is one."""
+    names = ("n_gpu_layers", "offload_kqv")
+    return all(kwargs.get(name, _UPSTREAM.parameters[name].default) for name in names)
+
+
 def _why_not(config: KVConfig, model: ModelFile, kwargs: dict[str, Any]) -> str | None:
     """Why a cache cannot be compressed, or would not get smaller; None: nothing speaks against it."""
     if model.shape.refused:
@@ -586,9 +593,12 @@ def _why_not(config: KVConfig, model: ModelFile, kwargs: dict[str, Any]) -> str 
     except (ArgumentError, UnsupportedModelError) as error:
         return str(error)
     ours = estimate(model.shape, n_ctx, OURS, **config.arguments())
-    stock = estimate(model.shape, n_ctx, "f16")
-    if ours.kv_bytes >= stock.kv_bytes:
-        return f"it would take {ours.kv_bytes / 2**20:.1f} MiB, llama.cpp's own takes {stock.kv_bytes / 2**20:.1f}"
+    ours_bytes = ours.kv_bytes
+    if _is_on_card(kwargs) and _native.passes_on_device(config):
+        ours_bytes += ours.work_bytes
+    stock_bytes = estimate(model.shape, n_ctx, "f16").kv_bytes
+    if ours_bytes >= stock_bytes:
+        return f"it would take {ours_bytes / 2**20:.1f} MiB, llama.cpp's own takes {stock_bytes / 2**20:.1f}"
     return None
 
 

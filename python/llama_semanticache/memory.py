@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from . import _native
 from .config import OURS, KVConfig, parse_bytes
 from .errors import ArgumentError
 from .model_file import ModelFile
@@ -48,6 +49,8 @@ class CacheEstimate:
         scores and origins of the cores, votes on the stage.
     other_bytes : int
         Layers that are not compressed: all of them unless `cache` is "semanticache".
+    work_bytes : int
+        What passes work in on a card that computes them, at the most; no part of the cache.
     weights_bytes : int
     overhead_bytes : int
         Estimate: compute buffer for batches of 512 tokens with flash attention, and the driver's context.
@@ -62,6 +65,7 @@ class CacheEstimate:
     query_bytes: int
     meta_bytes: int
     other_bytes: int
+    work_bytes: int
     weights_bytes: int
     overhead_bytes: int
     compression_factor: float
@@ -73,8 +77,8 @@ class CacheEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """Cache, weights and overhead."""
-        return self.kv_bytes + self.weights_bytes + self.overhead_bytes
+        """Everything: cache, work, weights and overhead."""
+        return self.kv_bytes + self.work_bytes + self.weights_bytes + self.overhead_bytes
 
     def fits(self, card_gb: float) -> bool:
         """Whether all of it fits into the memory of a card of `card_gb` GB (1024^3 bytes)."""
@@ -154,7 +158,7 @@ def estimate(
     cells_swa = cells if swa_full else _pad(min(cells, shape.n_swa + n_ubatch))
     full, swa = shape.of_kind("full"), shape.of_kind("swa")
     f16_bytes = _plain_bytes(full, cells, "f16") + _plain_bytes(swa, cells_swa, "f16")
-    core = stage = query = meta = 0
+    core = stage = query = meta = work = 0
     if cache == OURS:
         if shape.refused:
             raise ArgumentError(f"expected a model whose cache can be compressed, got one where {shape.refused}")
@@ -178,6 +182,7 @@ def estimate(
         query = sum(_query_rows(n_ring) * (1 + layer.n_reader) * _query_row_bytes(layer) for layer in full)
         other = _plain_bytes(swa, cells_swa, "f16")
         kv_cells = config.kv_stage
+        work = _work_bytes(config, full, cells) if config.kv_compress == OURS else 0
     else:
         other = _plain_bytes(full, cells, cache) + _plain_bytes(swa, cells_swa, cache)
         kv_cells = cells
@@ -190,13 +195,34 @@ def estimate(
         query_bytes=query,
         meta_bytes=meta,
         other_bytes=other,
+        work_bytes=work,
         weights_bytes=shape.weights_bytes,
         overhead_bytes=_compute_bytes(shape, kv_cells, n_ubatch) + _DRIVER_BYTES,
         compression_factor=f16_bytes / kv_bytes if kv_bytes else 1.0,
     )
 
 
-def within_budget(config: KVConfig, shape: ModelShape, n_ctx: int, **options: Any) -> KVConfig:
+def _work_bytes(config: KVConfig, layers: Sequence[LayerShape], n_ctx: int) -> int:
+    return max(
+        (
+            _native.work_bytes(
+                config,
+                n_ctx,
+                len(layers),
+                layer.n_head_kv,
+                layer.n_head * (1 + layer.n_reader) // layer.n_head_kv,
+                layer.n_embd_head_k,
+                layer.n_embd_head_v,
+            )
+            for layer in layers
+        ),
+        default=0,
+    )
+
+
+def within_budget(
+    config: KVConfig, shape: ModelShape, n_ctx: int, *, on_card: bool = False, **options: Any
+) -> KVConfig:
     """The settings with the largest kv_ratio whose whole cache, stage and sliding windows included, takes no more than
     kv_budget; as they are without one. Recurrent states of a hybrid model do not depend on n_ctx and are not counted.
 
@@ -206,6 +232,8 @@ def within_budget(config: KVConfig, shape: ModelShape, n_ctx: int, **options: An
     shape : ModelShape
     n_ctx : int
         Context size, tokens.
+    on_card : bool
+        The cache is on a card; if that computes passes, what they work in is counted.
     **options
         n_ubatch and swa_full, see `estimate`.
 
@@ -217,13 +245,15 @@ def within_budget(config: KVConfig, shape: ModelShape, n_ctx: int, **options: An
     if config.kv_budget is None:
         return config
     budget = parse_bytes(config.kv_budget)
+    works = on_card and _native.passes_on_device(config)
 
     def with_ratio(ratio: float) -> KVConfig:
         return replace(config, kv_ratio=ratio, kv_budget=None)
 
     def kv_bytes(ratio: float) -> int:
         padding = _PADDING_BYTES * len(shape.of_kind("full"))
-        return estimate(shape, n_ctx, OURS, **options, **with_ratio(ratio).arguments()).kv_bytes + padding
+        size = estimate(shape, n_ctx, OURS, **options, **with_ratio(ratio).arguments())
+        return size.kv_bytes + padding + works * size.work_bytes
 
     # the bytes of rows are in proportion to the ratio
     least = min(1.0, (config.kv_sink + config.n_chunk) / _pad(n_ctx) * (1 + 1e-6))

@@ -1,74 +1,22 @@
 // A card made of the CPU: a backend whose memory nobody else may touch, which computes ggml's own operations by
 // ggml-cpu and ours by the kernels of native/gpu. It takes the way that a real card takes through llama.cpp, the
 // scheduler and native/hooks.
-//
-// Between operations its memory is out of reach for the process: what reads or writes it as the host's dies at once.
 
+#include "gpu/prop-attn-many.h"
 #include "gpu/run-attn.h"
 #include "gpu/run-pass.h"
 #include "shim-device.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
-
-#include <sys/mman.h>
+#include "memory.h"
 
 #include <cstring>
-#include <map>
-#include <mutex>
 
 namespace {
 
-constexpr size_t MEMORY = (size_t) 1 << 32; // what it says that it has
-
-// All of its memory, and who has it open.
-struct memory_map {
-    std::mutex mutex;
-    std::map<void *, size_t> pieces;
-    int n_open = 0;
-    size_t n_bytes = 0, most = MEMORY; // allocated, and what there is to allocate
-
-    void protect(int how) {
-        for (const auto & [p, n] : pieces) {
-            mprotect(p, n, how);
-        }
-    }
-    void * allocate(size_t n) {
-        const std::lock_guard lock(mutex);
-        if (n_bytes + n > most) {
-            return nullptr;
-        }
-        void * p = mmap(nullptr, std::max<size_t>(n, 1), n_open ? PROT_READ | PROT_WRITE : PROT_NONE,
-            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == MAP_FAILED) {
-            return nullptr;
-        }
-        pieces[p] = std::max<size_t>(n, 1);
-        n_bytes += n;
-        return p;
-    }
-    void release(void * p) {
-        const std::lock_guard lock(mutex);
-        n_bytes -= pieces[p];
-        munmap(p, pieces[p]);
-        pieces.erase(p);
-    }
-} card_memory;
-
-struct open_memory {
-    open_memory() {
-        const std::lock_guard lock(card_memory.mutex);
-        if (card_memory.n_open++ == 0) {
-            card_memory.protect(PROT_READ | PROT_WRITE);
-        }
-    }
-    ~open_memory() {
-        const std::lock_guard lock(card_memory.mutex);
-        if (--card_memory.n_open == 0) {
-            card_memory.protect(PROT_NONE);
-        }
-    }
-};
+using card::card_memory;
+using card::open_memory;
 
 extern ggml_backend_device device;
 
@@ -124,6 +72,7 @@ class card_device : public sc_test::shim_device {
 public:
     int n_block(bool) const { return 4; }
 
+    static constexpr bool KNOWS_MMA = true;
     bool has_mma() const { return has_matrix_units; }
 
     float * attn_work(size_t n) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "gpu/pass-layout.h"
 #include "gpu/pass.h"
 #include "sc-test.h"
 
@@ -18,7 +19,7 @@ public:
         only_head(only_head), in_one_piece(in_one_piece) {}
 
     template <int STEP>
-    void pass_step(int n_piece, int n_head, int shared, const pass_dims & m, const semcache::pass_args &,
+    void pass_step(int n_piece, int n_head, int shared, const pass_dims & m, const semcache::pass_layout::layer &,
         const pass_data & x, const pass_work & given) {
         CHECK(n_piece > 0 && n_head > 0); // a device refuses an empty grid
         if (STEP == PASS_LOAD && !in_one_piece) {

@@ -27,10 +27,10 @@ pass_result run_on_device(pass_call & call, bool in_one_piece) {
     }
     std::vector<pass_result> results(jobs.size());
     const pass_plan & p = call.plan;
-    const int64_t n_work =
-        device_size<int32_t>(4 * a.n_head_kv) + device_plan_size(p.n_token(), p.n_voter) +
-        device_table_size(p.n_token(), p.n_voter, a.n_rot) + device_size<float>(a.shape.n_embd_head_k) +
-        device_work_size(a, call.h.n_alloc, p.n_token(), p.n_sink + p.n_new, p.n_voter);
+    const int64_t n_work = device_size<int32_t>(4 * a.n_head_kv) + device_plan_size(p.n_token(), p.n_voter) +
+                           device_table_size(p.n_token(), p.n_voter, a.n_rot) +
+                           device_size<float>(a.shape.n_embd_head_k) + DEVICE_PARAMS_SIZE +
+                           device_work_size(a, call.h.n_alloc, p.n_token(), p.n_sink + p.n_new, p.n_voter);
     std::vector<uint64_t> work((n_work + sizeof(uint64_t) - 1) / sizeof(uint64_t), ~0ull);
     const pass_task task = { &p, jobs.data(), a.n_head_kv, nullptr, results.data(), (uint8_t *) work.data(), n_work,
         nullptr };

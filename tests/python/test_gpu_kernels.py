@@ -235,7 +235,7 @@ def check_metal(folder: Path, file: str, change=same) -> subprocess.CompletedPro
     for kernels in (folder / "gpu").glob("*.h"):
         kernels.write_text(change(kernels.read_text()))
     source = folder / "check.cl"
-    source.write_text(re.sub(r"\[\[host_name\([^)]*\)\]\]", "", (ROOT / "native/metal" / file).read_text()))
+    shutil.copy(ROOT / "native/metal" / file, source)
     extensions = "-__opencl_c_generic_address_space,-__opencl_c_pipes,-__opencl_c_device_enqueue"
     language = ["-x", "cl", "-cl-std=CLC++2021", "-target", "spir64-unknown-unknown"]
     language += ["-Xclang", f"-cl-ext={extensions}", "-Xclang", "-cl-ext=+cl_khr_fp16"]
@@ -270,3 +270,14 @@ def test_clang_takes_the_metal_source(file, tmp_path):
 def test_a_wrong_address_space_is_found(file, change, tmp_path):
     done = check_metal(tmp_path, file, change)
     assert done.returncode != 0 and re.search("cannot initialize a variable of type", done.stderr)
+
+
+@pytest.mark.parametrize("file", ["prop-attn.metal", "pass.metal"])
+def test_buffers_of_a_kernel_are_numbered_in_order(file):
+    """As the host's side sets them, and as tests/metal takes them, to which a kernel is a function."""
+    source = (ROOT / "native/metal" / file).read_text()
+    signatures = re.findall(r"kernel void \w+\((.*?)\) \{", source, re.S)
+    assert signatures
+    for signature in signatures:
+        numbers = [int(n) for n in re.findall(r"\[\[buffer\((\d+)\)\]\]", signature)]
+        assert numbers == list(range(len(numbers))) and len(numbers) >= 5

@@ -29,7 +29,7 @@ def test_gpu_check_on_the_card(tmp_path):
     words = ("--part", "model", "--backend", f"{card}:card_reg", "--out", tmp_path)
     done = run(TOOLS / "gpu-check", *words, GPU_CHECK_ARCHS="qwen2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passes there" in done.stdout and done.stdout.count("  ok: ") == 15 and "WRONG" not in done.stdout
+    assert "3 passes, " in done.stdout and done.stdout.count("  ok: ") == 17 and "WRONG" not in done.stdout
     assert json.loads((tmp_path / "gpu-check.json").read_text()) == {"model": "ok"}
 
 

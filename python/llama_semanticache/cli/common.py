@@ -327,7 +327,7 @@ def load_llama(model: str, load: LoadOptions, **more: Any) -> tuple[Llama, Model
     if config.kv_compress is not None and not model_file.shape.refused:
         config.check()
         config.check_n_ctx(n_ctx)
-        config = within_budget(config, model_file.shape, n_ctx)
+        config = within_budget(config, model_file.shape, n_ctx, on_card=load.n_gpu_layers != 0)
     profile.ensure(model_file, verbose=True, n_threads=load.threads, config=config)
     return Llama(model_file, **options, **load.kv_settings()), model_file
 

@@ -69,8 +69,9 @@ def memory(
     for note in report.notes:
         console.print(f"Left out - {note}", markup=False)
     console.print(
-        "1 MiB = 1024^2 bytes, 1 GB = 1024^3 bytes. Cache and weights follow llama.cpp's allocation; 'all' adds an "
-        "estimate of the rest (compute buffer with flash attention, batches of 512 tokens, 300 MiB for the driver).",
+        "1 MiB = 1024^2 bytes, 1 GB = 1024^3 bytes. Cache and weights follow llama.cpp's allocation; 'all' adds what "
+        "passes work in on a card that computes them, at the most, and an estimate of the rest (compute buffer with "
+        "flash attention, batches of 512 tokens, 300 MiB for the driver).",
         style="dim",
     )
 

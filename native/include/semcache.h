@@ -170,9 +170,9 @@ SEMCACHE_API int32_t semcache_calibrate_write(struct llama_context * ctx, const 
 // the model: "ALiBi positions". NULL if there is nothing of the kind, or this llama.cpp does not know the architecture.
 SEMCACHE_API const char * semcache_arch_obstacle(const char * arch);
 
-// Bytes that passes work in on a device that computes them, at the most, whatever a profile gives to a head, in a model of
-// n_layer such layers: n_head_kv kv heads of n_gqa query heads each, those of layers that read their K and V included.
-// -semcache_status on failure.
+// Bytes that passes work in on a device that computes them, at the most, whatever a profile gives to a head, in a model
+// of n_layer such layers: n_head_kv kv heads of n_gqa query heads each, those of layers that read their K and V
+// included. -semcache_status on failure.
 SEMCACHE_API int64_t semcache_work_bytes(const struct semcache_params * params, int32_t n_ctx, int32_t n_layer,
     int32_t n_head_kv, int32_t n_gqa, int32_t n_embd_head_k, int32_t n_embd_head_v);
 

@@ -136,7 +136,8 @@ endif
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 	$(BIN)/twine check --strict dist/*
 
-# What a user gets: the wheels in an environment of their own, on the best kernels and on those of older processors. Of
+# What a user gets: the wheels in an environment of their own, on the best kernels and on those of older processors, and
+# beside the oldest versions of other packages that pyproject.toml allows. Of
 # another processor the libraries alone, in an emulator: needs qemu-user and, for aarch64, libc6-arm64-cross.
 ifeq ($(WHEEL_ARCH),$(shell uname -m))
 wheel-test: wheel
@@ -144,6 +145,12 @@ wheel-test: wheel
 	$(PYTHON) -m venv $(WHEEL)/venv
 	$(WHEEL)/venv/bin/python -m pip install --quiet --only-binary=:all: --find-links dist "llama-semanticache[test]"
 	$(BIN)/python tests/wheel.py installed $(WHEEL)/venv/bin/python
+	rm -rf $(WHEEL)/oldest
+	$(PYTHON) -m venv $(WHEEL)/oldest
+	$(BIN)/python tests/wheel.py constraints > $(WHEEL)/oldest/constraints.txt
+	$(WHEEL)/oldest/bin/python -m pip install --quiet --only-binary=:all: --find-links dist -c $(WHEEL)/oldest/constraints.txt \
+	    "llama-semanticache[bench,hub]" gguf hypothesis pytest scipy
+	$(BIN)/python tests/wheel.py oldest $(WHEEL)/oldest/bin/python
 else
 wheel-test: wheel build
 	$(BIN)/python tests/wheel.py emulated $(WHEEL_ARCH) $(ZIG)

@@ -2,6 +2,8 @@
 
     python tests/wheel.py installed PYTHON       # which has the package from a wheel
     python tests/wheel.py emulated ARCH ZIG      # build/wheel-ARCH, in an emulator, against the package of this Python
+    python tests/wheel.py constraints            # prints the oldest versions that pyproject.toml allows
+    python tests/wheel.py oldest PYTHON          # which has the package with those
 
 With the kernels that the wheel chooses here, all tests that need nothing which a compiler made; with those of older
 processors, what computes: a wheel holds them all, and a machine meets one of them only.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +30,7 @@ ALL = [
     "test_server.py",
     "test_state.py",
 ]
+WITH_OLDEST = ["test_cli.py", "test_hub.py", "test_llama.py", "test_models.py", "test_state.py"]
 COMPUTING = ["test_reference.py", "test_row_types.py"]
 NEEDED = {"x64": set(), "haswell": {"avx2", "fma", "f16c", "bmi2"}, "skylakex": {"avx512f", "avx512bw", "avx512vl"}}
 """Kernels by what /proc/cpuinfo has to name."""
@@ -68,6 +72,20 @@ def installed(python: str) -> None:
             run(python, COMPUTING, LLAMA_CPP_LIB_PATH=str(library), MTMD_CPP_LIB=str(library))
 
 
+def constraints() -> None:
+    """Of what users install: "cffi>=1.15" becomes "cffi==1.15.*", since not each first release has a binary."""
+    project = re.split(r"^(?=\[)", (TESTS.parents[1] / "pyproject.toml").read_text(), flags=re.M)
+    tables = {table.split("]")[0].strip("["): table for table in project}
+    extras = re.findall(r"^(?:bench|hub) = \[.*?\]", tables["project.optional-dependencies"], re.M | re.S)
+    found = re.findall(r'"([\w-]+)>=([\d.]+)"', "".join([tables["project"], *extras]))
+    for name, version in found:
+        print(f"{name}=={version}" + ("" if version.count(".") > 1 else ".*"))
+
+
+def oldest(python: str) -> None:
+    run(os.path.abspath(python), WITH_OLDEST)
+
+
 def emulated(arch: str, zig: str) -> None:
     """The libraries in an emulator, through their C API: the same predictions as here, passes among them."""
     import numpy as np
@@ -107,4 +125,4 @@ def emulated(arch: str, zig: str) -> None:
 
 
 if __name__ == "__main__":
-    {"installed": installed, "emulated": emulated}[sys.argv[1]](*sys.argv[2:])
+    {f.__name__: f for f in (installed, emulated, constraints, oldest)}[sys.argv[1]](*sys.argv[2:])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cffi import FFI
 
 HERE = Path(__file__).parent
+GGML_TYPES = {"f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "iq4_nl": 20}  # as GGML_TYPE_* of llama_cpp
 LIB_VARIABLE = "LLAMA_CPP_LIB_PATH"  # read by llama_cpp when it is imported
 MTMD_VARIABLE = "MTMD_CPP_LIB"  # read by llama_cpp.mtmd_cpp, which handlers of images import
 
@@ -71,8 +72,6 @@ def load() -> tuple[FFI, Any]:
         llama_cpp was imported first with its own library, or the library is missing, not ours, or for another
         processor.
     """
-    from cffi import FFI
-
     stock_first = "llama_cpp" in sys.modules
     folder()
     try:
@@ -97,32 +96,45 @@ def load() -> tuple[FFI, Any]:
                 "install llama-semanticache, or run `make build` and its .venv's Python",
             )
         raise LibraryError(f"expected the patched llama.cpp, got the stock library {path} ({cause}); {remedy}")
-    ffi = FFI()
-    ffi.cdef("struct llama_context;\n" + _declarations())
+    ffi = _ffi()
     return ffi, ffi.dlopen(path)
 
 
 @cache
-def arch_obstacle(arch: str) -> str | None:
-    """What an architecture has that keeps its cache from being compressed, or None; does not import llama_cpp.
+def _alone() -> tuple[FFI, Any]:
+    """As `load`, without llama_cpp, which takes time to import.
 
     Raises
     ------
     LibraryError
         There is no patched library.
     """
-    from cffi import FFI
-
-    ffi = FFI()
-    ffi.cdef("const char * semcache_arch_obstacle(const char * arch);")
+    ffi = _ffi()
     path = folder() / ("libllama.dylib" if sys.platform == "darwin" else "libllama.so")
     try:
-        has = ffi.dlopen(str(path)).semcache_arch_obstacle(arch.encode())
+        lib = ffi.dlopen(str(path))
+        lib.semcache_version()
     except (OSError, AttributeError) as error:
         raise LibraryError(
             f"expected the patched llama.cpp in {path.parent}, got: {error}; install llama-semanticache again"
         ) from error
+    return ffi, lib
+
+
+@cache
+def arch_obstacle(arch: str) -> str | None:
+    """What an architecture has that keeps its cache from being compressed, or None."""
+    ffi, lib = _alone()
+    has = lib.semcache_arch_obstacle(arch.encode())
     return None if has == ffi.NULL else ffi.string(has).decode()
+
+
+def _ffi() -> FFI:
+    from cffi import FFI
+
+    ffi = FFI()
+    ffi.cdef("struct llama_context;\nstruct llama_model;\n" + _declarations())
+    return ffi
 
 
 def _declarations() -> str:
@@ -163,11 +175,8 @@ def last_error() -> SemanticCacheError | None:
     return kinds[status](ffi.string(lib.semcache_last_error()).decode("utf-8", "replace"))
 
 
-def _params(config: KVConfig) -> Any:
+def _params(ffi: FFI, lib: Any, config: KVConfig) -> Any:
     """The settings as the library knows them, but for the profile."""
-    import llama_cpp
-
-    ffi, lib = load()
     params = ffi.new("struct semcache_params *", lib.semcache_default_params())
     params.method = getattr(lib, f"SEMCACHE_METHOD_{METHODS[str(config.kv_compress)]}")
     if config.kv_ratio is not None:
@@ -175,8 +184,7 @@ def _params(config: KVConfig) -> Any:
     params.n_stage, params.n_window, params.n_sink = map(int, (config.kv_stage, config.kv_window, config.kv_sink))
     for name in ("type_k", "type_v", "type_stage"):
         kind = getattr(config, f"kv_{name}")
-        value = lib.SEMCACHE_TYPE_AUTO if kind == "auto" else getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
-        setattr(params, name, value)
+        setattr(params, name, lib.SEMCACHE_TYPE_AUTO if kind == "auto" else GGML_TYPES[kind])
     for name, value in (config.kv_params or {}).items():
         try:
             setattr(params, name, value)
@@ -189,14 +197,14 @@ def _params(config: KVConfig) -> Any:
 
 def work_bytes(config: KVConfig, n_ctx: int, n_layer: int, n_head_kv: int, n_gqa: int, d_k: int, d_v: int) -> int:
     """See semcache_work_bytes in semcache.h."""
-    _, lib = load()
-    return count(lib.semcache_work_bytes(_params(config), n_ctx, n_layer, n_head_kv, n_gqa, d_k, d_v))
+    ffi, lib = _alone()
+    return count(lib.semcache_work_bytes(_params(ffi, lib, config), n_ctx, n_layer, n_head_kv, n_gqa, d_k, d_v))
 
 
 def passes_on_device(config: KVConfig) -> bool:
     """Whether a card that is there computes passes, and needs memory to do so."""
-    _, lib = load()
-    return bool(lib.semcache_passes_on_device(_params(config)))
+    ffi, lib = _alone()
+    return bool(lib.semcache_passes_on_device(_params(ffi, lib, config)))
 
 
 @contextmanager
@@ -218,7 +226,7 @@ def compressed(config: KVConfig, profile: Path | None = None, model_id: str = ""
         What the library finds wrong with the configuration, or with the model that is loaded.
     """
     ffi, lib = load()
-    params = _params(config)
+    params = _params(ffi, lib, config)
     keep = []  # the strings that params points to
     if profile is not None:
         keep = [ffi.new("char[]", os.fsencode(profile)), ffi.new("char[]", model_id.encode())]

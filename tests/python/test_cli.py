@@ -321,13 +321,14 @@ def test_a_long_text_shows_how_far_it_is_read(tiny, monkeypatch, capfd):
     """On a terminal: tokens, their speed and the time left; nothing of it stays."""
     monkeypatch.setattr(answer, "SILENT_S", 0.0)
     llm = Llama(tiny, n_ctx=1024, n_batch=64, n_threads=1)
-    for force, shown in (("1", True), ("", False)):
-        monkeypatch.setenv("FORCE_COLOR", force)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for shown in (True, False):
         llm.reset()
         with answer.reading(llm):
             llm.eval(list(range(10, 250)))
         said = capfd.readouterr().err
         assert ("reading" in said and "tokens/s" in said and "of 240 tokens" in said) == shown, said
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
     assert llm.on_progress is None
 
 

@@ -198,3 +198,10 @@ def test_an_unknown_argument_is_refused_with_the_nearest_name(name, meant, tiny,
 def test_the_package_shows_what_it_has_and_its_types():
     assert "Llama" in dir(llama_semanticache) and "Llama" in llama_semanticache.__all__
     assert Path(llama_semanticache.__file__).with_name("py.typed").is_file()
+
+
+def test_types_have_ggmls_numbers():
+    """They are written down, so that `memory` need not import llama_cpp."""
+    types = set(ROW_TYPES) - {"auto"}
+    assert types == set(_native.GGML_TYPES)
+    assert all(_native.GGML_TYPES[name] == getattr(llama_cpp, f"GGML_TYPE_{name.upper()}") for name in types)

@@ -128,7 +128,11 @@ def test_8b_by_hand():
     assert compressed.query_bytes == 32 * 129 * (32 * 128 // 32) * 22  # q5_0, of every second token
     assert compressed.other_bytes == 0
     assert compressed.compression_factor == f16 / compressed.kv_bytes
-    assert compressed.total_bytes == compressed.kv_bytes + SHAPE_8B.weights_bytes + compressed.overhead_bytes
+    rest = SHAPE_8B.weights_bytes + compressed.overhead_bytes
+    assert compressed.total_bytes == compressed.kv_bytes + compressed.work_bytes + rest
+    n_query, n_row = 129 * 4, 32768 + 512  # of the largest head that there can be: shares, and K and V three times
+    of_one = 4 * n_row * (n_query + 3 * 128)
+    assert of_one < compressed.work_bytes < 1.25 * of_one
 
 
 def test_smaller_caches_fit_more():

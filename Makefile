@@ -1,4 +1,4 @@
-# make demo | test | lint | build | stock | wheel | archs | sanitize | vulkan | aarch64 | clean
+# make demo | test | lint | build | stock | wheel | archs | sanitize | vulkan | macos | aarch64 | clean
 #
 # Everything lives in .venv and build. CMake options go in CMAKE_ARGS: make build CMAKE_ARGS=-DGGML_CUDA=ON
 
@@ -18,7 +18,7 @@ SOURCES  := $(shell find native python tests/native tests/card tests/metal -type
             $(wildcard patches/*.patch patches/series patches/UPSTREAM patches/patchctl.py) \
             CMakeLists.txt pyproject.toml README.md
 
-.PHONY: demo test lint build stock wheel wheel-test archs venv sanitize vulkan aarch64 clean FORCE
+.PHONY: demo test lint build stock wheel wheel-test archs venv sanitize vulkan macos aarch64 clean FORCE
 .DELETE_ON_ERROR:
 
 demo: build
@@ -155,6 +155,14 @@ else
 wheel-test: wheel build
 	$(BIN)/python tests/wheel.py emulated $(WHEEL_ARCH) $(ZIG)
 endif
+
+# The libraries for Apple's processors, without its frameworks: that they compile, from anywhere. Nothing of it can run here.
+macos: $(VENV)/.wheel $(VENV)/.llama-cpp-python
+	$(BIN)/cmake -S . -B build/macos -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_TOOLCHAIN_FILE=$(abspath tools/zig.cmake) -DZIG=$(ZIG) -DZIG_TARGET=aarch64-macos.13.0 \
+	    -DGGML_METAL=OFF -DGGML_ACCELERATE=OFF -DGGML_BLAS=OFF -DGGML_OPENMP=OFF -DGGML_NATIVE=OFF \
+	    -DLLAMA_SEMANTICACHE_SOURCE=$(abspath $(SDIST))
+	$(BIN)/cmake --build build/macos --target libraries
 
 # The kernels on NEON, in an emulator: needs g++-aarch64-linux-gnu and qemu-user.
 aarch64: $(VENV)/.llama-cpp-python

@@ -39,6 +39,12 @@ set(CMAKE_CXX_COMPILER ${zig_bin}/clang++)
 set(CMAKE_AR           ${zig_bin}/ar     CACHE FILEPATH "")
 set(CMAKE_RANLIB       ${zig_bin}/ranlib CACHE FILEPATH "")
 
+if(CMAKE_SYSTEM_NAME STREQUAL Darwin) # CMake wants one; libraries are linked under the names that they keep
+    file(CONFIGURE OUTPUT ${zig_bin}/install_name_tool CONTENT "#!/bin/sh\nexit 1\n")
+    file(CHMOD ${zig_bin}/install_name_tool PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE)
+    set(CMAKE_INSTALL_NAME_TOOL ${zig_bin}/install_name_tool CACHE FILEPATH "")
+endif()
+
 # zig keeps debug information unless told otherwise, ten times the size of the rest. Its C++ library, of which each of ours
 # has a copy, leaves destructors to threads, which would call them when the library is closed and gone.
 set(zig_link -s)

@@ -30,7 +30,7 @@ ALL = [
     "test_server.py",
     "test_state.py",
 ]
-WITH_OLDEST = ["test_cli.py", "test_hub.py", "test_llama.py", "test_models.py", "test_state.py"]
+WITH_OLDEST = ["test_cli.py", "test_hub.py", "test_models.py"]
 COMPUTING = ["test_reference.py", "test_row_types.py"]
 NEEDED = {"x64": set(), "haswell": {"avx2", "fma", "f16c", "bmi2"}, "skylakex": {"avx512f", "avx512bw", "avx512vl"}}
 """Kernels by what /proc/cpuinfo has to name."""

@@ -23,7 +23,8 @@ class metal_kernels {
 public:
     explicit metal_kernels(ggml_metal_device_t dev) {
         const ggml_metal_device_props * props = ggml_metal_device_get_props(dev);
-        if (props->has_simdgroup_reduction && props->max_theadgroup_memory_size >= SHARED) {
+        // Apple's own: SIMD groups of SC_WARP threads
+        if (props->supports_gpu_family_apple7 && props->max_theadgroup_memory_size >= SHARED) {
             library = ggml_metal_library_init_from_source(dev, PROP_ATTN_MSL, /*verbose =*/true);
         }
         if (!library) {

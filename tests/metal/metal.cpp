@@ -163,6 +163,7 @@ ggml_metal_device_t ggml_metal_device_init(int, int) {
     p.max_buffer_size = p.max_working_set_size = card::MEMORY;
     p.max_theadgroup_memory_size = 32 << 10;
     p.has_simdgroup_reduction = p.has_simdgroup_mm = p.has_unified_memory = p.use_shared_buffers = true;
+    p.supports_gpu_family_apple7 = true;
     return &the_device;
 }
 void ggml_metal_device_free(ggml_metal_device_t) {}

@@ -236,7 +236,7 @@ int32_t semcache_passes_on_device(const semcache_params * params) {
         ggml_backend_dev_t dev = ggml_backend_dev_get(i);
         const auto kind = ggml_backend_dev_type(dev);
         const bool is_card = kind == GGML_BACKEND_DEVICE_TYPE_GPU || kind == GGML_BACKEND_DEVICE_TYPE_IGPU;
-        if (is_card && semcache_device_passes(dev, *params)) {
+        if (is_card && semcache_device_passes(dev, *params, 0)) {
             return 1;
         }
     }

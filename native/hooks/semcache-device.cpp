@@ -26,12 +26,13 @@ bool semcache_device_attends(ggml_backend_dev_t dev, const llama_hparams & h, ui
     return ggml_backend_dev_supports_op(dev, op);
 }
 
-bool semcache_device_passes(ggml_backend_dev_t dev, const semcache_params & p) {
+bool semcache_device_passes(ggml_backend_dev_t dev, const semcache_params & p, int64_t n_work) {
     const ggml_context_ptr ctx(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
     semcache::pass_plan plan = {};
     plan.how = (semcache::method) p.method;
     semcache::pass_task task = {};
     task.plan = &plan;
+    task.n_work = n_work;
     return ctx && ggml_backend_dev_supports_op(dev, ggml_prop_attn_task(ctx.get(), GGML_PROP_ATTN_PASS, &task,
                                                         ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1), 0));
 }

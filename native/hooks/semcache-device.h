@@ -13,5 +13,6 @@ struct semcache_params;
 bool semcache_device_attends(
     ggml_backend_dev_t dev, const llama_hparams & hparams, uint32_t il, const semcache_params & params);
 
-// Passes by the method that is set. Where a device has attention alone, its rows are copied to the host for a pass.
-bool semcache_device_passes(ggml_backend_dev_t dev, const semcache_params & params);
+// Passes by the method that is set, over n_work bytes of its memory. Where a device has attention alone, its rows are
+// copied to the host for a pass.
+bool semcache_device_passes(ggml_backend_dev_t dev, const semcache_params & params, int64_t n_work);

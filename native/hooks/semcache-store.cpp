@@ -216,7 +216,7 @@ void semcache_store::allocate(const llama_semcache_scope & scope, int64_t n_vote
         LLAMA_LOG_INFO("%s: %10s core buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf.get()),
             ggml_backend_buffer_get_size(buf.get()) / 1024.0 / 1024.0);
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
-        if (!ggml_backend_buft_is_host(buft) && semcache_device_passes(dev, params)) {
+        if (!ggml_backend_buft_is_host(buft) && semcache_device_passes(dev, params, 0)) {
             allocate_work(buft, n_vote_row);
         }
     }
@@ -244,6 +244,11 @@ void semcache_store::allocate_work(ggml_backend_buffer_type_t buft, int64_t n_vo
         work = std::max(work, semcache::device_work_size(args(l, false, false), n_alloc, n_stage, n_leave, n_voter));
     }
     size += work + semcache::device_size<int32_t>(4 * n_head);
+    if (!semcache_device_passes(ggml_backend_buft_get_device(buft), params, size)) {
+        LLAMA_LOG_WARN("%s: %s computes no passes in %.1f MiB: they are left to the CPU, over copies\n", __func__,
+            ggml_backend_buft_name(buft), size / 1024.0 / 1024.0);
+        return;
+    }
     device_work & w = works[buft];
     w.ctx.reset(ggml_init({ ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
     if (w.ctx) {

@@ -103,7 +103,7 @@ private:
 };
 
 int64_t n_attended = 0, n_passed = 0; // nodes of each kind that it computed
-bool computes_passes = true;
+int64_t most_work = INT64_MAX;        // that it computes passes over
 
 void compute_ours(ggml_tensor * node) {
     card_device dev;
@@ -156,7 +156,9 @@ ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
 
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     if (op->op == GGML_OP_PROP_ATTN) {
-        return semcache::device_supports(op) && (computes_passes || ggml_prop_attn_get_kind(op) != GGML_PROP_ATTN_PASS);
+        return semcache::device_supports(op) &&
+               (ggml_prop_attn_get_kind(op) != GGML_PROP_ATTN_PASS ||
+                   ((const semcache::pass_task *) ggml_prop_attn_get_task(op))->n_work <= most_work);
     }
     return ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
 }
@@ -208,10 +210,10 @@ extern "C" {
 // As other backends: names itself, to be registered before a model is loaded.
 ggml_backend_reg_t card_reg() { return &reg; }
 
-// So many bytes, and kernels for passes and matrix units or not.
-void card_set(size_t n_bytes, bool with_passes, bool with_matrix_units) {
+// So many bytes; kernels for passes that work in no more than most_pass_work of them, none if negative; matrix units.
+void card_set(size_t n_bytes, int64_t most_pass_work, bool with_matrix_units) {
     card_memory.most = n_bytes;
-    computes_passes = with_passes;
+    most_work = most_pass_work;
     has_matrix_units = with_matrix_units;
 }
 

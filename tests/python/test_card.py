@@ -32,14 +32,14 @@ class Card:
 
     name, variable, register = "card", "LLAMA_SEMANTICACHE_CARD", "card_reg"
 
-    def __init__(self, n_bytes: int = GB, with_passes: bool = True, with_matrix_units: bool = False) -> None:
-        self.set_up(n_bytes, with_passes, with_matrix_units)
+    def __init__(self, n_bytes: int = GB, most_work: int = GB, with_matrix_units: bool = False) -> None:
+        self.set_up(n_bytes, ctypes.c_int64(most_work), ctypes.c_bool(with_matrix_units))
 
-    def set_up(self, n_bytes: int, *options: bool) -> None:
+    def set_up(self, n_bytes: int, *options: ctypes._SimpleCData) -> None:
         self.lib = ctypes.CDLL(os.environ[self.variable])
         for name in ("allocated", "attended", "passed"):
             getattr(self.lib, f"{self.name}_{name}").restype = ctypes.c_int64
-        getattr(self.lib, f"{self.name}_set")(ctypes.c_size_t(n_bytes), *map(ctypes.c_bool, options))
+        getattr(self.lib, f"{self.name}_set")(ctypes.c_size_t(n_bytes), *options)
         register_backend(self.lib, self.register)
 
     def _count(self, name: str) -> int:
@@ -66,7 +66,7 @@ class Metal(Card):
     name, variable, register = "metal", "LLAMA_SEMANTICACHE_METAL", "ggml_backend_metal_reg"
 
     def __init__(self, n_bytes: int = GB, compiles: bool = True) -> None:
-        self.set_up(n_bytes, compiles)
+        self.set_up(n_bytes, ctypes.c_bool(compiles))
 
 
 def model(folder: Path, arch: str = "llama", **options) -> str:
@@ -174,7 +174,12 @@ def passes_are_the_cpus(card: Card, path: str, **options) -> None:
 
 def a_card_without_passes_has_them_computed(folder: Path, device: type[Card]) -> None:
     """Its rows are copied to the CPU for them."""
-    passes_are_the_cpus(Card(with_passes=False), model(folder))
+    passes_are_the_cpus(Card(most_work=-1), model(folder))
+
+
+def passes_too_large_for_a_card_are_the_cpus(folder: Path, device: type[Card]) -> None:
+    """As for a Vulkan device, whose kernels see no more of a buffer than it says."""
+    passes_are_the_cpus(Card(most_work=1 << 16), model(folder))
 
 
 def passes_by_the_methods_of_others_are_the_cpus(folder: Path, device: type[Card]) -> None:
@@ -256,6 +261,7 @@ CHECKS = [
     ],
     (Card, matrix_units_are_nearly_the_cpus),
     (Card, a_card_without_passes_has_them_computed),
+    (Card, passes_too_large_for_a_card_are_the_cpus),
     (Card, what_the_kernels_do_not_compute_stays_with_the_cpu),
     (Card, memory_is_counted_before_it_is_taken),
     (Metal, kernels_that_do_not_compile_leave_it_to_the_cpu),

@@ -97,14 +97,19 @@ public:
 
     // The counts, once the last kernel has run: so many bytes from the memory's begin on.
     int64_t counts_size() const { return n_counts; }
-    void read_counts(const std::vector<uint8_t> & bytes, const pass_task & task) const {
+    // False if they are not those of a pass: a device need not say that it did not run.
+    bool read_counts(const std::vector<uint8_t> & bytes, const pass_task & task) const {
+        bool ran = true;
         for (const layer & l : layers) {
             for (size_t ih = 0; ih < l.jobs.size(); ++ih) {
                 int32_t n[4];
                 memcpy(n, bytes.data() + l.counts + ih * sizeof(n), sizeof(n));
+                const pass_job & j = task.jobs[l.jobs[ih]];
+                ran = ran && n[N_KEPT] + n[N_GONE_MERGED] + n[N_GONE_DROPPED] == n_cand(j, *task.plan);
                 task.results[l.jobs[ih]] = { n[N_GONE_MERGED], n[N_GONE_DROPPED] };
             }
         }
+        return ran;
     }
 
     // Rows of a head while a pass runs, and those of them that may be merged.

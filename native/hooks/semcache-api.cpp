@@ -205,6 +205,9 @@ int64_t semcache_work_bytes(const semcache_params * params, int32_t n_ctx, int32
     int32_t n_gqa, int32_t n_embd_head_k, int32_t n_embd_head_v) {
     return counted([&] {
         expect(params, "params", "parameters", "NULL");
+        expect(params->n_window > 0 && params->n_sink >= 0 &&
+                   params->n_stage > (int64_t) params->n_window + params->n_sink,
+            "n_stage", "more than n_window + n_sink", std::to_string(params->n_stage));
         for (int32_t n : { n_ctx, n_layer, n_head_kv, n_gqa, n_embd_head_k, n_embd_head_v }) {
             expect(n > 0, "shape", "numbers above 0", std::to_string(n));
         }
@@ -232,15 +235,16 @@ int64_t semcache_work_bytes(const semcache_params * params, int32_t n_ctx, int32
 }
 
 int32_t semcache_passes_on_device(const semcache_params * params) {
-    for (size_t i = 0; params && i < ggml_backend_dev_count(); ++i) {
-        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
-        const auto kind = ggml_backend_dev_type(dev);
-        const bool is_card = kind == GGML_BACKEND_DEVICE_TYPE_GPU || kind == GGML_BACKEND_DEVICE_TYPE_IGPU;
-        if (is_card && semcache_device_passes(dev, *params, 0)) {
-            return 1;
+    int32_t passes = 0;
+    guarded([&] { // a card that cannot be asked computes none
+        for (size_t i = 0; params && i < ggml_backend_dev_count() && !passes; ++i) {
+            ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+            const auto kind = ggml_backend_dev_type(dev);
+            const bool is_card = kind == GGML_BACKEND_DEVICE_TYPE_GPU || kind == GGML_BACKEND_DEVICE_TYPE_IGPU;
+            passes = is_card && semcache_device_passes(dev, *params, 0);
         }
-    }
-    return 0;
+    });
+    return passes;
 }
 
 const char * semcache_version(void) { return SEMCACHE_VERSION; }

@@ -175,7 +175,12 @@ public:
         if (work) {
             moved.resize(layout->counts_size());
             ggml_backend_tensor_get(work, moved.data(), 0, moved.size());
-            layout->read_counts(moved, task);
+            if (!layout->read_counts(moved, task)) {
+                throw semcache_error(SEMCACHE_ERR_STATE, std::string("pass: expected its kernels to run on ") +
+                                                             ggml_backend_name(backend) +
+                                                             ", got other counts; see the log, and clear the cache, "
+                                                             "whose older tokens may be lost");
+            }
         }
     }
 

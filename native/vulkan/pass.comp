@@ -703,6 +703,9 @@ void run() {
 
 void run() {
     const kv_head s = kv_of();
+    if (px >= n_query()) {
+        return;
+    }
     const int p = W_P + (h * n_query() + px) * ld, b = W_BIAS + h * ld;
     float most = MASKED;
     for (int i = id; i < s.n_rows; i += THREADS) {
@@ -1296,7 +1299,7 @@ void run() {
             if (flag[r] == 0) {
                 const int old = (s.first + n_row_sink + i0 + r) * size;
                 for (int c = b * size / n_block; c < (b + 1) * size / n_block; ++c) {
-                    wh[row + c] = keys ? core_k[old + c] : core_v[old + c];
+                    wh[row + c] = uint16_t(keys ? uint(core_k[old + c]) : uint(core_v[old + c]));
                 }
             } else if (type == F16) {
                 for (int e = 0; e < d; ++e) {
@@ -1355,7 +1358,7 @@ void run() {
 
 void main() {
     id = int(gl_LocalInvocationID.x);
-    px = int(gl_WorkGroupID.x);
+    px = int(gl_WorkGroupID.x + gl_WorkGroupID.z * gl_NumWorkGroups.x); // there are many of products and queries
     h = int(gl_WorkGroupID.y);
     run();
 }

@@ -203,6 +203,8 @@ def estimate(
 
 
 def _work_bytes(config: KVConfig, layers: Sequence[LayerShape], n_ctx: int) -> int:
+    types = {name: _type(layers, getattr(config, name), "iq4_nl") for name in ("kv_type_k", "kv_type_v")}
+    config = replace(config, **types)
     return max(
         (
             _native.work_bytes(

@@ -42,7 +42,7 @@ pass_result run_on_device(pass_call & call, bool in_one_piece) {
     device_pass<shim_device>(dev, task).run();
     std::vector<uint8_t> counts(layout.counts_size());
     memcpy(counts.data(), work.data(), counts.size());
-    layout.read_counts(counts, task);
+    (void) layout.read_counts(counts, task); // heads that are left out have none
     call.row_count[call.ih] = a.row_count[call.ih];
     call.h.n_sink += call.plan.n_sink;
     call.h.n_used = call.row_count[call.ih];

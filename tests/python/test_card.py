@@ -203,6 +203,19 @@ def what_the_kernels_do_not_compute_stays_with_the_cpu(folder: Path, device: typ
     assert card.passed == card.attended == 0
 
 
+def a_pass_that_did_not_run_is_an_error(folder: Path, device: type[Card]) -> None:
+    """A device may stop what takes too long and say nothing: no token leaves the stage for it."""
+    path, card = model(folder), Card()
+    llm, _ = read(path, TOKENS[:60], n_gpu_layers=-1)
+    card.lib.card_lose_passes()
+    with pytest.raises(StateError, match=r"expected its kernels to run on Card, got other counts; .* clear the cache"):
+        llm.eval(TOKENS[60:200])
+    assert llm.kv_stats().n_pass == 0 and llm.kv_stats().n_tokens_stage >= 60
+    llm.reset()
+    llm.eval(TOKENS[:60])
+    assert llm.kv_stats().n_tokens == 60
+
+
 def kernels_that_do_not_compile_leave_it_to_the_cpu(folder: Path, device: type[Card]) -> None:
     """On a device that refuses their source the cache stays where it was: slower, not wrong."""
     metal, path = Metal(compiles=False), model(folder)
@@ -261,6 +274,7 @@ CHECKS = [
     ],
     (Card, matrix_units_are_nearly_the_cpus),
     (Card, a_card_without_passes_has_them_computed),
+    (Card, a_pass_that_did_not_run_is_an_error),
     (Card, passes_too_large_for_a_card_are_the_cpus),
     (Card, what_the_kernels_do_not_compute_stays_with_the_cpu),
     (Card, memory_is_counted_before_it_is_taken),

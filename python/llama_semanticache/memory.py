@@ -203,8 +203,8 @@ def estimate(
 
 
 def _work_bytes(config: KVConfig, layers: Sequence[LayerShape], n_ctx: int) -> int:
-    types = {name: _type(layers, getattr(config, name), "iq4_nl") for name in ("kv_type_k", "kv_type_v")}
-    config = replace(config, **types)
+    k, v = (_type(layers, kind, "iq4_nl") for kind in (config.kv_type_k, config.kv_type_v))
+    config = replace(config, kv_type_k=k, kv_type_v=v)
     return max(
         (
             _native.work_bytes(

@@ -89,8 +89,17 @@ def test_no_fault_is_found_where_none_was_planted(sanitizer, file, tmp_path, obj
 
 RACE, OVERFLOW, WRONG = "data race", "heap-buffer-overflow", "times the tolerance"
 BARRIER = "a barrier that not all threads of the block reach"
-ATTENTION_FAULTS = {
+SHARED_FAULTS = {
     # what holds where it was not planted: (the change, sanitizer, what is said of it)
+    "a tile fits": (
+        instead("2 * SC_TILE(D) * SC_TILE_LD(D)", "2 * (SC_TILE(D) - 1) * SC_TILE_LD(D)"),
+        "address",
+        OVERFLOW,
+    ),
+    "a tile of many queries fits": (instead("2 * TILE * LD,", "2 * (TILE - 1) * LD,"), "address", OVERFLOW),
+}
+
+ATTENTION_FAULTS = {
     "keys are there before logits": (without_barrier("prop_attn_attend", 1), "thread", RACE),
     "logits are there before shares": (without_barrier("prop_attn_attend", 2), "thread", RACE),
     "shares are there before values": (without_barrier("prop_attn_attend", 3), "thread", RACE),
@@ -102,11 +111,6 @@ ATTENTION_FAULTS = {
         instead("prop_attn_slot<D>(a, work, t.x, h, r0 + r)[e]", "prop_attn_slot<D>(a, work, t.x, h, r)[e]"),
         "thread",
         RACE,
-    ),
-    "the tile is large enough": (
-        instead("2 * SC_TILE(D) * SC_TILE_LD(D)", "2 * (SC_TILE(D) - 1) * SC_TILE_LD(D)"),
-        "address",
-        OVERFLOW,
     ),
     "rows end with the last": (
         instead("s.n - c < SC_TILE(D) ? s.n - c : SC_TILE(D)", "SC_TILE(D)"),
@@ -136,7 +140,6 @@ MANY_FAULTS = {
     "values are used before the next keys come": (without_barrier("prop_attn_many_attend", 4), "thread", RACE),
     "sums are there before they are rotated": (without_barrier("prop_attn_many_rotate", 1), "thread", RACE),
     "warps take turns": (without_barrier("prop_attn_many_rotate", 2), "thread", RACE),
-    "the tile is large enough": (instead("2 * TILE * LD,", "2 * (TILE - 1) * LD,"), "address", OVERFLOW),
     "the mean of the keys counts": (instead("(s.bias < 0 ? 0.0f : shift[r])", "0.0f"), None, WRONG),
     "the mask counts": (instead("b > SC_MASKED_LO ? z + b : SC_MASKED", "z"), None, WRONG),
     "values are rotated back": (instead("if (a.v_type != SC_F16)", "if (false)"), None, WRONG),

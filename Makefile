@@ -35,6 +35,7 @@ lint: $(VENV)/.lint $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mdformat --check $$(git ls-files '*.md' ':!docs/models.md' ':!docs/measurements/report.md') # those are generated
 	files="$$(git ls-files 'native/*.cpp' 'native/*.h' 'native/*.c' 'tests/native/*.cpp' 'tests/native/*.h' 'tests/card/*.cpp' 'tests/card/*.h' 'tests/metal/*.cpp')" && [ -n "$$files" ] && \
 	    $(BIN)/clang-format --dry-run --Werror $$files
 

@@ -19,9 +19,9 @@ ELSEWHERE = {"make build", "make test", "make demo"}
 
 
 def commands(text: str) -> list[str]:
-    """Indented lines outside of code fences, without their comments."""
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    return [line.split("  #")[0].strip() for line in re.findall(r"^    (\S.*)$", text, re.MULTILINE)]
+    """Lines of its blocks for a shell, without their comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
 
 
 def test_the_readme_is_short():

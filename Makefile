@@ -9,7 +9,7 @@ BUILD    := build/native
 UPSTREAM := build/upstream
 STOCK    := build/stock
 VULKAN   := build/vulkan
-WHEEL_ARCH ?= x86_64
+WHEEL_ARCH ?= $(subst arm64,aarch64,$(shell uname -m))
 WHEEL    := build/wheel-$(WHEEL_ARCH)
 ZIG       = $(shell $(BIN)/python -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig
 ARCHS    := $(STOCK)/bin/test-llama-archs
@@ -111,8 +111,8 @@ vulkan: build
 	GGML_VK_VISIBLE_DEVICES=0 MESA_SHADER_CACHE_DIR=$(abspath $(VULKAN))/shaders \
 	    $(BIN)/python tools/gpu-check --part op --part model --backend $(abspath $(VULKAN))/bin/libggml-vulkan.so:ggml_backend_vk_reg
 
-# A wheel for any Linux of that processor since 2018 and glibc 2.28, with kernels for every instruction set; beside it one of
-# llama-cpp-python without libraries, since the index has its source alone. WHEEL_ARCH=aarch64 compiles for that processor;
+# A wheel for any Linux of this processor since 2018 and glibc 2.28, with kernels for every instruction set; beside it one of
+# llama-cpp-python without libraries, since the index has its source alone. WHEEL_ARCH=aarch64 compiles for that one;
 # what auditwheel would look for, too new a glibc or foreign libraries, zig's target leaves no room for.
 wheel: $(VENV)/.wheel $(VENV)/.llama-cpp-python
 	rm -rf $(WHEEL)/dist dist/llama_semanticache-*_$(WHEEL_ARCH).whl dist/*.tar.gz dist/llama_cpp_python-*
@@ -138,8 +138,8 @@ endif
 	$(BIN)/twine check --strict dist/*
 
 # What a user gets: the wheels in an environment of their own, on the best kernels and on those of older processors, and
-# beside the oldest versions of other packages that pyproject.toml allows. Of
-# another processor the libraries alone, in an emulator: needs qemu-user and, for aarch64, libc6-arm64-cross.
+# beside the oldest versions of other packages that pyproject.toml allows. Of another processor the libraries alone, in an
+# emulator: needs qemu-user and, for aarch64, libc6-arm64-cross.
 ifeq ($(WHEEL_ARCH),$(shell uname -m))
 wheel-test: wheel
 	rm -rf $(WHEEL)/venv

@@ -90,6 +90,12 @@ def test_help_names_all_commands(invoke):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize("command", ["models list", "models pull", "models rm", "bench quality"])
+def test_a_command_without_its_group_is_answered_with_its_whole_name(invoke, command):
+    result = invoke(command.split()[1])
+    assert result.exit_code == 2 and f"Did you mean '{command}'?" in result.stderr
+
+
 def test_module_runs_the_program():
     assert program("--help").out.startswith("Usage: llama-semanticache ")
     assert program("--version").out.strip() == f"llama-semanticache, version {__version__}"

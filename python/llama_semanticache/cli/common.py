@@ -27,8 +27,17 @@ _VERBOSE = "llama_semanticache.verbose"
 
 class ErrorGroup(click.Group):
     """Reports an error of ours, llama_cpp's or the system's as 'Error: ...' with exit status 1, with a traceback only
-    under --verbose, and warnings as 'Warning: ...'.
+    under --verbose, and warnings as 'Warning: ...'. What is a command of a group in this one is answered with its
+    whole name.
     """
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        for name, inner in self.commands.items() if args[0] not in self.commands else ():
+            if isinstance(inner, click.Group) and args[0] in inner.list_commands(ctx):
+                raise click.UsageError(f"No such command {args[0]!r}. Did you mean '{name} {args[0]}'?", ctx)
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -132,7 +132,10 @@ def _prompt(stdin: bool, prompt: str | None, prompt_file: str | None, files: tup
         parts.append(prompt)
     text = "\n\n".join(part for part in parts if part)
     if not text:
-        raise click.UsageError("expected a prompt, got none; give --prompt, --prompt-file or text on stdin")
+        raise click.UsageError(
+            "expected a prompt, got none; put it behind MODEL, or give --prompt-file or text on stdin; to talk: "
+            "llama-semanticache chat MODEL"
+        )
     return text
 
 

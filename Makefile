@@ -46,6 +46,8 @@ venv: $(VENV)/.tools
 $(VENV)/.tools: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "expected Python 3.10 or newer, got $$($(PYTHON) --version); name another: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "venv and ensurepip of $(PYTHON) are needed and were not found; on Debian: apt install python3-venv"; exit 1; }
 	@command -v git >/dev/null || { echo "git is needed to apply the patches and was not found; install git"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

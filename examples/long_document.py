@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_semanticache import KVStats, Llama, models, profile
+from llama_semanticache.cli.answer import reading
 from llama_semanticache.config import KVConfig
 
 DOCUMENT = Path(__file__).parents[1] / "models" / "texts" / "long-document.txt"
@@ -79,20 +80,19 @@ def ask(llm: Llama, text: str, console: Console) -> tuple[int, KVStats, float, f
             [{"role": "user", "content": prompt}], max_tokens=40, temperature=0.0, stream=True
         )
         answer, first = "", None
-        console.print(f"[bold]{question}[/bold] ", end="")
-        for chunk in stream:
-            piece = chunk["choices"][0]["delta"].get("content", "")
-            if piece and first is None:
-                first = time.perf_counter()
-                if (
-                    not prefill_tps
-                ):  # the later questions re-use the document: only the first one tells how fast it is read
-                    prefill_tps = llm.n_tokens / (first - start)
-                    passes = llm.kv_stats().pass_s / (first - start)
-            elif piece:
-                n_new += 1
-            answer += piece
-            console.print(piece, end="", highlight=False)
+        with reading(llm):
+            for chunk in stream:
+                piece = chunk["choices"][0]["delta"].get("content", "")
+                if piece and first is None:
+                    first = time.perf_counter()
+                    if not prefill_tps:  # the later questions re-use the document: only the first tells how fast
+                        prefill_tps = llm.n_tokens / (first - start)
+                        passes = llm.kv_stats().pass_s / (first - start)
+                    console.print(f"[bold]{question}[/bold] ", end="")
+                elif piece:
+                    n_new += 1
+                answer += piece
+                console.print(piece, end="", highlight=False)
         decode_s += time.perf_counter() - (first or start)
         right = want in answer
         n_right += right

@@ -179,7 +179,7 @@ SEMCACHE_API int64_t semcache_work_bytes(const struct semcache_params * params, 
 // Whether a GPU that this build knows, and that is there, computes passes by the method that is set: 0 or 1.
 SEMCACHE_API int32_t semcache_passes_on_device(const struct semcache_params * params);
 
-SEMCACHE_API const char * semcache_version(void);         // of this package, "0.1.0"
+SEMCACHE_API const char * semcache_version(void);         // of this package
 SEMCACHE_API const char * semcache_upstream_commit(void); // 40 hex digits of the llama.cpp commit that was patched
 
 // cffi: end

@@ -163,7 +163,7 @@ class KVConfig:
         unknown = set(self.kv_params or ()) - set(PARAMS)
         if unknown:
             raise ArgumentError(
-                f"kv_params: expected {', '.join(PARAMS)}, got {', '.join(sorted(unknown))}; see semcache.h"
+                f"kv_params: expected {', '.join(PARAMS)}, got {', '.join(sorted(unknown))}; leave the others out"
             )
         n_chunk: Any = self.n_chunk
         if not isinstance(n_chunk, numbers.Integral) or not 1 <= int(n_chunk) <= 255:

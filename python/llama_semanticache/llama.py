@@ -281,7 +281,7 @@ class Llama(llama_cpp.Llama):
         if config.has_too_few_heads(stats.n_head_kv):
             warnings.warn(
                 f"only {stats.n_head_kv} KV heads of this model attend to the whole text, too few to take rows from "
-                "one another: expect facts to be lost (README, Limits); leave kv_ratio and kv_budget out, and every "
+                "one another: expect facts to be lost; leave kv_ratio and kv_budget out, and every "
                 "token keeps its row",
                 stacklevel=3,
             )

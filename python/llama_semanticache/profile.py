@@ -259,8 +259,8 @@ def ensure(
     if verbose:
         print(
             f"llama-semanticache: first use of {model.name} with compression: measuring which heads need how many "
-            f"rows; kept in {profile_path(model.id)}. Without: kv_profile=None (--kv-profile none), equal shares, a "
-            "little worse",
+            f"rows; kept in {profile_path(model.id)}. Without: kv_profile=None (--kv-profile none), equal shares, "
+            "which lose more",
             file=sys.stderr,
         )
     return calibrate(model, progress=verbose, n_threads=n_threads)

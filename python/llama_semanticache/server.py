@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 from typing import TYPE_CHECKING, Any
 
-from .errors import LibraryError
+from .errors import ArgumentError, LibraryError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -24,6 +25,20 @@ def check_installed() -> None:
             f"a server: expected the packages of the extra, got none of {', '.join(missing)}; run "
             "pip install 'llama-semanticache[server]'"
         )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of this address, which nobody else gets while a model is loaded. Raises ArgumentError."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ArgumentError(
+            f"--host {host} --port {port}: expected a free address of this machine, got: {error}; choose another port"
+        ) from error
+    return bound
 
 
 class _NewerNames:

@@ -18,6 +18,8 @@ from click.testing import CliRunner
 import tiny_models
 from llama_semanticache import Llama, __version__, models, profile
 from llama_semanticache.cli import answer, main, terminal
+from llama_semanticache.cli.common import in_options
+from llama_semanticache.model_file import ModelFile
 
 PROGRAM = [sys.executable, "-m", "llama_semanticache"]
 SETTINGS = [
@@ -86,7 +88,7 @@ def test_starts_without_loading_llama_cpp(args, tiny):
 def test_help_names_all_commands(invoke):
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("chat", "run", "profile", "memory", "models"):
+    for command in ("chat", "run", "serve", "profile", "memory", "models", "bench"):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
 
 
@@ -125,6 +127,11 @@ def test_fetch_of_an_unknown_name(invoke):
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith("Error: expected") and models.default_name() in result.stderr
+
+
+def test_fetch_of_a_file_that_is_there(invoke, tiny):
+    result = invoke("models", "pull", tiny)
+    assert result.exit_code == 1 and "the name of a model to fetch, got a file that is there" in result.stderr
 
 
 def test_fetch_prints_the_path_of_what_is_there(invoke, tiny, tmp_path, monkeypatch):
@@ -258,8 +265,18 @@ def test_arguments_that_do_not_fit_together(tiny):
         "run", tiny, "--prompt", "x", "--n-ctx", "256", "--kv-stage", "512", "--kv-window", "64", "--kv-profile", "none"
     )
     assert done.returncode == 1
-    assert done.err.startswith("Error: ") and "512" in done.err and "256" in done.err
+    said = "Error: --n-ctx: expected at least --kv-stage = 512, got 256; raise --n-ctx or lower --kv-stage"
+    assert done.err.startswith(said), done.err
     assert "Traceback" not in done.err
+
+
+def test_errors_name_options_as_they_are_typed():
+    said = in_options(
+        'kv_profile: expected "auto", got 3; pass kv_profile=None or kv_compress="auto", n_ctx_x, --kv-ratio'
+    )
+    assert said == (
+        '--kv-profile: expected "auto", got 3; pass --kv-profile none or --kv-compress auto, n_ctx_x, --kv-ratio'
+    )
 
 
 @pytest.mark.parametrize("arch", tiny_models.REFUSED)
@@ -268,9 +285,10 @@ def test_model_that_cannot_be_compressed(arch, tmp_path):
     done = program("run", str(path), "--prompt", "x", *SETTINGS)
     assert done.returncode == 1
     assert "Error: " in done.err and "Traceback" not in done.err
-    done = program("run", str(path), "--prompt", "x", *SETTINGS, "--kv-compress", "none", "--max-tokens", "4")
-    assert done.returncode == 0, done.err
-    assert done.out.strip()
+    for how, line in (("none", "uncompressed | "), ("auto", "uncompressed: ")):
+        done = program("run", str(path), "--prompt", "x", *SETTINGS, "--kv-compress", how, "--max-tokens", "4")
+        assert done.returncode == 0, done.err
+        assert done.out.strip() and line in done.err
 
 
 # run
@@ -315,10 +333,11 @@ def test_run_takes_the_prompt_from_everywhere(tiny, tmp_path):
     assert program(*args, stdin="some words").out == expected
     both = program(*args, "--prompt", "some words\n\nwhat?").out
     assert program(*args, "-", "--prompt", "what?", stdin="some words\n").out == both != expected
-    assert program(*args, "--prompt", "some words", stdin="not read").out == expected
+    assert program(*args, "what?", stdin="some words\n").out == both
     assert program(*args, "some words").out == expected
     assert program(*args, "--file", str(file), "what?").out == both
     assert program(*args, "--file", str(file)).out == expected
+    assert program(*args, "--file", str(file), stdin="not read").out == expected
     twice = program(*args, "x", "--prompt", "y")
     assert twice.returncode == 2 and "expected one prompt, got 'x' and --prompt" in twice.err
 
@@ -761,6 +780,28 @@ def test_chat_reads_a_file_before_the_next_message(tiny, tmp_path):
     assert asked == ["Ada went to the harbour.\n\nwhere?", "and now?"]
 
 
+def test_a_text_that_is_too_long_is_no_dead_end(tiny, tmp_path):
+    half, whole = tmp_path / "half.txt", tmp_path / "whole.txt"
+    half.write_text("a" * 700)
+    whole.write_text("a" * 1100)
+    hello = talk(tiny, "hello").out
+    done = talk(tiny, f"/read {whole}", "hello")
+    assert "expected fewer tokens than the context has, 1,024, got 1,100; shorten" in done.err and done.out == hello
+    done = talk(tiny, f"/read {half}", f"/read {half}", "/clear", "hello")
+    assert "1,024, got 700 and 702 of what was read before" in done.err and done.out == hello
+    done = talk(tiny, f"/read {half}", "b" * 400, "hello")
+    assert "without this message and the texts of /read" in done.err and done.out == hello
+
+
+def test_a_context_larger_than_what_the_model_was_trained_for(tiny, tmp_path):
+    """Is used, with a warning; nobody is told to take an even larger one."""
+    n_ctx = ModelFile.of(tiny).shape.n_ctx_train
+    done = talk(tiny, "a" * (n_ctx + 256), options=("--n-ctx", str(n_ctx)))
+    assert "forget old ones with /drop" in done.err and "larger --n-ctx" not in done.err and "Warning" not in done.err
+    done = talk(tiny, "hello", options=("--n-ctx", str(n_ctx + 256), "--max-tokens", "4"))
+    assert f"was trained for {n_ctx:,} tokens, --n-ctx is {n_ctx + 256:,}" in done.err and done.returncode == 0
+
+
 def test_chat_answers_once_more_and_with_another_system_message(tiny, tmp_path):
     saved = tmp_path / "talk.zip"
     done = talk(tiny, "/regen", "hello", "/regen", "/system be brief", "again", "/system", f"/save {saved}")
@@ -802,6 +843,7 @@ def test_chat_sets_how_tokens_are_chosen(tiny):
     assert done.returncode == 0 and "temp 0.0\n" in done.err and "temp 3.0\n" in done.err and "temp 0.2\n" in done.err
     wild, again, narrow = done.out.splitlines()
     assert wild == again != narrow == talk(tiny, "hello").out.strip("\n")
+    assert "temp 1.5\n" in talk(tiny, "/set parameter temperature 1.5", "/?").err
     done = talk(tiny, "/set temp hot", "/set heat 3", "/set max-tokens 2", "/set stop", "hello")
     assert "Error: temp: 'hot' is not a valid float" in done.err
     assert "Error: expected one of max-tokens, temp" in done.err and "stop (none)" in done.err
@@ -822,7 +864,7 @@ def test_a_full_context_is_no_dead_end(tiny, tmp_path):
     larger = talk(tiny, f"/load {file}", lines[2], options=("--n-ctx", "2048", "--max-tokens", "12"))
     assert "read again" in larger.err and "Error" not in larger.err and larger.out.strip()
     full = talk(tiny, lines[0], options=())
-    assert "the context is full: shorten the message, forget" in full.err
+    assert "the context is full: shorten the message or forget" in full.err
 
 
 def test_markdown_is_shown_as_it_comes(capsys, monkeypatch):

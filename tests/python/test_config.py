@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -69,15 +70,18 @@ def test_defaults_of_llama_are_these():
     assert KVConfig().changed() == [] and KVConfig(OURS, kv_sink=8).changed() == ["kv_compress", "kv_sink"]
 
 
-@pytest.mark.parametrize("command", ["chat", "run", "memory"])
+@pytest.mark.parametrize("command", ["chat", "run", "serve", "memory"])
 def test_options_of_the_command_line_are_these(command):
     options = {o.name: o for o in main.commands[command].params if (o.name or "").startswith("kv_")}
-    assert {"kv_ratio", "kv_stage", "kv_window", "kv_type_k", "kv_type_v", "kv_type_stage"} <= options.keys()
+    settings = {field.name for field in fields(KVConfig)} - {"kv_params"}
+    assert options.keys() == (
+        settings - {"kv_compress", "kv_profile", "kv_budget"} if command == "memory" else settings
+    )
     for name, option in options.items():
         default = OURS if name == "kv_compress" else getattr(KVConfig, name)
         assert option.default == default, name
         if isinstance(option.type, click.Choice):
-            choices = {"kv_compress": (*METHODS, "none"), "kv_type_stage": STAGE_TYPES}
+            choices = {"kv_compress": (*METHODS, "auto", "none"), "kv_type_stage": STAGE_TYPES}
             assert tuple(option.type.choices) == choices.get(name, ROW_TYPES)
 
 

@@ -316,7 +316,7 @@ def test_a_model_is_read_once(tmp_path, cache, monkeypatch):
     read_header, of = _gguf.read_header, ModelFile.read.__func__
     monkeypatch.setattr(_gguf, "read_header", lambda path: reads.append(path) or read_header(path))
     monkeypatch.setattr(ModelFile, "read", classmethod(lambda cls, path: opened.append(of(cls, path)) or opened[-1]))
-    options = LoadOptions(None, "semanticache", 0.25, 96, 12, "auto", "auto", "auto", "auto", None, 0, 1, False)
+    options = LoadOptions(None, "semanticache", 0.25, 96, 12, 4, "auto", "auto", "auto", "auto", None, 0, 1, False)
     llm, model = load_llama(str(path), options)
     assert len(set(rows for *_, rows, _ in llm.kv_rows())) > 1 and llm.n_ctx() == 4096  # the profile was found
     llm.close()

@@ -186,6 +186,16 @@ def test_without_the_extra_it_says_what_to_install():
     assert "none of fastapi; run pip install 'llama-semanticache[server]'" in done.stderr.replace("\n", " ")
 
 
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ["serve", str(tmp_path / "no-model.gguf"), "--port", str(port)]
+        done = subprocess.run([sys.executable, "-m", "llama_semanticache", *words], capture_output=True, text=True)
+    assert done.returncode == 1 and f"--port {port}: expected a free address" in done.stderr
+
+
 def test_the_server_listens_to_this_machine_alone(address):
     """127.0.0.1 unless told otherwise: another address of the machine is refused."""
     port = int(Path(address).parts[1].rsplit(":", 1)[1])

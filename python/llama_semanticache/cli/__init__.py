@@ -20,8 +20,8 @@ from .serve import serve
 def main() -> None:
     """Language models in less memory: llama.cpp with a compressed KV cache.
 
-    MODEL is the path of a GGUF file or a name that 'llama-semanticache models' lists; a named model is downloaded on
-    first use.
+    MODEL is the path of a GGUF file, a name that 'llama-semanticache models' lists, or owner/repo[:quant] of Hugging
+    Face; a named model is downloaded on first use.
     """
 
 

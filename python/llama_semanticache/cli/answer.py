@@ -118,7 +118,12 @@ class Answer:
 
 def explain(error: Exception, remedy: str = "shorten the text or start with a larger --n-ctx") -> str:
     """Message of an error, with what to do where a prompt does not fit and llama_cpp's own does not say."""
-    return f"{error}; {remedy}" if "exceed context window" in str(error) else str(error)
+    return f"{error}; {remedy}" if is_overflow(error) else str(error)
+
+
+def is_overflow(error: Exception) -> bool:
+    """Whether a prompt does not fit, by llama_cpp's message."""
+    return "exceed context window" in str(error)
 
 
 def _echo(text: str) -> None:

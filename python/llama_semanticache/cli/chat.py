@@ -12,15 +12,18 @@ import click
 
 from ..config import KVConfig
 from ..errors import SemanticCacheError
-from .answer import Answer, TokenMeter, explain, reading, stream_answer
+from ..models import read_text
+from .answer import Answer, TokenMeter, explain, is_overflow, reading, stream_answer
 from .common import (
     LoadOptions,
     SamplingOptions,
+    in_options,
     kv_line,
     llama_options,
     load_llama,
     model_argument,
     note,
+    sampling_field,
     sampling_options,
     stats_dict,
 )
@@ -45,11 +48,10 @@ HELP = """\
 A message may have several lines: paste them, or begin a new one with Alt-Enter."""
 
 COMMANDS = ("/help", "/stats", "/drop", "/reset", "/regen", "/edit", "/system", "/set", "/quit", "/exit", "/bye")
+ALIASES = {"/?": "/help", "/clear": "/reset"}  # of Ollama
 FILE_COMMANDS = ("/read", "/save", "/load")
-NO_ROOM = (
-    "shorten the message, forget old ones with /drop, or /save FILE, start with a larger --n-ctx and go on with "
-    "/load FILE"
-)
+NO_ROOM = "shorten the message or forget old ones with /drop"
+LARGER = ", or /save FILE, start with a larger --n-ctx and go on with /load FILE"
 N_SHOWN = 300  # letters of a message, where the end of a conversation is shown
 
 
@@ -130,6 +132,9 @@ class Conversation:
         self.first = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.first)
         self.texts: list[str] = []  # for the next message
+        n_ctx_train = model.shape.n_ctx_train
+        can_grow = not n_ctx_train or llm.n_ctx() < n_ctx_train
+        self.no_room = NO_ROOM + LARGER if can_grow else NO_ROOM
 
     def take(self, line: str) -> bool:
         """Answer a message or obey a command; False if it was /quit."""
@@ -143,6 +148,7 @@ class Conversation:
         argument = argument.strip()
         if name in ("/quit", "/exit", "/bye"):
             return False
+        name = ALIASES.get(name, name)
         commands = {"/help": self.help, "/stats": self.stats, "/reset": self.reset, "/regen": self.regenerate}
         with_text = {"/system": self.instruct, "/set": self.set, "/edit": self.edit, "/drop": self.drop}
         file_commands = {"/read": self.read, "/save": self.save, "/load": self.restore}
@@ -167,7 +173,7 @@ class Conversation:
             import traceback
 
             note("".join(traceback.format_exception(type(error), error, error.__traceback__)))
-        note(f"Error: {explain(error, NO_ROOM)}", style="red")
+        note(f"Error: {in_options(explain(error, self.no_room))}", style="red")
 
     def answer(self, text: str) -> bool:
         """Stream the answer to a message. The history keeps both, as far as the answer got; whether it does.
@@ -196,12 +202,16 @@ class Conversation:
         if failed is not None:
             self.report(failed)
         if not kept:
-            note("(the conversation goes on without this message)", style="dim")
+            without = "this message"
+            if self.texts and failed is not None and is_overflow(failed):
+                self.texts.clear()  # with them no message would fit
+                without += " and the texts of /read"
+            note(f"(the conversation goes on without {without})", style="dim")
         elif answer.interrupted:
             note("(stopped)", style="dim")
         elif answer.finish_reason == "length":
             full = self.llm.n_tokens >= self.llm.n_ctx() - 1
-            note(f"(the context is full: {NO_ROOM})" if full else "(cut off by max-tokens, see /set)", style="dim")
+            note(f"(the context is full: {self.no_room})" if full else "(cut off by max-tokens, see /set)", style="dim")
         note(kv_line(self.llm.kv_stats(), meter.tokens_per_s), style="dim")
         return kept
 
@@ -220,12 +230,16 @@ class Conversation:
 
     def read(self, file: Path) -> None:
         """Keep a text for the next message."""
-        try:
-            text = file.read_bytes().decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: expected a text in UTF-8, got: {error}") from error
-        self.texts.append(text)
+        text = read_text(file).strip()
         n = len(self.llm.tokenize(text.encode(), add_bos=False, special=False))
+        n_all = len(self.llm.tokenize("\n\n".join([*self.texts, text]).encode(), add_bos=False, special=False))
+        if n_all >= self.llm.n_ctx():
+            before = f" and {n_all - n:,} of what was read before" if self.texts else ""
+            raise ValueError(
+                f"{file}: expected fewer tokens than the context has, {self.llm.n_ctx():,}, got {n:,}{before}; shorten "
+                "it or start with a larger --n-ctx"
+            )
+        self.texts.append(text)
         note(f"({file.name}: {n:,} tokens; it is read with your next message)", style="dim")
 
     def regenerate(self) -> None:
@@ -280,11 +294,11 @@ class Conversation:
 
     def set(self, argument: str) -> None:
         """Change how tokens are chosen, or show it."""
-        name, _, value = argument.partition(" ")
+        name, _, value = argument.removeprefix("parameter ").partition(" ")  # as Ollama's
         if name:
             self.sampling = self.sampling.changed(name, value.strip())
         for option, is_set in asdict(self.sampling).items():
-            if not name or option == name.removeprefix("--").replace("-", "_"):
+            if not name or option == sampling_field(name):
                 note(f"{option.replace('_', '-')} {is_set if is_set not in (None, ()) else '(none)'}", style="dim")
 
     def instruct(self, text: str) -> None:

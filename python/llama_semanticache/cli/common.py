@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import METHODS, OURS, ROW_TYPES, STAGE_TYPES, KVConfig
+from ..config import AUTO, METHODS, OURS, ROW_TYPES, STAGE_TYPES, KVConfig
 from ..errors import ArgumentError, SemanticCacheError
 from ..models import open_model
 
@@ -55,7 +56,7 @@ class ErrorGroup(click.Group):
                 if isinstance(error, SemanticCacheError)
                 else f" ({type(error).__name__}; run again with --verbose to see more)"
             )
-            raise click.ClickException(f"{error}{where}") from error
+            raise click.ClickException(f"{in_options(str(error))}{where}") from error
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class LoadOptions:
     kv_ratio: float | None
     kv_stage: int
     kv_window: int
+    kv_sink: int
     kv_type_k: str
     kv_type_v: str
     kv_type_stage: str
@@ -117,10 +119,7 @@ class SamplingOptions:
         ArgumentError
             No option has this name, or the text is no value of it.
         """
-        field = name.removeprefix("--").replace("-", "_")
-        if field not in _SAMPLE:
-            names = ", ".join(n.replace("_", "-") for n in _SAMPLE)
-            raise ArgumentError(f"expected one of {names}, got {name!r}")
+        field = sampling_field(name)
         kind, default, _ = _SAMPLE[field]
         try:
             value: Any = kind.convert(text, None, None) if text else default
@@ -128,6 +127,26 @@ class SamplingOptions:
             raise ArgumentError(f"{name}: {error.message}") from error
         change: dict[str, Any] = {field: (value,) if field == "stop" and text else value}
         return replace(self, **change)
+
+
+def sampling_field(name: str) -> str:
+    """Field of SamplingOptions that a user calls so. Raises ArgumentError."""
+    field = name.removeprefix("--").replace("-", "_")
+    field = "temp" if field == "temperature" else field  # llama_cpp's own name
+    if field not in _SAMPLE:
+        raise ArgumentError(f"expected one of {', '.join(n.replace('_', '-') for n in _SAMPLE)}, got {name!r}")
+    return field
+
+
+def in_options(text: str) -> str:
+    """A message with arguments of `Llama`, as options of the command line: "n_ctx", kv_profile=None."""
+
+    def option(match: re.Match[str]) -> str:
+        value = match["value"]
+        return f"--{match['name'].replace('_', '-')}" + (f" {value.strip(chr(34)).lower()}" if value else "")
+
+    names = "|".join(field.name for field in fields(LoadOptions) if "_" in field.name)
+    return re.sub(rf'(?<![\w-])(?P<name>{names})\b(?:=(?P<value>"?[\w.]+"?))?', option, text)
 
 
 def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
@@ -179,6 +198,7 @@ _HELP = {
     "kv_ratio": "Rows kept, as a share of the context.  [default: 0.25, or 1 for models of few heads]",
     "kv_stage": "Newest tokens that are held one by one until the next pass.",
     "kv_window": "Newest tokens that a pass leaves alone.",
+    "kv_sink": "First tokens, which are never merged or dropped.",
     "kv_type_k": "How K of the older tokens is stored; auto: iq4_nl where heads allow it.",
     "kv_type_v": "How V of the older tokens is stored; auto: iq4_nl where heads allow it.",
     "kv_type_stage": "How the newest tokens are stored; auto: q8_0 where heads allow it.",
@@ -187,6 +207,7 @@ _TYPES = {
     "kv_ratio": click.FloatRange(0, 1, min_open=True),
     "kv_stage": click.IntRange(min=1),
     "kv_window": click.IntRange(min=1),
+    "kv_sink": click.IntRange(min=0),
     "kv_type_k": click.Choice(ROW_TYPES),
     "kv_type_v": click.Choice(ROW_TYPES),
     "kv_type_stage": click.Choice(STAGE_TYPES),
@@ -216,11 +237,11 @@ _LOAD: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--kv-compress",
-        type=click.Choice([*METHODS, "none"]),
+        type=click.Choice([*METHODS, AUTO, "none"]),
         default=OURS,
         show_default=True,
         callback=_none_if("none"),
-        help="How the KV cache is compressed.",
+        help=f"How the KV cache is compressed; {AUTO}: by {OURS} where the model allows it.",
     ),
     *_SIZES,
     click.option(
@@ -331,8 +352,13 @@ def load_llama(model: str, load: LoadOptions, **more: Any) -> tuple[Llama, Model
         "verbose": load.verbose,
         **more,
     }
+    n_ctx_train = model_file.shape.n_ctx_train
+    if n_ctx_train and n_ctx > n_ctx_train:
+        note(f"Warning: {model_file.name} was trained for {n_ctx_train:,} tokens, --n-ctx is {n_ctx:,}", "yellow")
     # Llama does this too, but silently unless llama.cpp's log is wanted
     config = KVConfig(**load.kv_settings())
+    if config.kv_compress == AUTO:
+        return Llama(model_file, **{**options, "verbose": load.verbose or None}, **load.kv_settings()), model_file
     if config.kv_compress is not None and not model_file.shape.refused:
         config.check()
         config.check_n_ctx(n_ctx)
@@ -345,7 +371,10 @@ def kv_line(stats: KVStats, tokens_per_s: float | None) -> str:
     """One line about the cache: tokens seen, rows, size, gain, speed."""
     parts = [f"{stats.n_tokens:,} tokens seen"]
     if stats.kv_compress is None:
-        parts += ["uncompressed", f"KV {stats.total_bytes / 2**20:.1f} MiB"]
+        parts += [
+            f"uncompressed: {stats.why_uncompressed}" if stats.why_uncompressed else "uncompressed",
+            f"KV {stats.total_bytes / 2**20:.1f} MiB",
+        ]
     else:
         used, allocated = (n / stats.n_head_kv for n in (stats.rows_used, stats.rows_allocated))
         parts.append(f"{used:,.0f} of {allocated:,.0f} rows per head")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
@@ -64,8 +65,8 @@ def _list(as_json: bool) -> None:
 def pull(model: str, as_json: bool) -> None:
     """Download MODEL, unless it is there, and print its path."""
     name = hub.parse(model)
-    if name is None:
-        find(model)  # a path is no name
+    if name is None and Path(model).is_file():
+        raise ModelFileError(f"expected the name of a model to fetch, got a file that is there: {model}")
     path = hub.fetch(name, update=True) if name else resolve(model, progress=not as_json)
     click.echo(json.dumps({"name": model, "path": str(path)}, ensure_ascii=False) if as_json else path)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from .answer import Answer, TokenMeter, explain, reading, stream_answer
 from .common import (
     LoadOptions,
     SamplingOptions,
+    in_options,
     json_option,
     kv_line,
     llama_options,
@@ -65,11 +68,11 @@ def run(
 ) -> None:
     """Print MODEL's answer to one prompt.
 
-    A text comes before the prompt, from --file, --prompt-file or stdin (-, or what is piped in without a prompt):
+    A text comes before the prompt, from --file, --prompt-file or a pipe:
 
         llama-semanticache run MODEL --file book.txt "Who is the author?"
 
-        llama-semanticache run MODEL - --prompt "Who is the author?" < book.txt
+        llama-semanticache run MODEL "Who is the author?" < book.txt
     """
     stdin = question == "-"
     if question is not None and not stdin:
@@ -90,7 +93,7 @@ def run(
     except (ValueError, RuntimeError) as error:
         if load.verbose:
             raise
-        raise click.ClickException(explain(error)) from error
+        raise click.ClickException(in_options(explain(error))) from error
     if as_json:
         result = {
             "model": str(model_file.path),
@@ -117,7 +120,7 @@ def _prompt(stdin: bool, prompt: str | None, prompt_file: str | None, files: tup
     """The text to answer, from wherever the user gave it. Raises click.UsageError if there is none."""
     if stdin and prompt_file:
         raise click.UsageError("expected one text, got - and --prompt-file; leave out one of them")
-    if stdin or (prompt is None and prompt_file is None and not files and not sys.stdin.isatty()):
+    if stdin or (prompt_file is None and not files and (_is_piped() if prompt else not sys.stdin.isatty())):
         prompt_file = "-"
     parts = []
     for file in [*files, *([prompt_file] if prompt_file is not None else [])]:
@@ -127,7 +130,9 @@ def _prompt(stdin: bool, prompt: str | None, prompt_file: str | None, files: tup
             parts.append(data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n"))
         except (OSError, UnicodeDecodeError) as error:
             name = "stdin" if file == "-" else file
-            raise click.ClickException(f"{name}: expected a text in UTF-8, got: {error}") from error
+            raise click.ClickException(
+                f"{name}: expected a text in UTF-8, got: {error}; convert it, for example with iconv"
+            ) from error
     if prompt is not None:
         parts.append(prompt)
     text = "\n\n".join(part for part in parts if part)
@@ -137,6 +142,15 @@ def _prompt(stdin: bool, prompt: str | None, prompt_file: str | None, files: tup
             "llama-semanticache chat MODEL"
         )
     return text
+
+
+def _is_piped() -> bool:
+    """Whether stdin is a pipe or a file, and not a terminal or nothing."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # of no file
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def _answer(

@@ -17,8 +17,8 @@ enum {
     PASS_QUERIES,
     PASS_LOGITS,
     PASS_SHARES,
-    PASS_OUTPUTS,
     PASS_SCORE,
+    PASS_OUTPUT,
     PASS_DISTANCES,
     PASS_CHOOSE,
     PASS_METRIC,
@@ -85,9 +85,11 @@ template <typename L> void pass_steps(const pass_dims & m, int n_rows, int n_can
         launch(pass_step_id<PASS_QUERIES>(), m.n_voter, pass_queries_shared(m));
         launch(pass_step_id<PASS_LOGITS>(), sc_gemm_tiles(n_query, n_rows), SC_GEMM_SHARED);
         launch(pass_step_id<PASS_SHARES>(), n_query, words);
-        launch(pass_step_id<PASS_OUTPUTS>(), sc_gemm_tiles(n_fit, m.d_v), SC_GEMM_SHARED);
     }
     launch(pass_step_id<PASS_SCORE>(), pieces(n_rows, SC_THREADS), 0);
+    if (n_query > 0) {
+        launch(pass_step_id<PASS_OUTPUT>(), m.d_v, words);
+    }
     launch(pass_step_id<PASS_DISTANCES>(), 1, pass_distances_shared(m));
     launch(pass_step_id<PASS_CHOOSE>(), 1, words);
     launch(pass_step_id<PASS_METRIC>(), sc_gemm_tiles(m.d_k, m.d_k), SC_GEMM_SHARED);

@@ -33,41 +33,42 @@ struct pass_data {
 };
 
 // Work, each of n_head_work heads after the other: FIELD(type, name, values of a head), in dims m.
-#define SC_PASS_WORK(FIELD)                                                             \
-    FIELD(float, k, (sc_i64) m.ld * m.d_k)                                              \
-    FIELD(float, v, (sc_i64) m.ld * m.d_v)                                              \
-    FIELD(float, bias, m.ld)                                                            \
-    FIELD(float, q, (sc_i64) pass_n_query(m) * m.d_k) /* the fitted ones first */       \
-    FIELD(float, z, pass_n_query(m))                  /* log-sum-exps */                \
-    FIELD(float, p, (sc_i64) pass_n_query(m) * m.ld)  /* shares */                      \
-    FIELD(float, out, (sc_i64) pass_n_fit(m) * m.d_v)                                   \
-    FIELD(float, s_use, m.ld)                                                           \
-    FIELD(float, w, m.ld)                                                               \
-    FIELD(float, dev, m.ld)        /* of values from their mean */                      \
-    FIELD(float, difference, m.ld) /* of keys from the others */                        \
-    FIELD(float, metric, m.d_k * m.d_k)                                                 \
-    FIELD(float, k_metric, (sc_i64) m.ld * m.d_k)                                       \
-    FIELD(int, chunk, m.ld)                                                             \
-    FIELD(int, n_tok, m.ld)                                                             \
-    FIELD(int, stays, m.ld)  /* place among the rows that stay, from 1 on; 0: goes */   \
-    FIELD(int, winner, m.ld) /* itself, the row that it joins, or SC_DROPPED */         \
-    FIELD(int, count, m.ld)  /* members of a winner */                                  \
-    FIELD(int, place, m.ld)  /* among the merged rows */                                \
-    FIELD(int, first, m.n_merged)                                                       \
-    FIELD(int, n, 4) /* see N_MERGED */                                                 \
-    FIELD(float, mk, (sc_i64) m.n_merged * m.d_k)                                       \
-    FIELD(float, mv, (sc_i64) m.n_merged * m.d_v)                                       \
-    FIELD(float, m_bias, m.n_merged)                                                    \
-    FIELD(float, mass, (sc_i64) pass_n_fit(m) * m.n_merged)                             \
-    FIELD(float, shares, (sc_i64) pass_n_fit(m) * m.n_merged)                           \
-    FIELD(float, share, pass_n_fit(m))                                                  \
-    FIELD(float, r, (sc_i64) pass_n_fit(m) * m.d_v)                                     \
-    FIELD(float, normal, (sc_i64) m.n_merged * m.n_merged)                              \
-    FIELD(float, move, (sc_i64) m.n_merged * m.d_v)                                     \
-    FIELD(uchar, new_k, m.ld * sc_row_size(m.k_type, m.d_k)) /* rows as they will be */ \
-    FIELD(uchar, new_v, m.ld * sc_row_size(m.v_type, m.d_v))                            \
-    FIELD(sc_half, new_bias, m.ld)                                                      \
-    FIELD(sc_half, new_s_use, m.ld)                                                     \
+#define SC_PASS_WORK(FIELD)                                                                    \
+    FIELD(float, k, (sc_i64) m.ld * m.d_k)                                                     \
+    FIELD(float, v, (sc_i64) m.ld * m.d_v)                                                     \
+    FIELD(float, bias, m.ld)                                                                   \
+    FIELD(float, q, (sc_i64) pass_n_query(m) * m.d_k) /* the fitted ones first */              \
+    FIELD(float, z, pass_n_query(m))                  /* log-sum-exps */                       \
+    FIELD(float, p, (sc_i64) pass_n_query(m) * m.ld)  /* shares */                             \
+    FIELD(float, w_fit, m.ld)                         /* sums of the fitted queries' shares */ \
+    FIELD(float, out, m.d_v)                          /* mean output of the fitted queries */  \
+    FIELD(float, s_use, m.ld)                                                                  \
+    FIELD(float, w, m.ld)                                                                      \
+    FIELD(float, dev, m.ld)        /* of values from their mean */                             \
+    FIELD(float, difference, m.ld) /* of keys from the others */                               \
+    FIELD(float, metric, m.d_k * m.d_k)                                                        \
+    FIELD(float, k_metric, (sc_i64) m.ld * m.d_k)                                              \
+    FIELD(int, chunk, m.ld)                                                                    \
+    FIELD(int, n_tok, m.ld)                                                                    \
+    FIELD(int, stays, m.ld)  /* place among the rows that stay, from 1 on; 0: goes */          \
+    FIELD(int, winner, m.ld) /* itself, the row that it joins, or SC_DROPPED */                \
+    FIELD(int, count, m.ld)  /* members of a winner */                                         \
+    FIELD(int, place, m.ld)  /* among the merged rows */                                       \
+    FIELD(int, first, m.n_merged)                                                              \
+    FIELD(int, n, 4) /* see N_MERGED */                                                        \
+    FIELD(float, mk, (sc_i64) m.n_merged * m.d_k)                                              \
+    FIELD(float, mv, (sc_i64) m.n_merged * m.d_v)                                              \
+    FIELD(float, m_bias, m.n_merged)                                                           \
+    FIELD(float, mass, (sc_i64) pass_n_fit(m) * m.n_merged)                                    \
+    FIELD(float, shares, (sc_i64) pass_n_fit(m) * m.n_merged)                                  \
+    FIELD(float, share, pass_n_fit(m))                                                         \
+    FIELD(float, r, (sc_i64) pass_n_fit(m) * m.d_v)                                            \
+    FIELD(float, normal, (sc_i64) m.n_merged * m.n_merged)                                     \
+    FIELD(float, move, (sc_i64) m.n_merged * m.d_v)                                            \
+    FIELD(uchar, new_k, m.ld * sc_row_size(m.k_type, m.d_k)) /* rows as they will be */        \
+    FIELD(uchar, new_v, m.ld * sc_row_size(m.v_type, m.d_v))                                   \
+    FIELD(sc_half, new_bias, m.ld)                                                             \
+    FIELD(sc_half, new_s_use, m.ld)                                                            \
     FIELD(int, new_origin, m.ld)
 
 struct pass_work {

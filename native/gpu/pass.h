@@ -482,19 +482,10 @@ SC_DEVICE void pass_shares(SC_THREAD const sc_tid & t, SC_CONST const pass_dims 
     }
 }
 
-// Outputs of the fitted queries. Pieces: tiles of [n_fit, d_v].
-SC_DEVICE void pass_outputs(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
-    SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
-    const int h = (int) t.y, n_fit = pass_n_fit(m);
-    const pass_kv s = pass_kv_of(m, x, h);
-    sc_gemm(t, w.p + (sc_i64) h * pass_n_query(m) * m.ld, m.ld, false, w.v + (sc_i64) h * m.ld * m.d_v, m.d_v, false,
-        w.out + (sc_i64) h * n_fit * m.d_v, m.d_v, n_fit, m.d_v, s.n_rows, false, 0, sh);
-}
-
 // Votes of the stage, and what a row is worth by them. Pieces of SC_THREADS rows.
 SC_DEVICE void pass_score(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
     SC_THREAD const pass_work & w) {
-    const int h = (int) t.y, i = (int) (t.x * SC_THREADS + t.id), n_query = pass_n_query(m);
+    const int h = (int) t.y, i = (int) (t.x * SC_THREADS + t.id), n_query = pass_n_query(m), n_fit = pass_n_fit(m);
     const pass_kv s = pass_kv_of(m, x, h);
     if (i >= s.n_rows) {
         return;
@@ -502,9 +493,15 @@ SC_DEVICE void pass_score(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     SC_GLOBAL const float * p = w.p + (sc_i64) h * n_query * m.ld + i;
     float p4 = 0.0f, p1 = 0.0f;
     for (int r = 0; r < n_query; ++r, p += m.ld) {
+        if (r == n_fit) {
+            w.w_fit[h * m.ld + i] = p1;
+        }
         const float y = *p;
         p4 += y * y * (y * y);
         p1 += y;
+    }
+    if (n_fit == n_query) {
+        w.w_fit[h * m.ld + i] = p1;
     }
     const int from = pass_row_at(m, s, i);
     int n_before = 0;
@@ -529,6 +526,21 @@ SC_DEVICE void pass_score(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     w.n_tok[at] = is_core ? x.origin[s.first + from] & 255 : 1;
     w.s_use[at] = is_core ? sc_max(sc_h2f(x.s_use[s.first + from]), use) : use;
     w.w[at] = p1 * (1.0f / (float) n_asked) + 1e-9f;
+}
+
+// Mean output of the fitted queries. A piece for every value of it. Shared: [SC_THREADS].
+SC_DEVICE void pass_output(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & m, SC_THREAD const pass_data & x,
+    SC_THREAD const pass_work & w, SC_SHARED uchar * sh) {
+    const int h = (int) t.y;
+    const pass_kv s = pass_kv_of(m, x, h);
+    float sum = 0.0f;
+    for (int i = (int) t.id; i < s.n_rows; i += SC_THREADS) {
+        sum += w.w_fit[h * m.ld + i] * w.v[((sc_i64) h * m.ld + i) * m.d_v + t.x];
+    }
+    sum = sc_block_sum(t, sum, (SC_SHARED float *) sh);
+    if (t.id == 0) {
+        w.out[h * m.d_v + t.x] = sum / (float) pass_n_fit(m);
+    }
 }
 
 // How far values are from their mean, in parts of the mean distance, and how little keys are like the others. One
@@ -905,7 +917,7 @@ SC_DEVICE void pass_equations(
         y[j] *= -inv;
     }
     for (int e = (int) t.id; e < m.d_v; e += SC_THREADS) {
-        r[e] = none ? 0.0f : (1.0f - inv) * w.out[at * m.d_v + e] + inv * r[e];
+        r[e] = none ? 0.0f : (1.0f - inv) * w.out[h * m.d_v + e] + inv * r[e];
     }
 }
 
@@ -1205,8 +1217,8 @@ SC_DEVICE void pass_step(SC_THREAD const sc_tid & t, SC_CONST const pass_dims & 
         case PASS_QUERIES: pass_queries(t, m, x, w, sh); break;
         case PASS_LOGITS: pass_logits(t, m, x, w, sh); break;
         case PASS_SHARES: pass_shares(t, m, x, w, sh); break;
-        case PASS_OUTPUTS: pass_outputs(t, m, x, w, sh); break;
         case PASS_SCORE: pass_score(t, m, x, w); break;
+        case PASS_OUTPUT: pass_output(t, m, x, w, sh); break;
         case PASS_DISTANCES: pass_distances(t, m, x, w, sh); break;
         case PASS_CHOOSE: pass_choose(t, m, x, w, sh); break;
         case PASS_METRIC: pass_metric(t, m, w, sh); break;

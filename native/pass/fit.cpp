@@ -139,7 +139,8 @@ double scatter_of(const head_shape & shape, const pass_merged & m, const fit_scr
 
 // The equations, t.shares and t.r; returns the mean square of what an output lacks. Without the gone rows and with the
 // merged ones a query's shares sum up to 1/inv instead of 1, so the rows that stay now give inv (output - gone part),
-// and the output lacks output - inv (output - gone part + merged part).
+// and the output lacks output - inv (output - gone part + merged part), whose (1 - inv) output is that of the mean
+// output: with each query's own, a pass takes half as long again.
 double equations(
     const pass_head & h, const pass_rows & x, const pass_scores & s, const pass_merged & m, fit_scratch & t) {
     const head_shape & shape = h.a.shape;
@@ -159,11 +160,10 @@ double equations(
                 return;
             }
             const float inv = 1.0f / kept;
-            const float * out = s.out + (int64_t) (q0 + i) * ld;
             for (int32_t j = 0; j < n_cols; j += VL) {
                 vstore(yi + j, vload(yi + j) * -inv);
             }
-            for_rows(ld, [&](int32_t e) { ri[e] = (1.0f - inv) * out[e] + inv * ri[e]; });
+            for_rows(ld, [&](int32_t e) { ri[e] = (1.0f - inv) * s.out[e] + inv * ri[e]; });
         });
         gemm_rows(y, n_cols, n_q, m.v, ld, m.n, ld, r, ld, true);
         for_rows(

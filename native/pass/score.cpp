@@ -6,12 +6,11 @@ namespace semcache {
 
 pass_scores::pass_scores(arena & a, const head_shape & shape, const pass_sizes & n) {
     const int64_t n_cols = pad_to(n.n_rows, MAX_NR);
-    const int64_t n_fit = std::min(n.n_voter * shape.n_gqa, N_FIT + shape.n_gqa);
     s_use = a.take<float>(n_cols);
     w = a.take<float>(n_cols);
     s_dev = a.take<float>(n_cols);
     z = a.take<float>((int64_t) n.n_voter * shape.n_gqa);
-    out = a.take<float>(n_fit * value_stride(shape));
+    out = a.take<float>(value_stride(shape));
 }
 
 score_scratch::score_scratch(arena & a, const head_shape & shape, const pass_sizes & n) {
@@ -32,11 +31,10 @@ void pack_keys(const pass_head & h, const pass_rows & x, score_scratch & t) {
     pack_panels(x.k, d, h.n_rows, d, t.panels);
 }
 
-// N rows of logits y [N, n_cols], which become attention shares before normalization: their part in the candidates'
-// sums, their log-sum-exps z [N], and what normalizes them, inv [N]. Several rows at a time, to touch the sums less
-// often.
-template <int N>
-void add_queries(float * y, const float * bias, int32_t n_cols, float * z, float * inv, pass_scores & s) {
+// N rows of logits y [N, n_cols], of which nothing is left: their part in the candidates' sums, and their log-sum-exps
+// z [N]. Several rows at a time, to touch the sums less often.
+template <int N> void add_queries(float * y, const float * bias, int32_t n_cols, float * z, pass_scores & s) {
+    float inv[N];
     for (int r = 0; r < N; ++r) {
         float * x = y + (int64_t) r * n_cols;
         vf vmx = vset(PAD_LOGIT), vsm = {};
@@ -68,28 +66,31 @@ void add_queries(float * y, const float * bias, int32_t n_cols, float * z, float
     }
 }
 
+// The mean output of n queries whose shares add up to w.
+void mean_output(const pass_head & h, const pass_rows & x, int32_t n, pass_scores & s) {
+    const int64_t ld = value_stride(h.a.shape);
+    std::fill_n(s.out, ld, 0.0f);
+    for_rows(h.n_rows, [&](int32_t i) { axpy(s.w[i] / (float) n, x.v + i * ld, s.out, (int) ld); });
+}
+
 // Sums over all queries: of the shares to the power of 4 in s_use, of the shares in w.
 void sum_shares(const pass_head & h, const pass_rows & x, bool outputs, pass_scores & s, score_scratch & t) {
     const head_shape & shape = h.a.shape;
     const int32_t n_block = block_rows(h.n_cols), n_out = outputs ? n_fit_query(h) : 0;
-    const int32_t ld = (int32_t) value_stride(shape);
     std::fill_n(s.s_use, h.n_cols, 0.0f);
     std::fill_n(s.w, h.n_cols, 0.0f);
-    float inv[MAX_BLOCK_ROWS];
     for (int32_t q0 = 0, n_q; q0 < h.n_query; q0 += n_q) {
         n_q = std::min(n_block, (q0 < n_out ? n_out : h.n_query) - q0);
         logits(x.q + (int64_t) q0 * shape.n_embd_head_k, n_q, t.panels, h.n_cols, shape, t.x);
         int32_t i = 0;
         for (; i + 4 <= n_q; i += 4) {
-            add_queries<4>(t.x + (int64_t) i * h.n_cols, t.bias, h.n_cols, s.z + q0 + i, inv + i, s);
+            add_queries<4>(t.x + (int64_t) i * h.n_cols, t.bias, h.n_cols, s.z + q0 + i, s);
         }
         for (; i < n_q; ++i) {
-            add_queries<1>(t.x + (int64_t) i * h.n_cols, t.bias, h.n_cols, s.z + q0 + i, inv + i, s);
+            add_queries<1>(t.x + (int64_t) i * h.n_cols, t.bias, h.n_cols, s.z + q0 + i, s);
         }
-        if (q0 < n_out) {
-            float * out = s.out + (int64_t) q0 * ld;
-            gemm_rows(t.x, h.n_cols, n_q, x.v, ld, h.n_rows, ld, out, ld, false);
-            for_rows(n_q, [&](int32_t r) { for_rows(ld, [&](int32_t e) { out[r * ld + e] *= inv[r]; }); });
+        if (q0 + n_q == n_out) {
+            mean_output(h, x, n_out, s);
         }
     }
 }

@@ -12,9 +12,8 @@ struct pass_scores {
     float * w;     // [n_cols] their mean: the weight of a row in a merge
     float * s_dev; // [n_cand] distance of the value from the mean value, in units of the mean distance
 
-    // By query row of those that merged rows are fitted to.
-    float * z;   // [n_query] log-sum-exp
-    float * out; // [n_fit_query, value_stride] outputs
+    float * z;   // [n_query] log-sum-exp of each query row
+    float * out; // [value_stride] mean output of those that merged rows are fitted to
 
     pass_scores(arena & a, const head_shape & shape, const pass_sizes & n);
 };

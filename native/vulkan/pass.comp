@@ -13,8 +13,8 @@
 #define PASS_QUERIES 2
 #define PASS_LOGITS 3
 #define PASS_SHARES 4
-#define PASS_OUTPUTS 5
-#define PASS_SCORE 6
+#define PASS_SCORE 5
+#define PASS_OUTPUT 6
 #define PASS_DISTANCES 7
 #define PASS_CHOOSE 8
 #define PASS_METRIC 9
@@ -142,34 +142,35 @@ layout(binding = 9) writeonly buffer B9 { int origin[]; };
 #define W_Q PART(3)
 #define W_Z PART(4)
 #define W_P PART(5)
-#define W_OUT PART(6)
-#define W_S_USE PART(7)
-#define W_W PART(8)
-#define W_DEV PART(9)
-#define W_DIFFERENCE PART(10)
-#define W_METRIC PART(11)
-#define W_K_METRIC PART(12)
-#define W_CHUNK PART(13)
-#define W_N_TOK PART(14)
-#define W_STAYS PART(15)
-#define W_WINNER PART(16)
-#define W_COUNT PART(17)
-#define W_PLACE PART(18)
-#define W_FIRST PART(19)
-#define W_MK PART(21)
-#define W_MV PART(22)
-#define W_M_BIAS PART(23)
-#define W_MASS PART(24)
-#define W_SHARES PART(25)
-#define W_SHARE PART(26)
-#define W_R PART(27)
-#define W_NORMAL PART(28)
-#define W_MOVE PART(29)
-#define W_NEW_K PART(30)
-#define W_NEW_V PART(31)
-#define W_NEW_BIAS PART(32)
-#define W_NEW_S_USE PART(33)
-#define W_NEW_ORIGIN PART(34)
+#define W_W_FIT PART(6)
+#define W_OUT PART(7)
+#define W_S_USE PART(8)
+#define W_W PART(9)
+#define W_DEV PART(10)
+#define W_DIFFERENCE PART(11)
+#define W_METRIC PART(12)
+#define W_K_METRIC PART(13)
+#define W_CHUNK PART(14)
+#define W_N_TOK PART(15)
+#define W_STAYS PART(16)
+#define W_WINNER PART(17)
+#define W_COUNT PART(18)
+#define W_PLACE PART(19)
+#define W_FIRST PART(20)
+#define W_MK PART(22)
+#define W_MV PART(23)
+#define W_M_BIAS PART(24)
+#define W_MASS PART(25)
+#define W_SHARES PART(26)
+#define W_SHARE PART(27)
+#define W_R PART(28)
+#define W_NORMAL PART(29)
+#define W_MOVE PART(30)
+#define W_NEW_K PART(31)
+#define W_NEW_V PART(32)
+#define W_NEW_BIAS PART(33)
+#define W_NEW_S_USE PART(34)
+#define W_NEW_ORIGIN PART(35)
 
 // Counts of a head.
 #define N_MERGED(H) wi[at.counts + 4 * (H)]
@@ -617,8 +618,8 @@ void run() {
 
     #endif
 
-#elif STEP == PASS_LOGITS || STEP == PASS_OUTPUTS || STEP == PASS_METRIC || STEP == PASS_KEY_METRIC ||                \
-    STEP == PASS_GONE || STEP == PASS_MERGED_LOGITS || STEP == PASS_MISSING || STEP == PASS_NORMAL || STEP == PASS_MOVE
+#elif STEP == PASS_LOGITS || STEP == PASS_METRIC || STEP == PASS_KEY_METRIC || STEP == PASS_GONE ||                    \
+    STEP == PASS_MERGED_LOGITS || STEP == PASS_MISSING || STEP == PASS_NORMAL || STEP == PASS_MOVE
 
 shared float as[GEMM_K * GEMM_LD], bs[GEMM_K * GEMM_LD];
 
@@ -679,8 +680,6 @@ void run() {
               mv = W_MV + h * ld_merged * d_v;
     #if STEP == PASS_LOGITS
     gemm(q, d_k, false, k, d_k, true, p, ld, n_query(), s.n_rows, d_k, false, -1);
-    #elif STEP == PASS_OUTPUTS
-    gemm(p, ld, false, v, d_v, false, W_OUT + h * f * d_v, d_v, f, d_v, s.n_rows, false, -1);
     #elif STEP == PASS_METRIC
     gemm(q, d_k, true, q, d_k, false, metric, d_k, d_k, d_k, f, false, -1);
     #elif STEP == PASS_KEY_METRIC
@@ -740,9 +739,15 @@ void run() {
     const int p = W_P + h * n * ld + i;
     float p4 = 0.0, p1 = 0.0;
     for (int r = 0; r < n; ++r) {
+        if (r == n_fit()) {
+            wf[W_W_FIT + h * ld + i] = p1;
+        }
         const float z = wf[p + r * ld];
         p4 += z * z * (z * z);
         p1 += z;
+    }
+    if (n == n_fit()) {
+        wf[W_W_FIT + h * ld + i] = p1;
     }
     const int from = row_at(s, i);
     int n_before = 0;
@@ -765,6 +770,20 @@ void run() {
     wi[W_N_TOK + to] = is_core ? its & 255 : 1;
     wf[W_S_USE + to] = is_core ? max(half_of(uint(s_use[s.first + from])), use) : use;
     wf[W_W + to] = p1 * (1.0 / float(n_asked)) + 1e-9;
+}
+
+#elif STEP == PASS_OUTPUT
+
+void run() {
+    const kv_head s = kv_of();
+    float sum = 0.0;
+    for (int i = id; i < s.n_rows; i += THREADS) {
+        sum += wf[W_W_FIT + h * ld + i] * wf[W_V + (h * ld + i) * d_v + px];
+    }
+    sum = block_sum(sum);
+    if (id == 0) {
+        wf[W_OUT + h * d_v + px] = sum / float(n_fit());
+    }
 }
 
 #elif STEP == PASS_DISTANCES
@@ -1088,7 +1107,7 @@ void run() {
         wf[shares + j] *= -inv;
     }
     for (int e = id; e < d_v; e += THREADS) {
-        wf[r + e] = none ? 0.0 : (1.0 - inv) * wf[W_OUT + row * d_v + e] + inv * wf[r + e];
+        wf[r + e] = none ? 0.0 : (1.0 - inv) * wf[W_OUT + h * d_v + e] + inv * wf[r + e];
     }
 }
 

@@ -168,6 +168,7 @@ PASS_FAULTS = {
     "of equals the first stays": (instead("seen + before < n_equal", "seen + before <= n_equal"), None, "expected"),
     "losers join the nearest": (instead("y < best)", "y > best)"), None, "expected|times"),
     "gone rows are left out": (instead("(count && count[k0 + ak] == 1)", "(false)"), None, "times"),
+    "the mean output counts": (instead("sum / (float) pass_n_fit(m)", "0.0f"), None, "times"),
     "values move": (instead("w.mv[((sc_i64) h * ld + i) * m.d_v + e] -= y;", ""), None, "times"),
     "biases are fitted": (
         instead("w.m_bias[h * m.n_merged + j] = sum <", "if (false) w.m_bias[0] = sum <"),

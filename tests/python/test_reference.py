@@ -597,11 +597,17 @@ def test_fitted_values_bring_the_outputs_back(seed):
     assert np.sum(missing(result.rows) ** 2) < np.sum(missing(means) ** 2)
     np.testing.assert_array_equal(result.rows.v[~merged], means.v[~merged])
 
-    # a move along the residual's projection on the shares, as a ridge has it: A'(r - A d) = ridge d
+    # a move along the residual's projection on the shares, as a ridge has it: A'(r - A d) = ridge d; what the sum of
+    # the shares does counts by the mean output
+    def all_logits(k, bias):
+        return ref.logits(q.reshape(-1, q.shape[-1]), k, params.scale, params.softcap) + bias
+
     k, _, bias = ref.rows_after(inp, result)
-    x = ref.logits(q.reshape(-1, q.shape[-1]), k, params.scale, params.softcap) + bias
-    a = np.exp(x - ref.logsumexp(x)[:, None])[:, inp.n_sink : inp.n_sink + len(merged)][:, merged]
-    left = a.T @ missing(result.rows).reshape(len(a), -1)
+    z = ref.logsumexp(all_logits(k, bias))[:, None]
+    a = np.exp(all_logits(k, bias) - z)[:, inp.n_sink : inp.n_sink + len(merged)][:, merged]
+    own = want.reshape(len(a), -1) - np.mean(want.reshape(len(a), -1), axis=0)
+    inv = np.exp(ref.logsumexp(all_logits(inp.k, inp.bias))[:, None] - z)
+    left = a.T @ (missing(result.rows).reshape(len(a), -1) - (1 - inv) * own)
     moves = (result.rows.v - means.v)[merged]
     ridge = np.sum(left * moves) / np.sum(moves * moves)
     assert ridge > 0

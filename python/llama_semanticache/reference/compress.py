@@ -531,6 +531,9 @@ def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) 
     likely moves and residuals, mean |r|^2 over the members' mean squared distance from their cluster's value, times
     `RIDGE`: the queries of the text to come are others.
 
+    The shares no longer sum up to what they were. What that does to a query's output is counted by the mean output of
+    all of them, for which nobody has to compute each query's own.
+
     Parameters
     ----------
     q : ndarray, shape [n, d_k]
@@ -556,8 +559,10 @@ def fit_values(inp: PassInput, params: PassParams, q, out: HeadRows, member_of) 
     k, v, bias = rows_after(inp, PassResult(out, np.zeros(0), member_of))
     p = np.exp(logits(q, k, params.scale, params.softcap) + bias - z)
     kept = np.sum(p, axis=1, keepdims=True)
-    p /= np.maximum(kept, LEAST_KEPT)  # it may be 0
-    r = (np.exp(x - z) @ inp.v - p @ v) * (kept >= LEAST_KEPT)
+    inv = 1 / np.maximum(kept, LEAST_KEPT)  # it may be 0
+    p *= inv
+    exact = np.exp(x - z) @ inp.v
+    r = (exact - p @ v - (1 - inv) * (exact - np.mean(exact, axis=0))) * (kept >= LEAST_KEPT)
     a = p[:, inp.n_sink : inp.n_sink + len(out)][:, merged] * (kept >= LEAST_KEPT)
     ridge = RIDGE * np.mean(np.sum(r**2, axis=1)) / scatter
     if ridge == 0:

@@ -131,7 +131,7 @@ def test_speed_of_a_text_that_is_too_short(wide, tmp_path):
         ("stock:q5_0", "expected one of stock:f16, stock:q8_0, stock:q4_0 or METHOD:RATIO"),
         ("semanticache:much", "METHOD:RATIO"),
         ("stock:q8_0", "expected heads of a multiple of 32 values for q8_0"),
-        ("streaming:0.25:stage=5", "streaming:0.25:stage=5: kv_stage: expected more than kv_window + kv_sink"),
+        ("streaming:0.25:stage=5", "streaming:0.25:stage=5: --kv-stage: expected more than --kv-window + --kv-sink"),
     ],
 )
 def test_speed_of_a_setting_that_cannot_be(setting, message, tiny, tmp_path):
@@ -197,7 +197,7 @@ def test_a_setting_that_cannot_be_is_named_before_anything_is_measured(tiny, tmp
         done = CliRunner().invoke(main, ["bench", command[0], tiny("llama"), *words])
         assert (
             done.exit_code == 1
-            and "semanticache:2: kv_ratio: expected 0 < kv_ratio" in done.output
+            and "semanticache:2: --kv-ratio: expected 0 < --kv-ratio" in done.output
             and not out.exists()
         ), done.output
 

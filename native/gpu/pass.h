@@ -493,15 +493,12 @@ SC_DEVICE void pass_score(SC_THREAD const sc_tid & t, SC_CONST const pass_dims &
     SC_GLOBAL const float * p = w.p + (sc_i64) h * n_query * m.ld + i;
     float p4 = 0.0f, p1 = 0.0f;
     for (int r = 0; r < n_query; ++r, p += m.ld) {
-        if (r == n_fit) {
-            w.w_fit[h * m.ld + i] = p1;
-        }
         const float y = *p;
         p4 += y * y * (y * y);
         p1 += y;
-    }
-    if (n_fit == n_query) {
-        w.w_fit[h * m.ld + i] = p1;
+        if (r + 1 == n_fit) {
+            w.w_fit[h * m.ld + i] = p1;
+        }
     }
     const int from = pass_row_at(m, s, i);
     int n_before = 0;

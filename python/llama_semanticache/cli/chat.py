@@ -231,10 +231,12 @@ class Conversation:
     def read(self, file: Path) -> None:
         """Keep a text for the next message."""
         text = read_text(file).strip()
-        n = len(self.llm.tokenize(text.encode(), add_bos=False, special=False))
-        n_all = len(self.llm.tokenize("\n\n".join([*self.texts, text]).encode(), add_bos=False, special=False))
-        if n_all >= self.llm.n_ctx():
-            before = f" and {n_all - n:,} of what was read before" if self.texts else ""
+        n, n_before = (
+            len(self.llm.tokenize(part.encode(), add_bos=False, special=False))
+            for part in (text, "".join(f"{before}\n\n" for before in self.texts))
+        )
+        if n + n_before >= self.llm.n_ctx():
+            before = f" and {n_before:,} of what was read before" if self.texts else ""
             raise ValueError(
                 f"{file}: expected fewer tokens than the context has, {self.llm.n_ctx():,}, got {n:,}{before}; shorten "
                 "it or start with a larger --n-ctx"
